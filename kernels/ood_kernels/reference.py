@@ -1,0 +1,195 @@
+"""The truth: every function of this package in plain torch, on any device, in any floating dtype.
+
+fp64 in gives fp64 out; fp32, bf16 and fp16 in are accumulated in fp32 and give fp32 out. Outputs never alias inputs,
+the factor that `cotangent` returns apart, and no function builds a tensor of [N, C, D]. Notation as in the papers: A
+feature map, h pooled features, p softmax, lse logsumexp, G = a ⊗ h̃ last-layer gradient with h̃ = [h; 1].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .types import BasisTensors, DualTensors, HasBasisTensors, Head, PoolStatistics, ScoreOutputs
+
+__all__ = [
+    "COTANGENTS",
+    "cotangent",
+    "masked_energy",
+    "nap_from_statistics",
+    "pool_nap",
+    "pool_statistics",
+    "project_dual",
+    "project_explicit",
+    "project_gradients",
+    "score",
+]
+
+COTANGENTS = ("energy", "predicted", "uniform", "max_logit", "sum_logits")
+"""The scalars whose last-layer gradient keeps the form a ⊗ h̃."""
+
+_WORKSPACE_ELEMENTS = 4 * 2**20
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 where any of the tensors is fp64, else fp32: the dtype of accumulation and of every output."""
+    is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if is_double else torch.float32
+
+
+def pool_statistics(feature_map: Tensor, *, rectify: bool = False) -> PoolStatistics:
+    """Mean and maximum of each channel over H·W, see `ood_kernels.pool_statistics`."""
+    dtype = compute_dtype(feature_map)
+    samples, channels, height, width = feature_map.shape
+    h = feature_map.new_empty((samples, channels), dtype=dtype)
+    maximum = torch.empty_like(h)
+    nap_mean = torch.empty_like(h)
+    # Casting or rectifying makes a copy, so it is made of a few samples at a time.
+    needs_copy = rectify or feature_map.dtype != dtype
+    rows = max(1, _WORKSPACE_ELEMENTS // max(1, channels * height * width)) if needs_copy else max(1, samples)
+    for start in range(0, samples, rows):
+        part = feature_map[start : start + rows].to(dtype)
+        here = slice(start, start + rows)
+        h[here] = part.mean((2, 3))
+        if rectify:
+            part = part.clamp_min(0)
+        maximum[here] = part.amax((2, 3))
+        # Rectifying would hide -Inf; adding 0 · h keeps it as NaN.
+        nap_mean[here] = part.mean((2, 3)) + 0 * h[here] if rectify else h[here]
+    return PoolStatistics(h, nap_mean, maximum)
+
+
+def nap_from_statistics(nap_mean: Tensor, maximum: Tensor, eps: float = 1.0) -> tuple[Tensor, Tensor]:
+    """NAP and its ratios from per-channel statistics: r_j = max_j / (mean_j + eps), S = (1/D) Σ_j r_j².
+
+    A denominator that is not positive, which only a signed map can give, makes the ratio NaN rather than a number
+    without meaning. Returns ([N], [N, D]).
+    """
+    denominator = nap_mean + eps
+    ratios = torch.where(denominator > 0, maximum / denominator, torch.nan)
+    return ratios.square().mean(1), ratios
+
+
+def pool_nap(feature_map: Tensor, eps: float = 1.0, *, rectify: bool = False) -> tuple[Tensor, Tensor]:
+    """Pooled features [N, D] and NAP [N], see `ood_kernels.pool_nap`."""
+    statistics = pool_statistics(feature_map, rectify=rectify)
+    return statistics.h, nap_from_statistics(statistics.nap_mean, statistics.maximum, eps)[0]
+
+
+def _finite_logsumexp(logits: Tensor) -> Tensor:
+    """Return logsumexp [N], NaN where it is ±Inf: from a bad feature, +Inf would read as certainly in-distribution."""
+    lse = logits.logsumexp(1)
+    return torch.where(lse.isfinite(), lse, torch.nan)
+
+
+def masked_energy(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    weight_mask: Tensor | None = None,
+    neuron_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse [N], pruned lse [N], p [N, C]), see `ood_kernels.masked_energy`."""
+    dtype = compute_dtype(h, weight)
+    # One layout for the plain and the masked product: masks that keep everything then change no bit.
+    h, weight = h.to(dtype).contiguous(), weight.to(dtype).contiguous()
+    bias = None if bias is None else bias.to(dtype)
+    logits = F.linear(h, weight, bias)
+    lse = _finite_logsumexp(logits)
+    p = logits.softmax(1)
+    if weight_mask is None and neuron_mask is None:
+        return lse, lse.clone(), p
+    # Products with the masks, not `where`: 0 · NaN is NaN, so a bad feature surfaces even in a pruned neuron.
+    pruned = weight if weight_mask is None else weight * weight_mask
+    kept = h if neuron_mask is None else h * neuron_mask
+    return lse, _finite_logsumexp(F.linear(kept, pruned, bias)), p
+
+
+def cotangent(p: Tensor, kind: str = "energy") -> Tensor:
+    """The factor a [N, C] of the last-layer gradient G = a ⊗ h̃ of a scalar y of the logits, from the softmax p [N, C].
+
+    `energy` y = lse: a = p. `predicted` y = lse - z_ŷ: a = p - e_ŷ. `uniform` y = lse - mean z: a = p - 1/C.
+    `max_logit` y = z_ŷ: a = e_ŷ. `sum_logits` y = Σ z: a = 1. For `energy` it may be p itself, not a copy.
+    """
+    p = p.to(compute_dtype(p))
+    if kind == "energy":
+        return p
+    if kind == "uniform":
+        return p - 1.0 / p.shape[1]
+    if kind == "sum_logits":
+        return p * 0 + 1
+    if kind in ("predicted", "max_logit"):
+        # A row with NaN has no predicted class; adding 0 · p keeps its NaN.
+        one_hot = F.one_hot(p.argmax(1), p.shape[1]).to(p.dtype) + p * 0
+        return one_hot if kind == "max_logit" else p - one_hot
+    raise ValueError(f"cotangent {kind!r} is not known: expected one of {', '.join(COTANGENTS)}")
+
+
+def project_dual(
+    a: Tensor,
+    h: Tensor,
+    anchor_cotangents: Tensor,
+    anchor_features: Tensor,
+    coefficients: Tensor,
+    constants: Tensor,
+    bias: bool = True,
+) -> Tensor:
+    """Centred coordinates [N, K] in a dual basis: ((A Aₐᵀ) ∘ (H̃ H̃ₐᵀ)) · coefficients - constants.
+
+    The Gram entry of two rank-one gradients is ⟨a ⊗ h̃, a_i ⊗ h̃_i⟩ = (a·a_i)(h̃·h̃_i), so three matrix products replace
+    any tensor of [N, C, D]: 2·n·(C + D̃ + K) flops a sample.
+    """
+    dtype = compute_dtype(a, h, coefficients)
+    kernel = h.to(dtype) @ anchor_features.to(dtype).T
+    if bias:
+        kernel += 1
+    kernel *= a.to(dtype) @ anchor_cotangents.to(dtype).T
+    return kernel @ coefficients.to(dtype) - constants.to(dtype)
+
+
+def project_explicit(a: Tensor, h: Tensor, components: Tensor, constants: Tensor, bias: bool = True) -> Tensor:
+    """Centred coordinates [N, K] in an explicit basis V [K, C, D̃]: aᵀ V_k h̃ - constant_k, 2·K·C·D̃ flops a sample."""
+    dtype = compute_dtype(a, h, components)
+    a, h = a.to(dtype), h.to(dtype)
+    n_components, _, width = components.shape
+    coordinates = a.new_empty((a.shape[0], n_components))
+    block = max(1, _WORKSPACE_ELEMENTS // max(1, a.shape[0] * width))
+    for start in range(0, n_components, block):
+        left = a @ components[start : start + block].to(dtype)  # [block, N, D̃]
+        features = left[..., :-1] if bias else left
+        part = (features * h).sum(-1)
+        coordinates[:, start : start + block] = (part + left[..., -1] if bias else part).T
+    return coordinates - constants.to(dtype)
+
+
+def project_gradients(p: Tensor, h: Tensor, basis: BasisTensors | HasBasisTensors) -> Tensor:
+    """Centred coordinates g_low [N, K] of the last-layer gradients, see `ood_kernels.project_gradients`."""
+    tensors = basis.tensors() if isinstance(basis, HasBasisTensors) else basis
+    a = cotangent(p, tensors.cotangent)
+    if isinstance(tensors, DualTensors):
+        return project_dual(
+            a,
+            h,
+            tensors.anchor_cotangents,
+            tensors.anchor_features,
+            tensors.coefficients,
+            tensors.constants,
+            tensors.bias,
+        )
+    return project_explicit(a, h, tensors.components, tensors.constants, tensors.bias)
+
+
+def score(
+    feature_map: Tensor,
+    head: Head,
+    basis: BasisTensors | HasBasisTensors | None = None,
+    eps: float = 1.0,
+    *,
+    rectify: bool = False,
+) -> ScoreOutputs:
+    """All of it for one batch, see `ood_kernels.score`."""
+    h, nap = pool_nap(feature_map, eps, rectify=rectify)
+    lse, pruned_lse, p = masked_energy(h, *head)
+    g_low = h.new_empty((h.shape[0], 0)) if basis is None else project_gradients(p, h, basis)
+    return ScoreOutputs(h, nap, lse, pruned_lse, p, g_low)

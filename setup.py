@@ -1,0 +1,40 @@
+"""Packaging: the folder `kernels/` holds the package `ood_kernels`, so that no top-level module is called `kernels`."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = "0.1.0"
+
+CLI = ["click>=8.1", "rich>=13", "tqdm>=4.66", "pyarrow>=15", "pillow>=10", "matplotlib>=3.8", "jinja2>=3.1"]
+TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "pytest-timeout>=2.3"]
+
+setup(
+    name="ood-engine",
+    version=VERSION,
+    description="Post-hoc out-of-distribution scores for PyTorch classifiers from the last feature map and layer alone",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    package_dir={"ood_kernels": "kernels/ood_kernels", "ood_engine": "ood_engine"},
+    packages=["ood_kernels", "ood_engine", "ood_engine.corruptions", "ood_engine.detectors", "ood_engine.report"],
+    package_data={"ood_kernels": ["py.typed"], "ood_engine": ["py.typed", "templates/*.j2"]},
+    install_requires=["torch>=2.8", "numpy>=1.26", "scikit-learn>=1.4", "safetensors>=0.4.3"],
+    extras_require={
+        "cli": CLI,
+        "test": CLI + TEST,
+        "bench": CLI + ["pytest-benchmark>=4"],
+        "docs": CLI,
+    },
+    entry_points={"console_scripts": ["ood-engine = ood_engine.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
