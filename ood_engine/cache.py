@@ -1,0 +1,189 @@
+"""The feature cache: what one pass over the ID data leaves behind, and all that fitting ever reads.
+
+In memory while it is small; beyond a size the user sets, in raw files that are memory-mapped.
+"""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import InputError, OodEngineError
+
+__all__ = ["NO_LABEL", "CacheRows", "CacheWriter", "FeatureCache", "fingerprint"]
+
+NO_LABEL = -1
+"""Label of a sample that came without one."""
+
+
+class CacheRows(NamedTuple):
+    """Rows of the cache: some samples, or all.
+
+    Attributes:
+        features: [n, D] penultimate features, fp32 (fp64 for an fp64 model).
+        fingerprints: int64 [n] content hash of each input image, see `fingerprint`.
+        labels: int64 [n], `NO_LABEL` where there was none.
+        maximum: [n, D] per-channel maximum of the feature map; [n, 0] for a model without a map.
+        nap_mean: [n, D] mean of the map that NAP looks at, where it is not `features`; else [n, 0].
+    """
+
+    features: Tensor
+    fingerprints: Tensor
+    labels: Tensor
+    maximum: Tensor
+    nap_mean: Tensor
+
+    def select(self, index: Tensor | slice) -> CacheRows:
+        """The rows at `index`, in that order."""
+        return CacheRows(*(column[index] for column in self))
+
+
+class FeatureCache:
+    """The finished cache: columns as CPU tensors, in memory or mapped from files.
+
+    Attributes:
+        rows: every column, see `CacheRows`.
+        directory: folder of the mapped files; None in memory.
+    """
+
+    def __init__(self, rows: CacheRows, directory: Path | None = None, _keep: Any = None) -> None:
+        self.rows = rows
+        self.directory = directory
+        # A temporary folder lives exactly as long as the cache that is mapped from it.
+        self._keep = _keep
+
+    def __len__(self) -> int:
+        return self.rows.features.shape[0]
+
+    @property
+    def has_map(self) -> bool:
+        """Whether the per-channel maximum is there, which NAP needs."""
+        return self.rows.maximum.shape[1] > 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all columns."""
+        return sum(column.numel() * column.element_size() for column in self.rows)
+
+    def batches(self, index: Tensor | None = None, size: int = 4096) -> Iterator[CacheRows]:
+        """The rows at `index` (default: all), `size` at a time, so that a mapped cache never comes to memory whole."""
+        count = len(self) if index is None else index.shape[0]
+        for start in range(0, count, size):
+            here = slice(start, min(start + size, count))
+            yield self.rows.select(here if index is None else index[here])
+
+
+class CacheWriter:
+    """Appends batches of unknown number; moves to disk when `limit_bytes` is passed.
+
+    Args:
+        limit_bytes: largest size that is kept in memory.
+        directory: where the files go beyond that; None takes a temporary folder, removed with the cache.
+    """
+
+    def __init__(self, limit_bytes: int = 4 * 2**30, directory: str | Path | None = None) -> None:
+        self._limit = limit_bytes
+        self._wanted_directory = Path(directory) if directory is not None else None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._directory: Path | None = None
+        self._batches: list[CacheRows] = []
+        self._files: list[BinaryIO] = []
+        self._bytes = 0
+        self._count = 0
+
+    def append(self, rows: CacheRows) -> None:
+        """Add a batch (moved to the CPU).
+
+        Raises:
+            OodEngineError: the disk is full.
+        """
+        rows = CacheRows(*(column.detach().cpu() for column in rows))
+        self._bytes += sum(column.numel() * column.element_size() for column in rows)
+        self._count += rows.features.shape[0]
+        self._batches.append(rows)
+        if self._files or self._bytes > self._limit:
+            self._spill()
+
+    def finish(self) -> FeatureCache:
+        """The cache of all that was appended.
+
+        Raises:
+            InputError: nothing was appended.
+        """
+        if self._count == 0:
+            raise InputError("the loader gave no images: expected at least one batch; check its path and filters")
+        template = self._batches[0] if self._batches else self._template
+        if not self._files:
+            return FeatureCache(CacheRows(*(torch.cat(columns) for columns in zip(*self._batches, strict=True))))
+        columns = []
+        for file, column in zip(self._files, template, strict=True):
+            file.close()
+            shape = (self._count, *column.shape[1:])
+            if 0 in shape:
+                columns.append(column.new_empty(shape))
+                continue
+            array = np.memmap(file.name, dtype=column.numpy().dtype, mode="r+", shape=shape)
+            columns.append(torch.from_numpy(array))
+        return FeatureCache(CacheRows(*columns), self._directory, self._temporary)
+
+    def _spill(self) -> None:
+        try:
+            if not self._files:
+                self._open_files()
+            for rows in self._batches:
+                for file, column in zip(self._files, rows, strict=True):
+                    file.write(column.contiguous().numpy().tobytes())
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OodEngineError(
+                f"no space left in {self._directory} for the feature cache ({self._bytes / 2**20:.0f} MiB so far): expected"
+                " room for n · 2D numbers; free some, or name another folder by cache_directory=..."
+            ) from error
+        self._template = self._batches[-1]
+        self._batches = []
+
+    def _open_files(self) -> None:
+        if self._wanted_directory is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="ood-engine-cache-")
+            self._directory = Path(self._temporary.name)
+        else:
+            self._directory = self._wanted_directory
+            self._directory.mkdir(parents=True, exist_ok=True)
+        self._files = [open(self._directory / f"{name}.bin", "wb") for name in CacheRows._fields]  # noqa: SIM115
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """A 64-bit content hash of each row of [N, ...], int64 [N], the same on every device and in every batch.
+
+    h = mix(Σ_i mix(bits_i + (i + 1)·φ)) in wrapping 64-bit integers, so neither the order of summation nor the batch
+    matters. Equal inputs have equal fingerprints; the anchors of a gradient basis are those with the smallest ones, which
+    makes the choice independent of the order of the data.
+    """
+    rows = tensor.detach().flatten(1)
+    kind = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[rows.element_size()]
+    bits = rows.contiguous().view(kind)
+    total = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
+    width = 2**13
+    for start in range(0, bits.shape[1], width):
+        part = bits[:, start : start + width].to(torch.int64)
+        position = torch.arange(start + 1, start + 1 + part.shape[1], device=rows.device) * _GOLDEN
+        total += _mix(part + position).sum(1)
+    return _mix(total)
+
+
+_GOLDEN = -7046029254386353131  # 2^64 / golden ratio as a signed 64-bit integer
+
+
+def _mix(value: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on signed integers, with logical shifts."""
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        value = (value ^ ((value >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return value ^ ((value >> 31) & ((1 << 33) - 1))

@@ -1,0 +1,108 @@
+"""What a detector is, and the names under which detectors are found."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from ..errors import InputError
+from ..fitted import FittedModule
+from ..fitting import FitData
+from ..signals import Masks, Signals
+
+__all__ = ["Detector", "available_detectors", "create_detector", "default_settings", "register"]
+
+
+class Detector(FittedModule):
+    """One score: `forward(signals)` gives [N], higher = more in-distribution; the fitted state is its buffers.
+
+    Attributes:
+        name: the registered name it was made under.
+        settings: every constructor argument with its value, enough to make it again.
+        needs_map: whether it reads the feature map; a model without one cannot have it.
+    """
+
+    needs_map: ClassVar[bool] = False
+
+    def __init__(self, *fitted: str) -> None:
+        super().__init__(*fitted)
+        self.name = type(self).__name__
+        self.settings: dict[str, Any] = {}
+
+    def fit(self, data: FitData) -> None:
+        """Fit the buffers from cached ID samples; a detector without any needs nothing."""
+
+    def forward(self, signals: Signals) -> Tensor:
+        """Score [N], higher = more in-distribution."""
+        raise NotImplementedError
+
+    @property
+    def eps(self) -> float | None:
+        """The NAP constant that its score needs; None where it reads no map."""
+        return None
+
+    @property
+    def masks(self) -> Masks | None:
+        """The masks of the pruned head that its score needs; None where it prunes nothing."""
+        return None
+
+    def grid(self) -> Sequence[dict[str, Any]]:
+        """Settings worth trying on pseudo-OOD data that `configure` takes without a refit; empty where there are none."""
+        return ()
+
+    def configure(self, **settings: Any) -> None:
+        """Change settings that need no refit."""
+        self.settings.update(settings)
+
+
+_DetectorType = TypeVar("_DetectorType", bound=type[Detector])
+_REGISTRY: dict[str, tuple[type[Detector], dict[str, Any]]] = {}
+
+
+def register(name: str, **fixed: Any) -> Callable[[_DetectorType], _DetectorType]:
+    """Class decorator: make the detector available as `name`, with `fixed` constructor arguments."""
+
+    def add(detector: _DetectorType) -> _DetectorType:
+        _REGISTRY[name] = (detector, fixed)
+        return detector
+
+    return add
+
+
+def available_detectors() -> tuple[str, ...]:
+    """The names that `Engine(detectors=...)` accepts."""
+    return tuple(sorted(_REGISTRY))
+
+
+def default_settings(name: str) -> dict[str, Any]:
+    """Constructor arguments of a detector with their defaults.
+
+    Raises:
+        InputError: no detector of that name.
+    """
+    if name not in _REGISTRY:
+        raise InputError(f"detector {name!r} is not known: expected one of {', '.join(available_detectors())}")
+    detector, fixed = _REGISTRY[name]
+    parameters = inspect.signature(detector.__init__).parameters.values()
+    return {p.name: fixed.get(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def create_detector(name: str, **settings: Any) -> Detector:
+    """A new, unfitted detector.
+
+    Raises:
+        InputError: no detector of that name, or a setting it does not have or that is out of range.
+    """
+    defaults = default_settings(name)
+    unknown = sorted(set(settings) - set(defaults))
+    if unknown:
+        known = ", ".join(defaults) or "none"
+        raise InputError(f"detector {name!r} has no setting {unknown[0]!r}: expected one of {known}")
+    settings = {**defaults, **settings}
+    detector = _REGISTRY[name][0](**settings)
+    detector.name = name
+    detector.settings = settings
+    return detector

@@ -1,0 +1,206 @@
+"""OPNP, optimal parameter and neuron pruning (arXiv 2402.10062): energy of a head without its extreme weights and neurons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..fitting import FitData
+from ..signals import Masks, Signals
+from .base import Detector, register
+from .nap import W_GRID, check_eps, check_weight, combine
+
+__all__ = ["NAPOPNP", "ONP", "OPNP", "OPP", "keep_mask", "sensitivity", "sensitivity_ranks"]
+
+Range = Sequence[float]
+_EVERYTHING = (0.0, 1.0)
+_LOWER = (0.0, 0.05, 0.1, 0.2, 0.3)
+_UPPER = (0.99, 0.995, 0.999, 1.0)
+
+
+def sensitivity(data: FitData) -> Tensor:
+    """M [C, D] = E|∂E/∂W|, the mean absolute gradient of the energy, in fp64.
+
+    Closed form: ∂E/∂W_cj = -p_c h_j, so M = E[pᵀ|h|] is one matrix product.
+    """
+    total: Tensor | float = 0.0
+    for signals in data.signals():
+        total = total + signals.probabilities.double().T @ signals.features.double().abs()
+    assert isinstance(total, Tensor)
+    return total / len(data)
+
+
+def sensitivity_ranks(values: Tensor) -> Tensor:
+    """How many entries are strictly smaller, int32, same shape: with it any quantile range becomes a mask without a quantile."""
+    flat = values.flatten().contiguous()
+    return torch.searchsorted(flat.sort().values, flat).to(torch.int32).view(values.shape)
+
+
+def keep_mask(ranks: Tensor, keep: Range) -> Tensor:
+    """True where the ranked value lies within its quantiles: Q(ρ_min) ≤ M ≤ Q(ρ_max), linear quantiles over all entries.
+
+    With ρ_min > 0 entries equal to Q(ρ_min) are pruned too: dead neurons give many equal zeros, which are to go. In ranks:
+    the value exceeds Q(ρ) exactly where more than floor(ρ(m - 1)) entries are smaller.
+    """
+    low, high = keep
+    last = ranks.numel() - 1
+    above = ranks > math.floor(low * last) if low > 0 else torch.ones_like(ranks, dtype=torch.bool)
+    return above & (ranks <= math.floor(high * last))
+
+
+class _Pruned(Detector):
+    """Energy of the head pruned by sensitivity."""
+
+    def __init__(self, weight_range: Range, neuron_range: Range) -> None:
+        super().__init__("weight_ranks", "neuron_ranks", "weight_mask", "neuron_mask")
+        self._ranges = check_range("weight_range", weight_range), check_range("neuron_range", neuron_range)
+
+    weight_mask: Tensor | None
+    neuron_mask: Tensor | None
+
+    @property
+    def masks(self) -> Masks:
+        """(weight mask bool [C, D], neuron mask bool [D]), True = keep."""
+        return self.fitted("weight_mask"), self.fitted("neuron_mask")
+
+    def fit(self, data: FitData) -> None:
+        """Rank the sensitivities of the unpruned head, and derive the masks."""
+        weight_ranks, neuron_ranks = data.shared("sensitivity ranks", lambda: _ranks(data))
+        self.set_fitted(weight_ranks=weight_ranks, neuron_ranks=neuron_ranks)
+        self._update_masks()
+
+    def forward(self, signals: Signals) -> Tensor:
+        """[N] logsumexp of the pruned head."""
+        return signals.pruned_lse(self.masks)
+
+    def configure(self, **settings: Any) -> None:
+        """Change the ranges; the masks follow from the stored ranks."""
+        weight_range = check_range("weight_range", settings.get("weight_range", self._ranges[0]))
+        self._ranges = weight_range, check_range("neuron_range", settings.get("neuron_range", self._ranges[1]))
+        if self.weight_mask is not None:
+            self._update_masks()
+        super().configure(**settings)
+
+    def _update_masks(self) -> None:
+        weight_range, neuron_range = self._ranges
+        self.set_fitted(
+            weight_mask=keep_mask(self.fitted("weight_ranks"), weight_range),
+            neuron_mask=keep_mask(self.fitted("neuron_ranks"), neuron_range),
+        )
+
+
+@register("opnp")
+class OPNP(_Pruned):
+    """S = lse of the head with both weights and neurons pruned.
+
+    The sensitivity of a weight is M_cj = E|∂E/∂W_cj|, that of a neuron the mean of its weights'. Those outside their quantile
+    range are zeroed; the bias stays and nothing is rescaled (our reading). Class predictions stay those of the unpruned head.
+
+    Args:
+        weight_range: (ρ_min, ρ_max), fractions in [0, 1], of weights to keep. The paper grid-searches it (`Engine.tune`) and
+            its values are not known to us; the default is ours.
+        neuron_range: likewise for neurons.
+    """
+
+    def __init__(self, *, weight_range: Range = (0.1, 0.995), neuron_range: Range = (0.05, 0.995)) -> None:
+        super().__init__(weight_range, neuron_range)
+
+    def grid(self) -> Sequence[dict[str, Any]]:
+        """Lower fractions 0 to 0.3 and upper 0.99 to 1, the same for weights and neurons; ours."""
+        return [{"weight_range": keep, "neuron_range": keep} for keep in product(_LOWER, _UPPER)]
+
+
+@register("opp")
+class OPP(_Pruned):
+    """OPNP with weights pruned only.
+
+    Args:
+        weight_range: (ρ_min, ρ_max), fractions in [0, 1], of weights to keep; the default is ours.
+    """
+
+    def __init__(self, *, weight_range: Range = (0.1, 0.995)) -> None:
+        super().__init__(weight_range, _EVERYTHING)
+
+    def grid(self) -> Sequence[dict[str, Any]]:
+        """Lower fractions 0 to 0.3 and upper 0.99 to 1; ours."""
+        return [{"weight_range": keep} for keep in product(_LOWER, _UPPER)]
+
+
+@register("onp")
+class ONP(_Pruned):
+    """OPNP with neurons pruned only.
+
+    Args:
+        neuron_range: (ρ_min, ρ_max), fractions in [0, 1], of neurons to keep; the default is ours.
+    """
+
+    def __init__(self, *, neuron_range: Range = (0.05, 0.995)) -> None:
+        super().__init__(_EVERYTHING, neuron_range)
+
+    def grid(self) -> Sequence[dict[str, Any]]:
+        """Lower fractions 0 to 0.3 and upper 0.99 to 1; ours."""
+        return [{"neuron_range": keep} for keep in product(_LOWER, _UPPER)]
+
+
+@register("nap_opnp")
+class NAPOPNP(OPNP):
+    """NAP with OPNP: B = lse of the pruned head; ours, in the way NAP combines with other energies.
+
+    Args:
+        weight_range: see `OPNP`.
+        neuron_range: see `OPNP`.
+        eps: of NAP, the paper's 1.0.
+        w: weight of the pruned energy; the default 0.5 is ours.
+    """
+
+    needs_map = True
+
+    def __init__(
+        self,
+        *,
+        weight_range: Range = (0.1, 0.995),
+        neuron_range: Range = (0.05, 0.995),
+        eps: float = 1.0,
+        w: float = 0.5,
+    ) -> None:
+        super().__init__(weight_range=weight_range, neuron_range=neuron_range)
+        self._eps = check_eps(eps)
+        self._w = check_weight(w)
+
+    @property
+    def eps(self) -> float:
+        """The constant in the NAP ratio."""
+        return self._eps
+
+    def forward(self, signals: Signals) -> Tensor:
+        """[N] weighted geometric mean of pruned energy and NAP."""
+        return combine(signals.pruned_lse(self.masks), signals.nap(self._eps), self._w, signals, self.name)
+
+    def grid(self) -> Sequence[dict[str, Any]]:
+        """W in steps of 0.1, with the ranges as they are."""
+        return W_GRID
+
+    def configure(self, **settings: Any) -> None:
+        """Change w or the ranges."""
+        self._w = check_weight(settings.get("w", self._w))
+        super().configure(**settings)
+
+
+def _ranks(data: FitData) -> tuple[Tensor, Tensor]:
+    values = sensitivity(data)
+    return sensitivity_ranks(values), sensitivity_ranks(values.mean(0))
+
+
+def check_range(name: str, keep: Range) -> tuple[float, float]:
+    """Raise InputError unless keep is (ρ_min, ρ_max) with 0 ≤ ρ_min < ρ_max ≤ 1."""
+    if len(keep) != 2 or not 0 <= keep[0] < keep[1] <= 1:
+        raise InputError(
+            f"{name}={tuple(keep)}: expected two fractions with 0 ≤ lower < upper ≤ 1, such as (0.1, 0.995)"
+        )
+    return float(keep[0]), float(keep[1])

@@ -1,0 +1,158 @@
+"""Detectors on vectors [N, K]: the heads that judge low-dimensional gradients, and features beside them.
+
+Each is fitted by `fit(x, labels, ...)` and scores by `forward(x)`, higher = more in-distribution.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..fitted import FittedModule
+
+__all__ = ["KNearestNeighbours", "LinearProbe", "Mahalanobis"]
+
+_BLOCK_ELEMENTS = 4 * 2**20
+
+
+class KNearestNeighbours(FittedModule):
+    """Cosine similarity to the k-th nearest of a bank of ID vectors (arXiv 2204.06507).
+
+    On L2-normalised vectors it is 1 - r_k²/2 with r_k the distance to the k-th neighbour: the order of -r_k, and well
+    conditioned where r_k is small.
+
+    Args:
+        k: which neighbour; the gradient paper's code uses 5 and 10.
+    """
+
+    def __init__(self, k: int = 10) -> None:
+        super().__init__("bank")
+        if not isinstance(k, int) or k < 1:
+            raise InputError(f"k={k!r}: expected a whole number of at least 1")
+        self.k = k
+
+    def fit(self, x: Tensor, labels: Tensor) -> None:
+        """Keep the normalised vectors x [m, K].
+
+        Raises:
+            InputError: fewer than k vectors.
+        """
+        if x.shape[0] < self.k:
+            raise InputError(
+                f"k={self.k} neighbours with a bank of {x.shape[0]}: expected at least k ID samples; fit on more"
+            )
+        self.set_fitted(bank=F.normalize(x, dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N] similarity, in [-1, 1]."""
+        bank = self.fitted("bank")
+        rows = max(1, _BLOCK_ELEMENTS // bank.shape[0])
+        normalised = F.normalize(x.to(bank.dtype), dim=1)
+        scores = x.new_empty(x.shape[0], dtype=bank.dtype)
+        for start in range(0, x.shape[0], rows):
+            # `topk` takes NaN for the largest value and hands back another neighbour, so NaN is put back at the end.
+            scores[start : start + rows] = (normalised[start : start + rows] @ bank.T).topk(self.k, dim=1).values[:, -1]
+        return scores + 0 * x.sum(1)
+
+
+class Mahalanobis(FittedModule):
+    """S = -min_c (x - μ_c)ᵀ Σ⁻¹ (x - μ_c), class means and one shared covariance (arXiv 1807.03888).
+
+    Σ is whitened once, in fp64. Directions with less than 1e-6 of the largest variance are given that much, so that fewer
+    samples than dimensions still give finite scores (ours).
+    """
+
+    def __init__(self) -> None:
+        super().__init__("whitening", "means")
+
+    def fit(self, x: Tensor, labels: Tensor) -> None:
+        """Estimate from x [m, K] and labels [m].
+
+        Raises:
+            InputError: fewer than two samples.
+        """
+        if x.shape[0] < 2:
+            raise InputError(
+                f"a covariance of {x.shape[0]} samples: expected at least 2 ID samples beside the anchors; fit on more"
+            )
+        x = x.double()
+        classes, index = labels.unique(return_inverse=True)
+        counts = torch.bincount(index, minlength=len(classes)).to(x)
+        means = (
+            torch.zeros((len(classes), x.shape[1]), dtype=x.dtype, device=x.device).index_add_(0, index, x)
+            / counts[:, None]
+        )
+        centred = x - means[index]
+        variances, directions = torch.linalg.eigh(centred.T @ centred / x.shape[0])
+        variances = variances.clamp_min(max(float(variances[-1]) * 1e-6, torch.finfo(torch.float64).tiny))
+        whitening = directions / variances.sqrt()
+        self.set_fitted(whitening=whitening, means=means @ whitening)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N] negative squared distance to the nearest class, computed in fp64."""
+        whitened, means = x.double() @ self.fitted("whitening"), self.fitted("means")
+        squared = whitened.square().sum(1, keepdim=True) - 2 * whitened @ means.T + means.square().sum(1)
+        return -squared.amin(1).clamp_min(0)
+
+
+class LinearProbe(FittedModule):
+    """BatchNorm → Linear classifier on vectors, scored by the Energy or MSP of its logits (arXiv 2310.17163).
+
+    Trained as the paper's code does: cross-entropy, SGD with momentum 0.9, weight decay 5e-4, learning rate 0.1, 10 epochs. The
+    batch of 128 is ours. Deterministic by the seed, on any device: it is trained on the CPU.
+
+    Args:
+        score: "energy" or "msp".
+        epochs: passes over the vectors.
+    """
+
+    def __init__(self, score: str = "energy", epochs: int = 10) -> None:
+        super().__init__("weight", "bias")
+        if score not in ("energy", "msp"):
+            raise InputError(f"probe score {score!r}: expected 'energy' or 'msp'")
+        if not isinstance(epochs, int) or epochs < 1:
+            raise InputError(f"epochs={epochs!r}: expected a whole number of at least 1")
+        self.score = score
+        self.epochs = epochs
+
+    def fit(self, x: Tensor, labels: Tensor, classes: int, seed: int = 0) -> None:
+        """Train on x [m, K] with labels [m] in 0 … classes - 1.
+
+        Raises:
+            InputError: fewer than two samples.
+        """
+        if x.shape[0] < 2:
+            raise InputError(
+                f"a probe on {x.shape[0]} samples: expected at least 2 ID samples beside the anchors; fit on more"
+            )
+        x, labels = x.detach().float().cpu(), labels.cpu()
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            norm, linear = nn.BatchNorm1d(x.shape[1]), nn.Linear(x.shape[1], classes)
+            _train(nn.Sequential(norm, linear), x.clone(), labels.clone(), self.epochs)
+        # In evaluation the norm is an affine map, which folds into the linear layer.
+        assert norm.running_var is not None
+        assert norm.running_mean is not None
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        weight = linear.weight * scale
+        self.set_fitted(weight=weight, bias=linear.bias + linear.weight @ norm.bias - weight @ norm.running_mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N] lse or largest probability of the probe's logits."""
+        weight = self.fitted("weight")
+        logits = F.linear(x.to(weight.dtype), weight, self.fitted("bias"))
+        return logits.logsumexp(1) if self.score == "energy" else logits.softmax(1).amax(1)
+
+
+def _train(probe: nn.Module, x: Tensor, labels: Tensor, epochs: int, batch: int = 128) -> None:
+    optimiser = torch.optim.SGD(probe.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    probe.train()
+    for _ in range(epochs):
+        for index in torch.randperm(x.shape[0]).split(batch):
+            if len(index) == 1:  # a batch norm cannot be trained on one sample
+                continue
+            optimiser.zero_grad()
+            F.cross_entropy(probe(x[index]), labels[index]).backward()
+            optimiser.step()

@@ -1,0 +1,349 @@
+"""The engine: fit → calibrate → score → predict → save / load."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import Loader, image_batches
+from .cache import CacheWriter, FeatureCache
+from .calibration import Calibration
+from .canary import Canary
+from .detectors import Detector, create_detector, default_settings
+from .errors import CalibrationError, DetectorUnavailableError, InputError, NotFittedError, OodEngineWarning
+from .fitting import FitData
+from .pipeline import Pipeline, finite_rows
+from .scores import Scores
+from .tap import Tap
+
+__all__ = ["DEFAULT_DETECTORS", "Engine"]
+
+DEFAULT_DETECTORS = ("nap_energy", "opnp", "low_dim_gradient")
+
+
+class Engine(Pipeline):
+    """Out-of-distribution scores for a classifier from its last feature map and its last layer.
+
+    The model is left as it is: no hooks, no changed mode. Scoring is thread-safe; fitting, tuning and loading are not.
+
+    Args:
+        model: the classifier; it should be trained, and end in an `nn.Linear` (or the softmax of one).
+        detectors: names, see `available_detectors`. None takes `DEFAULT_DETECTORS` as far as the model supports them.
+        settings: detector name → settings that differ from its defaults, such as {"nap_energy": {"w": 0.4}}.
+        head: name of the head, where it is not to be found by proof.
+        feature_map: name of the module whose output is the map, where it is not to be found by proof.
+        rectify: let NAP see ReLU(map), for models whose map has negative values.
+        seed: of everything drawn while fitting.
+
+    Attributes:
+        detectors: name → detector.
+        calibrations: name → calibration, after `calibrate`.
+        cache: the feature cache of `fit`; None after `load`.
+        unavailable: default detectors that this model cannot have → why.
+        tuning: rows of the last `tune`: detector, settings, auroc.
+        information: facts kept in the state file; JSON values.
+
+    Raises:
+        TapError: a model without a linear head, an unknown layer, or weights that are not finite.
+        InputError: an unknown detector or setting.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        detectors: Sequence[str] | None = None,
+        *,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+        head: str | None = None,
+        feature_map: str | None = None,
+        rectify: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if isinstance(detectors, str):
+            raise InputError(f"detectors={detectors!r}: expected a sequence of names, such as ({detectors!r},)")
+        if detectors is not None and not detectors:
+            raise InputError("detectors=(): expected at least one name; see ood_engine.available_detectors()")
+        self._are_defaults = detectors is None
+        names = tuple(dict.fromkeys(DEFAULT_DETECTORS if detectors is None else detectors))
+        stray = sorted(set(settings or {}) - set(names))
+        if stray:
+            raise InputError(f"settings for {stray[0]!r}: expected one of this engine's detectors, {', '.join(names)}")
+        self.tap = Tap(model, head=head, feature_map=feature_map)
+        self.rectify = rectify
+        self.seed = seed
+        self.detectors = {name: create_detector(name, **(settings or {}).get(name, {})) for name in names}
+        self.calibrations: dict[str, Calibration] = {}
+        self.cache: FeatureCache | None = None
+        self.unavailable: dict[str, str] = {}
+        self.tuning: list[dict[str, Any]] = []
+        self.information: dict[str, Any] = {}
+        self.fit_fingerprints: Tensor | None = None
+        self.calibration_cache: FeatureCache | None = None
+        self.canary: Canary | None = None
+
+    def fit(
+        self,
+        loader: Loader,
+        *,
+        progress: bool = False,
+        cache_limit_bytes: int = 4 * 2**30,
+        cache_directory: str | Path | None = None,
+    ) -> Engine:
+        """Run the model once over ID data, keep its features, and fit every detector from them.
+
+        Args:
+            loader: yields images [n, C, H, W], or (images, labels), preprocessed as in training.
+            progress: show a bar.
+            cache_limit_bytes: size beyond which the feature cache is kept in memory-mapped files.
+            cache_directory: where those files go; None takes a temporary folder.
+
+        Returns:
+            The engine itself.
+
+        Raises:
+            InputError: no or too few images, images the model rejects, NaN or Inf, labels out of range.
+            TapError: head or map not found, or not proven by the recomputed logits.
+            DetectorUnavailableError: a detector was named that this model cannot have.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            writer = CacheWriter(cache_limit_bytes, cache_directory)
+            for number, (images, labels) in enumerate(image_batches(loader, "fitting", progress)):
+                if number == 0:
+                    self.tap.find(images)
+                    self._leave_out_unavailable(images)
+                writer.append(self.extract_batch(images, labels))
+            cache = writer.finish()
+            self._fit_from(cache, self.detectors)
+        return self
+
+    def refit(self, **parameters: Any) -> Engine:
+        """Fit again from the cache with other settings; the model is not run.
+
+        Args:
+            **parameters: either detector name → dict of its settings, or the name of a setting, which then goes to every
+                detector that has it: `refit(eps=0.5)`, `refit(opnp={"weight_range": (0.2, 1.0)})`. Calibration is redone from the
+                calibration features.
+
+        Returns:
+            The engine itself.
+
+        Raises:
+            NotFittedError: there is no cache, because `fit` has not run or the engine was loaded from a file.
+            InputError: an unknown name or a value out of range.
+        """
+        if self.cache is None:
+            raise NotFittedError(
+                "refit needs the feature cache of fit(loader), which a state file does not hold: call fit(loader)"
+            )
+        changed = {name: dict(detector.settings) for name, detector in self.detectors.items()}
+        for key, value in parameters.items():
+            holders = [name for name in changed if key in default_settings(name)]
+            if key in changed and isinstance(value, Mapping):
+                changed[key].update(value)
+            elif holders:
+                for name in holders:
+                    changed[name][key] = value
+            else:
+                raise InputError(
+                    f"refit({key}=...): expected a detector ({', '.join(changed)}) or a setting that one of them has"
+                )
+        with torch.inference_mode(False), torch.no_grad():
+            self._fit_from(self.cache, {name: create_detector(name, **settings) for name, settings in changed.items()})
+        return self
+
+    def calibrate(
+        self, loader: Loader, false_alarm_rate: float = 0.05, *, overlap: str = "refuse", progress: bool = False
+    ) -> Engine:
+        """Set thresholds from fresh ID data: `predict` then flags a share `false_alarm_rate` of ID inputs.
+
+        Args:
+            loader: yields ID images (labels are ignored) that `fit` has not seen.
+            false_alarm_rate: share of ID inputs to flag, in (0, 1).
+            overlap: "refuse" samples that were used in `fit`, or "drop" them.
+            progress: show a bar.
+
+        Returns:
+            The engine itself.
+
+        Raises:
+            CalibrationError: samples used in `fit`, too few samples for the rate, or scores that are not finite.
+            InputError: images the model rejects.
+        """
+        self._require_fitted()
+        if overlap not in ("refuse", "drop"):
+            raise InputError(f"overlap={overlap!r}: expected 'refuse' or 'drop'")
+        cache = self.extract(loader, "calibrating", progress)
+        used = self._used_in_fit(cache)
+        if used.any() and overlap == "refuse":
+            raise CalibrationError(
+                f"{int(used.sum())} of {len(cache)} calibration images were used in fit (the first is number"
+                f" {int(used.nonzero()[0])}): expected fresh ID images; hold some out, or pass overlap='drop'"
+            )
+        if used.any():
+            cache = FeatureCache(cache.rows.select((~used).nonzero().flatten()))
+        self._calibrate_from(cache, false_alarm_rate)
+        return self
+
+    def recalibrate(self) -> None:
+        """Set thresholds again from the calibration features, after settings changed; nothing where there are none."""
+        rates = {calibration.false_alarm_rate for calibration in self.calibrations.values()}
+        self.calibrations = {}
+        if self.calibration_cache is not None and rates and not self._used_in_fit(self.calibration_cache).any():
+            self._calibrate_from(self.calibration_cache, rates.pop())
+
+    def tune(self, loader: Loader, **options: Any) -> Engine:
+        """Choose settings such as NAP's w and OPNP's ranges on pseudo-OOD data; see `ood_engine.tuning.tune`."""
+        from .tuning import tune
+
+        self._require_fitted()
+        tune(self, loader, **options)
+        return self
+
+    def score(self, images: Tensor) -> Scores:
+        """Scores of one batch of images [N, C, H, W]: detector → float32 [N], higher = more in-distribution.
+
+        Nothing waits for the device: an input with NaN or Inf gets NaN, counted in `Scores.bad_rows`.
+
+        Raises:
+            NotFittedError: before `fit` or `load`.
+            InputError: not a batch of floating point images, an empty batch, or images the model rejects.
+        """
+        self._require_fitted()
+        with torch.no_grad():
+            captured = self.run(images)
+            valid = finite_rows(images).to(captured.head_input.device)
+            return self.score_signals(self.signals(captured.feature_map, captured.head_input), valid)
+
+    def score_features(self, feature_map: Tensor | None, features: Tensor | None = None) -> Scores:
+        """Scores from what the model computed already; no model is run.
+
+        Args:
+            feature_map: [N, D, H, W], for a proven map all that is needed; None for a model without one.
+            features: [N, D] what the head received; needed where the map is absent or unproven.
+
+        Raises:
+            NotFittedError: before `fit` or `load`.
+            InputError: neither is enough, or shapes that do not fit the head.
+        """
+        self._require_fitted()
+        width = self.head.weight.shape[1]
+        if feature_map is not None and (feature_map.ndim != 4 or not feature_map.is_floating_point()):
+            raise InputError(
+                f"feature_map: expected a floating point [N, D, H, W], got {feature_map.dtype} {list(feature_map.shape)}"
+            )
+        if features is None and (feature_map is None or not self.plan.proven or feature_map.shape[1] != width):
+            came = "none" if feature_map is None else str(list(feature_map.shape))
+            raise InputError(
+                f"feature_map {came}: expected [N, {width}, H, W] of a proven map; for others pass features [N, {width}] as well"
+            )
+        if features is not None and (features.ndim != 2 or features.shape[1] != width):
+            raise InputError(f"features: expected [N, {width}] as the head receives them, got {list(features.shape)}")
+        with torch.no_grad():
+            return self.score_signals(self.signals(feature_map, features))
+
+    def score_loader(self, loader: Loader, *, progress: bool = False) -> Scores:
+        """Scores of everything a loader yields, on the CPU, in its order; warns about inputs without a sound score.
+
+        Raises:
+            InputError: the loader is empty, or see `score`.
+        """
+        parts = []
+        for images, _ in image_batches(loader, "scoring", progress):
+            scores = self.score(images)
+            clamped = {name: count.cpu() for name, count in scores.clamped.items()}
+            parts.append(Scores({name: score.cpu() for name, score in scores.items()}, clamped))
+        if not parts:
+            raise InputError("the loader gave no images: expected at least one batch; check its path and filters")
+        scores = Scores.concatenate(parts)
+        scores.report()
+        return scores
+
+    def predict(self, images: Tensor) -> dict[str, Tensor]:
+        """Detector → bool [N], True = out-of-distribution; an input without a sound score is flagged.
+
+        Raises:
+            NotFittedError: before `calibrate`; otherwise as `score`.
+        """
+        self._require_calibrated()
+        return {
+            name: self.calibrations[name].is_out_of_distribution(score) for name, score in self.score(images).items()
+        }
+
+    def p_values(self, images: Tensor) -> dict[str, Tensor]:
+        """Detector → conformal p-values float32 [N] from the calibration scores; NaN for an input without a sound score.
+
+        Raises:
+            NotFittedError: before `calibrate`; otherwise as `score`.
+        """
+        self._require_calibrated()
+        return {name: self.calibrations[name].p_values(score) for name, score in self.score(images).items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write everything fitted to a safetensors file; see `ood_engine.storage`."""
+        from .storage import save
+
+        self._require_fitted()
+        save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module) -> Engine:
+        """An engine from a state file, for the model it was fitted to.
+
+        Raises:
+            StateError: the file is damaged, of another version, or was fitted to another head.
+            TapError: the model's layers are others than those that were fitted.
+        """
+        from .storage import load
+
+        return load(Path(path), model)
+
+    def _leave_out_unavailable(self, images: Tensor) -> None:
+        """Drop default detectors that need a map the model does not offer; refuse those that were named."""
+        feature_map = self.run(images[:32]).feature_map
+        reason = self.plan.reason if feature_map is None else self.check_map(feature_map)
+        lacking = [name for name, detector in self.detectors.items() if detector.needs_map]
+        if reason is None or not lacking:
+            return
+        message = f"{', '.join(lacking)} not available for this model: {reason}"
+        if not self._are_defaults:
+            raise DetectorUnavailableError(f"{message}; or name the map by feature_map=..., or leave the detector out")
+        warnings.warn(message, OodEngineWarning, stacklevel=3)
+        self.unavailable = dict.fromkeys(lacking, reason)
+        self.detectors = {name: detector for name, detector in self.detectors.items() if name not in lacking}
+
+    def _fit_from(self, cache: FeatureCache, detectors: dict[str, Detector]) -> None:
+        data = FitData(cache, self.head, self.seed)
+        for detector in detectors.values():
+            detector.to(self.tap.device)
+            detector.fit(data)
+        self.cache = cache
+        self.fit_fingerprints = cache.rows.fingerprints.clone()
+        self.detectors = detectors
+        self.recalibrate()
+
+    def _used_in_fit(self, cache: FeatureCache) -> Tensor:
+        assert self.fit_fingerprints is not None
+        return torch.isin(cache.rows.fingerprints, self.fit_fingerprints)
+
+    def _calibrate_from(self, cache: FeatureCache, false_alarm_rate: float) -> None:
+        scores = self.score_rows(cache)
+        calibrations = {name: Calibration(false_alarm_rate).fit(score, name) for name, score in scores.items()}
+        self.calibrations = {name: calibration.to(self.tap.device) for name, calibration in calibrations.items()}
+        self.calibration_cache = cache
+
+    def _require_fitted(self) -> None:
+        unfitted = [name for name, detector in self.detectors.items() if not detector.is_fitted]
+        if not self.tap.is_ready or unfitted:
+            raise NotFittedError(
+                "the engine is not fitted: call fit(loader) with ID images, or Engine.load(path, model)"
+            )
+
+    def _require_calibrated(self) -> None:
+        self._require_fitted()
+        if not self.calibrations:
+            raise NotFittedError("the engine is not calibrated: call calibrate(loader) with fresh ID images first")

@@ -1,0 +1,140 @@
+"""The way from images to features and scores: one forward of the model, one read of the map, every detector."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import ood_kernels as ok
+
+from .batches import Loader, image_batches
+from .cache import CacheRows, CacheWriter, FeatureCache, fingerprint
+from .detectors import Detector
+from .errors import InputError
+from .fitting import signals_from_rows
+from .scores import Scores
+from .signals import Signals
+from .tap import Captured, Tap, TapPlan
+
+__all__ = ["Pipeline"]
+
+
+class Pipeline:
+    """A tap on a model and the detectors that read what it catches."""
+
+    tap: Tap
+    rectify: bool
+    detectors: dict[str, Detector]
+
+    @property
+    def head(self) -> ok.Head:
+        """The unpruned head: weight [C, D] and bias, as they are in the model now."""
+        layer = self.tap.head
+        return ok.Head(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+
+    @property
+    def plan(self) -> TapPlan:
+        """Which head and feature map were found, and whether the map is proven."""
+        return self.tap.plan
+
+    @property
+    def reads_map(self) -> bool:
+        """Whether any detector needs the feature map."""
+        return any(detector.needs_map for detector in self.detectors.values())
+
+    def extract(self, loader: Loader, what: str, progress: bool = False) -> FeatureCache:
+        """The features of everything a loader yields, in memory."""
+        writer = CacheWriter()
+        with torch.inference_mode(False), torch.no_grad():
+            for images, labels in image_batches(loader, what, progress):
+                writer.append(self.extract_batch(images, labels))
+        return writer.finish()
+
+    def extract_batch(self, images: Tensor, labels: Tensor) -> CacheRows:
+        """The cache rows of one batch; an image with NaN or Inf has NaN features."""
+        captured = self.run(images)
+        features = wide(captured.head_input)
+        nothing = features.new_empty((len(features), 0))
+        maximum, nap_mean = nothing, nothing
+        if captured.feature_map is not None and (self.plan.proven or self.reads_map):
+            statistics = ok.pool_statistics(captured.feature_map, rectify=self.rectify)
+            if self.plan.proven:
+                features = wide(self.tap.features(statistics.h))
+            if self.reads_map:
+                maximum = statistics.maximum
+                # Kept only where NAP does not pool what the head reads.
+                is_pooled = self.plan.proven and self.plan.tail is None and not self.rectify
+                nap_mean = nothing if is_pooled else statistics.nap_mean
+        valid = finite_rows(images).to(features.device)
+        features = torch.where(valid[:, None], features, torch.nan)
+        return CacheRows(features, fingerprint(images), labels, maximum, nap_mean)
+
+    def run(self, images: Tensor) -> Captured:
+        """One forward of the model.
+
+        Raises:
+            InputError: not a batch of floating point images, an empty batch, or images the model rejects.
+        """
+        if isinstance(images, Tensor) and images.shape[:1] == (0,):
+            raise InputError(f"images {list(images.shape)}: the batch is empty; expected at least one image")
+        return self.tap(images)
+
+    def check_map(self, feature_map: Tensor) -> str | None:
+        """Why NAP cannot read this map; None where it can."""
+        if self.rectify:
+            return None
+        lowest = float(feature_map.min())
+        if lowest >= 0 or lowest != lowest:
+            return None
+        return (
+            f"the feature map {self.plan.feature_map!r} has negative values (down to {lowest:.3g}), where max / (mean + eps) means"
+            " nothing; pass rectify=True to score its ReLU"
+        )
+
+    def signals(self, feature_map: Tensor | None, head_input: Tensor | None) -> Signals:
+        """What the detectors read, from one read of the map."""
+        nap: dict[float, Tensor] = {}
+        statistics = None
+        features = head_input
+        wanted = sorted({detector.eps for detector in self.detectors.values() if detector.eps is not None})
+        if feature_map is not None and (wanted or self.plan.proven):
+            if len(wanted) <= 1:
+                eps = wanted[0] if wanted else 1.0
+                pooled, nap[eps] = ok.pool_nap(feature_map, eps, rectify=self.rectify)
+            else:
+                statistics = ok.pool_statistics(feature_map, rectify=self.rectify)
+                pooled = statistics.h
+            if self.plan.proven:
+                features = self.tap.features(pooled)
+        assert features is not None
+        masks = [detector.masks for detector in self.detectors.values() if detector.masks is not None]
+        return Signals(wide(features), self.head, statistics, nap, masks[0] if masks else None)
+
+    def score_signals(self, signals: Signals, valid: Tensor | None = None) -> Scores:
+        """Every detector's score; NaN in rows that are not sound."""
+        sound = torch.isfinite(signals.features).all(1)
+        if valid is not None:
+            sound &= valid
+        scores = {}
+        for name, detector in self.detectors.items():
+            score = detector(signals)
+            scores[name] = torch.where(sound & torch.isfinite(score), score, torch.nan).float()
+        return Scores(scores, signals.clamped)
+
+    def score_rows(self, cache: FeatureCache) -> Scores:
+        """Scores of cached samples, on the CPU."""
+        with torch.inference_mode(False), torch.no_grad():
+            parts = [self.score_signals(signals_from_rows(rows, self.head)) for rows in cache.batches()]
+        return Scores.concatenate(
+            [Scores({name: score.cpu() for name, score in part.items()}, part.clamped) for part in parts]
+        )
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """fp32 unless it is fp64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def finite_rows(images: Tensor) -> Tensor:
+    """Bool [N]: images without NaN or Inf."""
+    return torch.isfinite(images).flatten(1).all(1)

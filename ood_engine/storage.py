@@ -1,0 +1,238 @@
+"""State files: safetensors with a JSON header; nothing is ever unpickled.
+
+The header holds the format and package versions, what was tapped, a digest of the head, every detector's settings and a digest
+of all tensors; the tensors are the detectors' buffers, the calibration scores, the fingerprints of the fitted samples and the
+canary. Tensors that several detectors share are stored once.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import ood_kernels as ok
+
+from .cache import CacheRows
+from .calibration import Calibration
+from .canary import Canary
+from .detectors import create_detector
+from .discovery import TapPlan
+from .errors import OodEngineError, StateError
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+__all__ = ["FORMAT", "head_digests", "load", "read_header", "save"]
+
+FORMAT = 1
+_KEY = "ood_engine"
+_DIGEST_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def save(engine: Engine, path: Path) -> None:
+    """Write the fitted state of `engine`, whole or not at all.
+
+    Raises:
+        OodEngineError: the disk is full.
+    """
+    tensors, aliases = _share(_collect(engine))
+    header = _describe(engine) | {"aliases": aliases, "tensors_digest": _tensors_digest(tensors)}
+    text = json.dumps(header, sort_keys=True)
+    metadata = {_KEY: text, "digest": hashlib.sha256(text.encode()).hexdigest()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, None):
+            raise
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        raise OodEngineError(
+            f"{path}: could not be written ({error}); {size / 2**20:.1f} MiB are needed; free some space or name another place"
+        ) from error
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a state file, without its tensors and without a model.
+
+    Raises:
+        StateError: no such file, not a state file, damaged, altered, or of another format version.
+    """
+    return _open(path, with_tensors=False)[0]
+
+
+def load(path: Path, model: nn.Module) -> Engine:
+    """See `Engine.load`."""
+    from .engine import Engine
+
+    header, tensors = _open(path, with_tensors=True)
+    plan = TapPlan(**{**header["plan"], "tail_shape": tuple(header["plan"]["tail_shape"])})
+    names = [entry["name"] for entry in header["detectors"]]
+    engine = Engine(model, names, rectify=header["rectify"], seed=header["seed"])
+    engine.tap.adopt(plan)
+    _check_head(engine.head, header["head"], path)
+    device = engine.tap.device
+    tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
+    tensors |= {key: tensors[original] for key, original in header["aliases"].items()}
+    for entry in header["detectors"]:
+        detector = create_detector(entry["name"], **entry["settings"]).to(device)
+        detector.load_state_dict(_below(tensors, f"detectors.{entry['name']}."), assign=True)
+        engine.detectors[entry["name"]] = detector
+    for name, rate in header["false_alarm_rates"].items():
+        engine.calibrations[name] = Calibration(rate).to(device)
+        engine.calibrations[name].load_state_dict(_below(tensors, f"calibrations.{name}."), assign=True)
+    engine.fit_fingerprints = tensors["fit.fingerprints"].cpu()
+    engine.unavailable, engine.tuning, engine.information = (
+        header[key] for key in ("unavailable", "tuning", "information")
+    )
+    rows = CacheRows(*(tensors[f"canary.rows.{field}"].cpu() for field in CacheRows._fields))
+    engine.canary = Canary(rows, {name: score.cpu() for name, score in _below(tensors, "canary.scores.").items()})
+    engine.canary.replay(engine, engine.calibrations)
+    return engine
+
+
+def head_digests(head: ok.Head) -> dict[str, str]:
+    """SHA-256 of weight and bias, as they are in each dtype that the model may be cast to."""
+    digests = {}
+    for dtype in _DIGEST_DTYPES:
+        digest = hashlib.sha256(repr(tuple(head.weight.shape)).encode())
+        for tensor in (head.weight, head.bias):
+            if tensor is not None:
+                digest.update(_bytes(tensor.to(dtype)))
+        digests[str(dtype).removeprefix("torch.")] = digest.hexdigest()
+    return digests
+
+
+def _collect(engine: Engine) -> dict[str, Tensor]:
+    cache = engine.calibration_cache or engine.cache
+    canary = Canary.take(engine, cache) if cache is not None else engine.canary
+    assert canary is not None
+    assert engine.fit_fingerprints is not None
+    tensors = {f"canary.rows.{field}": column for field, column in zip(CacheRows._fields, canary.rows, strict=True)}
+    tensors |= {f"canary.scores.{name}": score for name, score in canary.scores.items()}
+    tensors["fit.fingerprints"] = engine.fit_fingerprints
+    for group, modules in (("detectors", engine.detectors), ("calibrations", engine.calibrations)):
+        for name, module in modules.items():
+            tensors |= {f"{group}.{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+    return tensors
+
+
+def _share(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(each distinct tensor once, contiguous on the CPU; key → key that holds the same tensor)."""
+    first: dict[tuple[Any, ...], str] = {}
+    aliases = {}
+    distinct = {}
+    for key, tensor in tensors.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and place in first:
+            aliases[key] = first[place]
+        else:
+            first[place] = key
+            distinct[key] = tensor.detach().cpu().contiguous().clone()
+    return distinct, aliases
+
+
+def _describe(engine: Engine) -> dict[str, Any]:
+    head = engine.head
+    return {
+        "format": FORMAT,
+        "package": __version__,
+        "torch": torch.__version__,
+        "plan": asdict(engine.plan),
+        "rectify": engine.rectify,
+        "seed": engine.seed,
+        "head": {
+            "classes": head.weight.shape[0],
+            "features": head.weight.shape[1],
+            "bias": head.bias is not None,
+            "dtype": str(head.weight.dtype).removeprefix("torch."),
+            "digests": head_digests(head),
+        },
+        "detectors": [{"name": name, "settings": detector.settings} for name, detector in engine.detectors.items()],
+        "false_alarm_rates": {name: calibration.false_alarm_rate for name, calibration in engine.calibrations.items()},
+        "thresholds": {name: float(calibration.threshold) for name, calibration in engine.calibrations.items()},
+        "calibration_samples": len(engine.calibration_cache) if engine.calibration_cache is not None else None,
+        "fit_samples": 0 if engine.fit_fingerprints is None else len(engine.fit_fingerprints),
+        "unavailable": engine.unavailable,
+        "tuning": engine.tuning,
+        "information": engine.information,
+    }
+
+
+def _open(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise StateError(f"{path}: no such state file; make one by engine.save(path) or `ood-engine fit`")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()} if with_tensors else {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise StateError(
+            f"{path}: truncated, or not a safetensors file ({error}); copy it again or fit anew"
+        ) from error
+    text = metadata.get(_KEY)
+    if text is None:
+        raise StateError(
+            f"{path}: a safetensors file, but not an ood-engine state; give the file that engine.save wrote"
+        )
+    if hashlib.sha256(text.encode()).hexdigest() != metadata.get("digest"):
+        raise StateError(f"{path}: its header was altered since it was written; copy it again or fit anew")
+    header: dict[str, Any] = json.loads(text)
+    if header.get("format") != FORMAT:
+        raise StateError(
+            f"{path}: format version {header.get('format')}, written by ood-engine {header.get('package')}: expected version"
+            f" {FORMAT}; fit again with this version, or install the one that wrote it"
+        )
+    if with_tensors and _tensors_digest(tensors) != header["tensors_digest"]:
+        raise StateError(f"{path}: its tensors were altered since it was written; copy it again or fit anew")
+    return header, tensors
+
+
+def _check_head(head: ok.Head, fitted: dict[str, Any], path: Path) -> None:
+    shape = (fitted["classes"], fitted["features"], fitted["bias"])
+    came = (*head.weight.shape, head.bias is not None)
+    if shape != came:
+        raise StateError(
+            f"{path}: fitted to a head of {_words(*shape)}, this model's has {_words(*came)}; load the model that was fitted, or"
+            " fit again"
+        )
+    dtype = str(head.weight.dtype).removeprefix("torch.")
+    if head_digests(head)[dtype] != fitted["digests"][dtype]:
+        raise StateError(
+            f"{path}: fitted to another head: shapes agree, weights do not; load the checkpoint that was fitted, or fit again"
+        )
+
+
+def _words(classes: int, features: int, bias: bool) -> str:
+    return f"{classes} classes × {features} features {'with' if bias else 'without'} bias"
+
+
+def _tensors_digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)}".encode())
+        digest.update(_bytes(tensors[key]))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
