@@ -1,0 +1,89 @@
+"""What the figures show, as numbers: histograms over shared bins, ROC curves thinned for drawing, ticks, colours."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["ID_COLOUR", "LINE_COLOURS", "OOD_COLOUR", "Histogram", "histogram", "roc_curve", "ticks"]
+
+# The colour-blind safe palette of Okabe and Ito, without its yellow, which is lost on white.
+ID_COLOUR, OOD_COLOUR = "#0072B2", "#D55E00"
+LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5F6670")
+
+SHOWN_QUANTILES = (0.005, 0.995)
+LARGEST, SMALLEST_SPAN = 1e300, 1e-300
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Densities of ID and OOD scores over the same equal bins.
+
+    Attributes:
+        edges: Edges of the bins, [B + 1].
+        id_heights: Density of the ID scores, [B], in units of the higher of both peaks.
+        ood_heights: The same for the OOD scores.
+    """
+
+    edges: np.ndarray
+    id_heights: np.ndarray
+    ood_heights: np.ndarray
+
+
+def histogram(id_scores: np.ndarray, ood_scores: np.ndarray) -> Histogram | None:
+    """Histogram of finite scores between the 0.5 % and 99.5 % quantiles of either set; None if a set is empty.
+
+    Densities count all scores of a set, also those outside of what is shown. There are √n bins (n of the smaller set),
+    between 12 and 60.
+    """
+    if not id_scores.size or not ood_scores.size:
+        return None
+    id_scores, ood_scores = (np.clip(scores, -LARGEST, LARGEST) for scores in (id_scores, ood_scores))
+    low, high = _shown_range(id_scores, ood_scores)
+    n_bins = int(np.clip(math.isqrt(min(id_scores.size, ood_scores.size)), 12, 60))
+    edges = np.linspace(low, high, n_bins + 1)
+    heights = [np.histogram(scores, bins=edges)[0] / scores.size for scores in (id_scores, ood_scores)]
+    peak = max(float(part.max()) for part in heights) or 1.0
+    return Histogram(edges, heights[0] / peak, heights[1] / peak)
+
+
+def _shown_range(id_scores: np.ndarray, ood_scores: np.ndarray) -> tuple[float, float]:
+    both, (lowest, highest) = (id_scores, ood_scores), SHOWN_QUANTILES
+    low = min(float(np.quantile(scores, lowest, method="lower")) for scores in both)
+    high = max(float(np.quantile(scores, highest, method="higher")) for scores in both)
+    size = max(abs(low), abs(high))
+    if high - low <= max(1e-9 * size, SMALLEST_SPAN):
+        margin = max(0.5, 0.05 * size)
+        return low - margin, high + margin
+    return low, high
+
+
+def roc_curve(
+    id_scores: np.ndarray, ood_scores: np.ndarray, n_points: int = 300
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """ROC curve of finite scores, ID as the positive class: (FPR, TPR), each [M] from 0 to 1; None if a set is empty.
+
+    Each point is exact: the shares of OOD and of ID that score at least some threshold. Tied scores enter together. Of
+    long curves about `n_points`, evenly spread along the curve, are kept.
+    """
+    if not id_scores.size or not ood_scores.size:
+        return None
+    thresholds = np.unique(np.concatenate([id_scores, ood_scores]))[::-1]
+    tpr, fpr = (
+        np.concatenate([[0.0], 1 - np.searchsorted(np.sort(scores), thresholds, side="left") / scores.size])
+        for scores in (id_scores, ood_scores)
+    )
+    kept = np.unique(np.searchsorted(fpr + tpr, np.linspace(0.0, 2.0, n_points)))
+    return fpr[kept], tpr[kept]
+
+
+def ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """Two to six round numbers in [low, high] with labels that tell them apart."""
+    span = high - low
+    power = 10.0 ** math.floor(math.log10(span / 4))
+    step = next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= 5)
+    values = np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
+    digits = 1 + math.floor(math.log10(max(abs(low), abs(high)))) - math.floor(math.log10(step))
+    return [(float(value), f"{value + 0.0:.{digits}g}") for value in values]
