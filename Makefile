@@ -1,0 +1,54 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+# A machine with a GPU takes torch's default build; any other is held to the CPU build.
+GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes || { rocminfo >/dev/null 2>&1 && echo yes; })
+CONSTRAINTS := $(if $(GPU),,--constraint constraints/cpu.txt)
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test lint bench docs clean
+
+help:
+	@echo "make demo   set up $(VENV) and run the demo: table, report and pictures in demo-output/"
+	@echo "make test   set up $(VENV) and run the tests"
+	@echo "make lint   ruff and mypy"
+	@echo "make bench  memory and speed against per-sample autograd"
+	@echo "make docs   API reference as HTML in docs/api/"
+	@echo "make clean  remove $(VENV) and what the commands left"
+
+demo: $(VENV)/ready-cli
+	$(BIN)/ood-engine demo
+
+test: $(VENV)/ready-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/ready-bench
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/closed_form_vs_autograd.py
+
+docs: $(VENV)/ready-docs
+	$(BIN)/pdoc --output-directory docs/api --docformat google ood_engine ood_kernels
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output docs/api .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/ready-venv:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/ready-%: $(VENV)/ready-venv setup.py constraints/cpu.txt constraints/model-zoo.txt
+	$(PIP) $(CONSTRAINTS) --editable '.[$*]' || { $(no_torch); }
+	$(if $(filter test,$*),$(PIP) $(if $(GPU),torchvision timm,--no-deps --requirement constraints/model-zoo.txt))
+	@touch $@
+
+define no_torch
+echo "Could not install. Without a GPU, constraints/cpu.txt asks for the CPU build of torch: point pip at PyTorch's CPU wheels with"; \
+echo "PIP_EXTRA_INDEX_URL (the address stands on PyTorch's 'Get started' page), or run 'make GPU=yes ...' to take the default build."; \
+exit 1
+endef
