@@ -49,7 +49,7 @@ class Signals:
         self._nap = dict(nap or {})
         self._fuse = fuse
         self._energy: tuple[Tensor, Tensor, Tensor] | None = None
-        self._coordinates: dict[tuple[int, ...], Tensor] = {}
+        self._coordinates: dict[tuple[int | str | None, ...], Tensor] = {}
         self.clamped: dict[str, Tensor] = {}
 
     def nap(self, eps: float) -> Tensor:
@@ -85,7 +85,7 @@ class Signals:
         """[N, K] centred coordinates of the last-layer gradient in `basis`."""
         tensors = basis.tensors()
         # Detectors loaded from one state hold bases of their own over the same tensors.
-        key = tuple(id(part) for part in tensors)
+        key = tuple(id(part) if isinstance(part, Tensor) else part for part in tensors)
         if key not in self._coordinates:
             self._coordinates[key] = ok.project_gradients(self.probabilities, self.features, tensors)
         return self._coordinates[key]

@@ -20,6 +20,8 @@ from .fitted import FittedModule
 
 __all__ = ["DualBasis", "ExplicitBasis"]
 
+_ANCHOR_BLOCK = 256
+
 
 class _Basis(FittedModule):
     """What both forms share: fitting, projection, norms."""
@@ -60,16 +62,27 @@ class _Basis(FittedModule):
 
     def centred_norm(self, p: Tensor, h: Tensor) -> Tensor:
         """‖G - Ḡ‖ [N] in fp64: ‖a‖²‖h̃‖² - 2 aᵀ Ḡ h̃ + ‖Ḡ‖², a difference of large numbers."""
-        a, mean = reference.cotangent(p.double(), self.cotangent), self.mean.double()
-        h_tilde = extend(h.double(), self.bias)
-        squared = a.square().sum(1) * h_tilde.square().sum(1) - 2 * ((a @ mean) * h_tilde).sum(1) + mean.square().sum()
-        # A maximum would turn NaN of a bad row into 0.
-        return squared.clamp_min(0).sqrt()
+        return self._norms(p, h)[0].sqrt()
 
     def residual_norm(self, p: Tensor, h: Tensor) -> Tensor:
         """‖(I - V Vᵀ)(G - Ḡ)‖ [N] in fp64: the part of the centred gradient outside the subspace; V has orthonormal columns."""
-        inside = ok.project_gradients(p.double(), h.double(), self).square().sum(1)
-        return (self.centred_norm(p, h).square() - inside).clamp_min(0).sqrt()
+        total, inside = self._norms(p, h)
+        return (total - inside).clamp_min(0).sqrt()
+
+    def _norms(self, p: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """‖G - Ḡ‖² and ‖g_low‖², [N] each, in fp64."""
+        a, h = reference.cotangent(p.double(), self.cotangent), h.double()
+        along_mean, coordinates = self._inner_products(a, h)
+        total = a.square().sum(1) * (h.square().sum(1) + self.bias) - 2 * along_mean + self._mean_square()
+        return total.clamp_min(0), coordinates.square().sum(1)
+
+    def _inner_products(self, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """⟨G, Ḡ⟩ [N] and the centred coordinates [N, K], in fp64."""
+        raise NotImplementedError
+
+    def _mean_square(self) -> Tensor:
+        """‖Ḡ‖², 0-d in fp64."""
+        raise NotImplementedError
 
 
 def extend(h: Tensor, bias: bool) -> Tensor:
@@ -80,8 +93,8 @@ def extend(h: Tensor, bias: bool) -> Tensor:
 class DualBasis(_Basis):
     """PCA of last-layer gradients, written over the n anchor samples it was found from: V_k = Σ_i α_ik (a_i ⊗ h̃_i).
 
-    Exact: coordinates equal those of PCA on the materialised gradients of the anchors up to sign, at 2·n·(C + D̃ + K) flops a
-    sample instead of 2·K·C·D̃. The mean gradient is the anchors' own.
+    Exact: coordinates equal those of PCA on the materialised gradients of the anchors up to sign, at 2·(n·(C + D + K) + C·K)
+    flops a sample instead of 2·K·C·D̃. The mean gradient is the anchors' own.
 
     Args:
         cotangent: the scalar that is differentiated, see `ood_kernels.reference.cotangent`.
@@ -89,7 +102,8 @@ class DualBasis(_Basis):
     """
 
     def __init__(self, *, cotangent: str = "energy", bias: bool = True) -> None:
-        super().__init__("anchor_cotangents", "anchor_features", "coefficients", cotangent=cotangent, bias=bias)
+        names = ("anchor_cotangents", "anchor_features", "coefficients", "shift", "linear", "mean_square")
+        super().__init__(*names, cotangent=cotangent, bias=bias)
 
     @classmethod
     def fit(
@@ -123,6 +137,7 @@ class DualBasis(_Basis):
         Raises:
             InputError: too few samples for K, values that are not finite, or an unknown option.
         """
+        check_n_components(n_components)
         basis = cls(cotangent=cotangent, bias=bias)
         _check_samples(p, h, normalisation)
         dtype = reference.compute_dtype(p, h)
@@ -136,12 +151,17 @@ class DualBasis(_Basis):
         kept = _count_components(eigenvalues, gram, n_components)
         explained = eigenvalues[:kept] / eigenvalues.clamp_min(0).sum()
         coefficients = _fix_signs(eigenvectors[:, :kept]) / eigenvalues[:kept].sqrt()
+        shift = anchor_h.mean(0).to(dtype)
+        linear = reference.linear_part(anchor_a, anchor_h, coefficients, shift.double(), bias)
         basis.set_fitted(
             anchor_cotangents=anchor_a.to(dtype),
             anchor_features=anchor_h.to(dtype),
             coefficients=coefficients.to(dtype),
             constants=(gram_mean @ coefficients).to(dtype),
+            shift=shift,
+            linear=linear.to(dtype),
             explained=explained.to(dtype),
+            mean_square=gram_mean.mean(),
         )
         return basis
 
@@ -154,11 +174,11 @@ class DualBasis(_Basis):
     def flops(self, samples: int) -> int:
         """Floating point operations of projecting `samples` gradients."""
         anchors, classes = self.fitted("anchor_cotangents").shape
-        width = self.fitted("anchor_features").shape[1] + self.bias
-        return 2 * samples * anchors * (classes + width + self.n_components)
+        width = self.fitted("anchor_features").shape[1]
+        return 2 * samples * (anchors * (classes + width + self.n_components) + classes * self.n_components)
 
     def tensors(self) -> ok.DualTensors:
-        """Anchors, coefficients and constants."""
+        """Anchors, coefficients, constants and shift."""
         return ok.DualTensors(
             self.fitted("anchor_cotangents"),
             self.fitted("anchor_features"),
@@ -166,7 +186,23 @@ class DualBasis(_Basis):
             self.fitted("constants"),
             self.cotangent,
             self.bias,
+            self.fitted("shift"),
+            self.fitted("linear"),
         )
+
+    def _inner_products(self, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        names = ("anchor_cotangents", "anchor_features", "coefficients")
+        anchors = zip(*(self.fitted(name).split(_ANCHOR_BLOCK) for name in names), strict=True)
+        along_mean, coordinates = torch.zeros_like(a[:, 0]), -self.fitted("constants").double()
+        for block in anchors:  # a block at a time, for the anchors in fp64 are twice their size
+            anchor_a, anchor_h, coefficients = (part.double() for part in block)
+            kernel = (a @ anchor_a.T) * (h @ anchor_h.T + self.bias)
+            along_mean = along_mean + kernel.sum(1)
+            coordinates = coordinates + kernel @ coefficients
+        return along_mean / len(self.fitted("anchor_cotangents")), coordinates
+
+    def _mean_square(self) -> Tensor:
+        return self.fitted("mean_square")
 
     def to_explicit(self) -> ExplicitBasis:
         """The same subspace as its vectors [K, C, D̃]: K·C·D̃ numbers, 8 GB for ImageNet's ResNet-50 at K = 1000."""
@@ -214,6 +250,14 @@ class ExplicitBasis(_Basis):
         """Components and constants."""
         return ok.ExplicitTensors(self.fitted("components"), self.fitted("constants"), self.cotangent, self.bias)
 
+    def _inner_products(self, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        along_mean = ((a @ self.mean.double()) * extend(h, self.bias)).sum(1)
+        tensors = self.tensors()
+        return along_mean, reference.project_explicit(a, h, tensors.components, tensors.constants, self.bias)
+
+    def _mean_square(self) -> Tensor:
+        return self.mean.double().square().sum()
+
     def to_explicit(self) -> ExplicitBasis:
         """Itself."""
         return self
@@ -231,6 +275,14 @@ def _check_samples(p: Tensor, h: Tensor, normalisation: str) -> None:
         )
 
 
+def check_n_components(wanted: int | float) -> None:
+    """Raise InputError unless it is a number of components, or a share of the variance."""
+    is_share = isinstance(wanted, float) and 0 < wanted < 1
+    is_number = isinstance(wanted, int) and not isinstance(wanted, bool) and wanted >= 1
+    if not is_share and not is_number:
+        raise InputError(f"n_components={wanted!r}: expected a whole number of at least 1, or a share in (0, 1)")
+
+
 def _count_components(eigenvalues: Tensor, gram: Tensor, wanted: int | float) -> int:
     """K that was asked for, or less where the gradients do not span it."""
     anchors = eigenvalues.shape[0]
@@ -242,12 +294,8 @@ def _count_components(eigenvalues: Tensor, gram: Tensor, wanted: int | float) ->
             f"all {anchors} anchor gradients are equal: expected samples that differ; fit on more varied ID data"
         )
     if isinstance(wanted, float):
-        if not 0 < wanted < 1:
-            raise InputError(f"n_components={wanted}: expected a number of components, or a share in (0, 1)")
         cumulative = eigenvalues[:rank].cumsum(0) / eigenvalues[:rank].sum()
         return int((cumulative < wanted).sum()) + 1
-    if wanted < 1:
-        raise InputError(f"n_components={wanted}: expected at least 1")
     if wanted > anchors - 1:
         raise InputError(
             f"n_components={wanted} with {anchors} anchors: expected at least {wanted + 1} anchors, for centred gradients of n"

@@ -36,6 +36,13 @@ def _check_basis(tensors: BasisTensors) -> tuple[int, int]:
     fits = coefficients.ndim == 2 and coefficients.shape[0] == anchors
     _require(fits, "coefficients", f"[{anchors}, K]", coefficients)
     _require(constants.shape == coefficients.shape[1:], "constants", f"[{coefficients.shape[1]}]", constants)
+    shift, linear = tensors.shift, tensors.linear
+    if (shift is None) != (linear is None):
+        raise ValueError("shift and linear of a dual basis belong together: expected both or neither, got one")
+    if shift is not None and linear is not None:
+        _require(shift.shape == features.shape[1:], "shift", f"[{features.shape[1]}]", shift)
+        shape = (cotangents.shape[1], coefficients.shape[1])
+        _require(linear.shape == shape, "linear", str(list(shape)), linear)
     return cotangents.shape[1], features.shape[1]
 
 
@@ -157,8 +164,8 @@ def project_gradients(p: Tensor, h: Tensor, basis: BasisTensors | HasBasisTensor
     h = h.detach()
     a = reference.cotangent(p.detach(), tensors.cotangent)
     if isinstance(tensors, DualTensors):
-        anchors = (tensors.anchor_cotangents.detach(), tensors.anchor_features.detach())
-        return ops.project_dual(a, h, *anchors, tensors.coefficients.detach(), tensors.constants.detach(), tensors.bias)
+        shift, linear = (None if part is None else part.detach() for part in (tensors.shift, tensors.linear))
+        return ops.project_dual(a, h, *(part.detach() for part in tensors[:4]), tensors.bias, shift, linear)
     return ops.project_explicit(a, h, tensors.components.detach(), tensors.constants.detach(), tensors.bias)
 
 

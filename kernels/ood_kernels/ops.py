@@ -26,7 +26,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "project_dual(Tensor a, Tensor h, Tensor anchor_cotangents, Tensor anchor_features, Tensor coefficients,"
-    " Tensor constants, bool bias) -> Tensor"
+    " Tensor constants, bool bias, Tensor? shift=None, Tensor? linear=None) -> Tensor"
 )
 _LIBRARY.define("project_explicit(Tensor a, Tensor h, Tensor components, Tensor constants, bool bias) -> Tensor")
 
@@ -61,9 +61,13 @@ def _project_dual(
     coefficients: Tensor,
     constants: Tensor,
     bias: bool,
+    shift: Tensor | None = None,
+    linear: Tensor | None = None,
 ) -> Tensor:
     with _full_precision(h):
-        return reference.project_dual(a, h, anchor_cotangents, anchor_features, coefficients, constants, bias)
+        return reference.project_dual(
+            a, h, anchor_cotangents, anchor_features, coefficients, constants, bias, shift, linear
+        )
 
 
 def _project_explicit(a: Tensor, h: Tensor, components: Tensor, constants: Tensor, bias: bool) -> Tensor:
@@ -111,6 +115,8 @@ def _(
     coefficients: Tensor,
     constants: Tensor,
     bias: bool,
+    shift: Tensor | None = None,
+    linear: Tensor | None = None,
 ) -> Tensor:
     return h.new_empty((h.shape[0], coefficients.shape[1]), dtype=compute_dtype(a, h, coefficients))
 

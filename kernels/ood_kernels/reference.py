@@ -16,6 +16,7 @@ from .types import BasisTensors, DualTensors, HasBasisTensors, Head, PoolStatist
 __all__ = [
     "COTANGENTS",
     "cotangent",
+    "linear_part",
     "masked_energy",
     "nap_from_statistics",
     "pool_nap",
@@ -134,18 +135,31 @@ def project_dual(
     coefficients: Tensor,
     constants: Tensor,
     bias: bool = True,
+    shift: Tensor | None = None,
+    linear: Tensor | None = None,
 ) -> Tensor:
     """Centred coordinates [N, K] in a dual basis: ((A Aₐᵀ) ∘ (H̃ H̃ₐᵀ)) · coefficients - constants.
 
     The Gram entry of two rank-one gradients is ⟨a ⊗ h̃, a_i ⊗ h̃_i⟩ = (a·a_i)(h̃·h̃_i), so three matrix products replace
-    any tensor of [N, C, D]: 2·n·(C + D̃ + K) flops a sample.
+    any tensor of [N, C, D]: 2·n·(C + D̃ + K) flops a sample. With a shift μ, G = a ⊗ [h - μ; 0] + a ⊗ [μ; 1], and the second
+    term's coordinates are `a @ linear`: the same numbers, from a Gram matrix without the part that all its entries share.
     """
     dtype = compute_dtype(a, h, coefficients)
-    kernel = h.to(dtype) @ anchor_features.to(dtype).T
-    if bias:
+    a, h = a.to(dtype), h.to(dtype)
+    kernel = (h if shift is None else h - shift.to(dtype)) @ anchor_features.to(dtype).T
+    if bias and shift is None:
         kernel += 1
-    kernel *= a.to(dtype) @ anchor_cotangents.to(dtype).T
-    return kernel @ coefficients.to(dtype) - constants.to(dtype)
+    kernel *= a @ anchor_cotangents.to(dtype).T
+    coordinates = kernel @ coefficients.to(dtype) - constants.to(dtype)
+    return coordinates if linear is None else coordinates + a @ linear.to(dtype)
+
+
+def linear_part(
+    anchor_cotangents: Tensor, anchor_features: Tensor, coefficients: Tensor, shift: Tensor, bias: bool = True
+) -> Tensor:
+    """Coordinates [C, K] of e_c ⊗ [shift; 1] in a dual basis, Σ_i α_ik a_ic (h_i·shift + 1): the `linear` of `project_dual`."""
+    inner = anchor_features @ shift + bias
+    return (anchor_cotangents * inner[:, None]).T @ coefficients
 
 
 def project_explicit(a: Tensor, h: Tensor, components: Tensor, constants: Tensor, bias: bool = True) -> Tensor:
@@ -176,6 +190,8 @@ def project_gradients(p: Tensor, h: Tensor, basis: BasisTensors | HasBasisTensor
             tensors.coefficients,
             tensors.constants,
             tensors.bias,
+            tensors.shift,
+            tensors.linear,
         )
     return project_explicit(a, h, tensors.components, tensors.constants, tensors.bias)
 

@@ -57,6 +57,9 @@ class DualTensors(NamedTuple):
         constants: [K], subtracted so that the coordinates are centred.
         cotangent: which scalar was differentiated, see `ood_kernels.reference.cotangent`.
         bias: whether the gradient of the bias is part of the space (h̃ = [h; 1]).
+        shift: [D] or None, subtracted from h before the Gram product, best the anchors' mean feature. Gram entries of features
+            that share a large mean are large and almost equal, and their rounding is what a low precision loses.
+        linear: [C, K], with `shift`: the coordinates of a ⊗ [shift; 1] for each class, see `linear_part`.
     """
 
     anchor_cotangents: Tensor
@@ -65,6 +68,8 @@ class DualTensors(NamedTuple):
     constants: Tensor
     cotangent: str = "energy"
     bias: bool = True
+    shift: Tensor | None = None
+    linear: Tensor | None = None
 
 
 class ExplicitTensors(NamedTuple):

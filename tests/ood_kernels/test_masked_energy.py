@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+
+import ood_kernels as ok
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def log_sum_exp(logits):
+    largest = logits.max(1, keepdims=True)
+    return (largest + np.log(np.exp(logits - largest).sum(1, keepdims=True)))[:, 0]
+
+
+def truth(h, weight, bias=None, weight_mask=None, neuron_mask=None):
+    """(lse, pruned lse, p) in fp64 numpy, with pruned entries set to zero one by one."""
+    h, weight = h.double().numpy(), weight.double().numpy()
+    bias = np.zeros(len(weight)) if bias is None else bias.double().numpy()
+    logits = np.einsum("nd,cd->nc", h, weight) + bias
+    pruned = weight.copy()
+    if weight_mask is not None:
+        pruned[~weight_mask.numpy()] = 0
+    if neuron_mask is not None:
+        pruned[:, ~neuron_mask.numpy()] = 0
+    lse = log_sum_exp(logits)
+    return lse, log_sum_exp(np.einsum("nd,cd->nc", h, pruned) + bias), np.exp(logits - lse[:, None])
+
+
+def absolute_error_allowed(h, weight, bias=None):
+    """lse moves by no more than the worst logit, a logit by a few √D units of Σ|h_j w_cj| (errors of a sum add up at random).
+
+    p = exp(z - lse) moves relatively by twice that.
+    """
+    wide = torch.float64 in (h.dtype, weight.dtype)
+    unit = torch.finfo(torch.float64 if wide else torch.float32).eps
+    size = (h.double().abs() @ weight.double().abs().T).amax() if h.numel() else torch.tensor(1.0)
+    largest = size.item() + (0 if bias is None else bias.double().abs().max().item()) + 1
+    return 4 * unit * math.sqrt(weight.shape[1] + 4) * largest
+
+
+def make(samples, channels, classes, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(samples, channels, generator=generator).relu().to(dtype)
+    weight = (torch.randn(classes, channels, generator=generator) * 2 / channels**0.5).to(dtype)
+    bias = torch.randn(classes, generator=generator).to(dtype)
+    weight_mask = torch.rand(classes, channels, generator=generator) > 0.3
+    neuron_mask = torch.rand(channels, generator=generator) > 0.2
+    return h, weight, bias, weight_mask, neuron_mask
+
+
+def assert_right(outputs, arguments):
+    allowed = absolute_error_allowed(*arguments[:3])
+    for value, right in zip(outputs, truth(*arguments), strict=True):
+        assert_allclose(value, right, rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize(
+    ("samples", "channels", "classes"), [(1, 1, 1), (3, 5, 7), (1, 33, 2), (17, 64, 1), (6, 257, 101), (0, 4, 3)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_fp64_truth_in_every_dtype_and_shape(samples, channels, classes, dtype):
+    arguments = make(samples, channels, classes, dtype)
+    outputs = ok.masked_energy(*arguments)
+    assert_right(outputs, arguments)
+    assert {tensor.dtype for tensor in outputs} == {torch.float64 if dtype == torch.float64 else torch.float32}
+    assert [tuple(tensor.shape) for tensor in outputs] == [(samples,), (samples,), (samples, classes)]
+
+
+@pytest.mark.parametrize("keep", range(8))
+def test_bias_and_each_mask_may_be_absent(keep):
+    arguments = make(5, 13, 7, torch.float64)
+    present = (True, True, keep & 1, keep & 2, keep & 4)
+    chosen = tuple(tensor if here else None for tensor, here in zip(arguments, present, strict=True))
+    assert_right(ok.masked_energy(*chosen), chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_any_strides(relayout, dtype):
+    h, weight, bias, weight_mask, neuron_mask = make(5, 12, 7, dtype)
+    arguments = (relayout(h), relayout(weight), bias, relayout(weight_mask), neuron_mask)
+    assert_right(ok.masked_energy(*arguments), arguments)
+    expanded = (h, weight, bias[:1].expand(7), weight_mask, neuron_mask[:1].expand(12))
+    assert_right(ok.masked_energy(*expanded), expanded)
+
+
+@pytest.mark.parametrize(
+    ("wide", "expected"),
+    [((), torch.float32), ((0,), torch.float64), ((1,), torch.float64), ((0, 1), torch.float64), ((2,), torch.float32)],
+)
+def test_output_dtype_follows_features_and_weight(wide, expected):
+    arguments = list(make(3, 5, 4, torch.float16))
+    for index in wide:
+        arguments[index] = arguments[index].double()
+    outputs = ok.masked_energy(*arguments)
+    assert {tensor.dtype for tensor in outputs} == {expected}
+    assert_right(outputs, arguments)
+
+
+@pytest.mark.parametrize(
+    ("samples", "channels", "classes"),
+    [(1, 2048, 1000), (8, 2048, 1000), (64, 512, 10), (3, 5, 7), (17, 33, 1), (1, 1, 1), (5, 2047, 3)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_masks_that_keep_everything_change_no_bit(samples, channels, classes, dtype):
+    h, weight, bias, weight_mask, neuron_mask = make(samples, channels, classes, dtype)
+    every_weight, every_neuron = torch.ones_like(weight_mask), torch.ones_like(neuron_mask)
+    lse, same, _ = ok.masked_energy(h, weight, bias)
+    assert torch.equal(lse, same)
+    for masks in ((every_weight, None), (None, every_neuron), (every_weight, every_neuron)):
+        masked_lse, pruned_lse, _ = ok.masked_energy(h, weight, bias, *masks)
+        assert torch.equal(pruned_lse, masked_lse)
+        assert torch.equal(pruned_lse, lse)
+
+
+def test_masks_that_keep_everything_change_no_bit_in_any_layout(relayout):
+    for samples, channels, classes in ((4, 2047, 101), (1, 64, 9)):
+        h, weight, bias, weight_mask, neuron_mask = make(samples, channels, classes)
+        h, weight = relayout(h), relayout(weight)
+        masks = (relayout(torch.ones_like(weight_mask)), torch.ones_like(neuron_mask))
+        lse, pruned_lse, _ = ok.masked_energy(h, weight, bias, *masks)
+        assert torch.equal(pruned_lse, lse)
+
+
+def test_masks_prune_what_they_name():
+    h = torch.tensor([[1.0, 10.0, 100.0]])
+    weight = torch.eye(3)
+    bias = torch.zeros(3)
+    weight_mask = torch.tensor([[True, True, True], [True, False, True], [True, True, True]])
+    lse, pruned_lse, p = ok.masked_energy(h, weight, bias, weight_mask, torch.tensor([True, True, False]))
+    assert lse.item() == pytest.approx(100.0)
+    assert pruned_lse.item() == pytest.approx(math.log(math.exp(1) + 2), rel=1e-6)
+    assert p.argmax().item() == 2
+
+
+@pytest.mark.parametrize("which", ["weights", "neurons", "both"])
+def test_head_pruned_away_scores_its_bias(which):
+    h, weight, bias, weight_mask, neuron_mask = make(4, 9, 5)
+    no_weight, no_neuron = torch.zeros_like(weight_mask), torch.zeros_like(neuron_mask)
+    masks = {"weights": (no_weight, None), "neurons": (None, no_neuron), "both": (no_weight, no_neuron)}[which]
+    pruned_lse = ok.masked_energy(h, weight, bias, *masks)[1]
+    assert_allclose(pruned_lse, np.full(4, log_sum_exp(bias.double().numpy()[None])), rtol=1e-6)
+    assert_allclose(ok.masked_energy(h, weight, None, *masks)[1], math.log(5), rtol=1e-6)
+
+
+def test_a_class_without_weights_keeps_its_bias():
+    h, weight, bias, weight_mask, neuron_mask = make(4, 9, 5, torch.float64)
+    weight_mask[2] = False
+    arguments = (h, weight, bias, weight_mask, neuron_mask)
+    assert_right(ok.masked_energy(*arguments), arguments)
+    weight[2] = 0
+    assert_right(ok.masked_energy(h, weight, bias), (h, weight, bias))
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_large_logits_are_stable(size, dtype):
+    h = torch.tensor([[1.0], [0.5]], dtype=dtype)
+    weight = torch.tensor([[size], [size], [size / 2]], dtype=dtype)
+    every = torch.ones(3, 1, dtype=torch.bool)
+    lse, pruned_lse, p = ok.masked_energy(h, weight, None, every)
+    expected = truth(h, weight)
+    assert_allclose(lse, expected[0], rtol=1e-6)
+    assert_allclose(pruned_lse, expected[1], rtol=1e-6)
+    assert_allclose(p, expected[2], atol=1e-6)
+    assert_allclose(p.sum(1), 1, rtol=1e-6)
+
+
+def test_classes_ruled_out_by_an_infinite_bias_leave_a_finite_energy():
+    h, weight, bias, *_ = make(3, 5, 4)
+    bias[1] = -torch.inf
+    lse, _, p = ok.masked_energy(h, weight, bias)
+    keep = [0, 2, 3]
+    assert_allclose(lse, truth(h, weight[keep], bias[keep])[0], rtol=1e-5)
+    assert torch.equal(p[:, 1], torch.zeros(3))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sign", [1, -1, 0])
+def test_a_bad_feature_is_nan_in_its_row_alone_even_in_a_pruned_neuron(bad, pruned, dtype, sign):
+    h, weight, bias, weight_mask, neuron_mask = make(4, 8, 5, dtype)
+    if sign:
+        weight[:, 3] = sign * weight[:, 3].abs()
+    neuron_mask[3] = not pruned
+    weight_mask[:, 3] = not pruned
+    clean = ok.masked_energy(h, weight, bias, weight_mask, neuron_mask)
+    h[2, 3] = bad
+    others = [0, 1, 3]
+    for masks in ((weight_mask, neuron_mask), (weight_mask, None), (None, neuron_mask), (None, None)):
+        lse, pruned_lse, p = ok.masked_energy(h, weight, bias, *masks)
+        assert lse.isnan().tolist() == pruned_lse.isnan().tolist() == [False, False, True, False]
+        assert p.isnan().all(1).tolist() == p.isnan().any(1).tolist() == [False, False, True, False]
+        assert torch.equal(lse[others], clean[0][others])
+        assert torch.equal(p[others], clean[2][others])
+    pruned_lse = ok.masked_energy(h, weight, bias, weight_mask, neuron_mask)[1]
+    assert torch.equal(pruned_lse[others], clean[1][others])
+
+
+@pytest.mark.parametrize("where", ["weight", "bias"])
+def test_a_bad_head_gives_no_score_even_where_it_is_pruned(where):
+    h, weight, bias, weight_mask, neuron_mask = make(3, 5, 4)
+    weight_mask[1, 2] = neuron_mask[2] = False
+    if where == "weight":
+        weight[1, 2] = torch.nan
+    else:
+        bias[1] = torch.nan
+    for output in ok.masked_energy(h, weight, bias, weight_mask, neuron_mask):
+        assert output.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masks", ["none", "all kept", "some"])
+@pytest.mark.parametrize(("channels", "classes"), [(9, 5), (1, 1)])
+def test_outputs_share_no_memory(assert_owned, dtype, masks, channels, classes):
+    h, weight, bias, weight_mask, neuron_mask = make(4, channels, classes, dtype)
+    if masks == "none":
+        weight_mask = neuron_mask = None
+    elif masks == "all kept":
+        weight_mask, neuron_mask = torch.ones_like(weight_mask), torch.ones_like(neuron_mask)
+    arguments = (h, weight, bias, weight_mask, neuron_mask)
+    assert_owned(arguments, lambda: ok.masked_energy(*arguments))
+    assert_owned(arguments, lambda: ok.reference.masked_energy(*arguments))
+
+
+@settings(deadline=None, max_examples=40)
+@given(shift=st.floats(-50, 50), seed=st.integers(0, 999), sizes=st.tuples(*[st.integers(1, 9)] * 3))
+def test_adding_a_constant_to_the_bias_shifts_the_energy(shift, seed, sizes):
+    h, weight, bias, *masks = make(*sizes, torch.float64, seed)
+    lse, pruned_lse, p = ok.masked_energy(h, weight, bias, *masks)
+    shifted_lse, shifted_pruned_lse, shifted_p = ok.masked_energy(h, weight, bias + shift, *masks)
+    assert_allclose(shifted_lse, lse + shift, rtol=1e-12, atol=1e-12)
+    assert_allclose(shifted_pruned_lse, pruned_lse + shift, rtol=1e-12, atol=1e-12)
+    assert_allclose(shifted_p, p, rtol=1e-11, atol=1e-13)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 999), sizes=st.tuples(*[st.integers(1, 9)] * 3))
+def test_energy_lies_above_the_largest_logit_by_at_most_log_c(seed, sizes):
+    h, weight, bias, *_ = make(*sizes, torch.float64, seed)
+    lse, _, p = ok.masked_energy(h, weight, bias)
+    largest = (h @ weight.T + bias).amax(1)
+    assert (lse >= largest - 1e-12).all()
+    assert (lse <= largest + math.log(len(weight)) + 1e-12).all()
+    assert_allclose(p.sum(1), 1, rtol=1e-12)
+
+
+@settings(deadline=None, max_examples=15)
+@given(samples=st.integers(2, 70), seed=st.integers(0, 999))
+def test_a_sample_scores_alone_as_in_a_batch(samples, seed):
+    h, weight, bias, *masks = make(samples, 512, 100, seed=seed)
+    bias = bias + 5  # relative error means something only away from lse = 0
+    index = seed % samples
+    alone = ok.masked_energy(h[index : index + 1], weight, bias, *masks)
+    batch = ok.masked_energy(h, weight, bias, *masks)
+    for one, many in zip(alone[:2], batch[:2], strict=True):
+        assert torch.allclose(one[0], many[index], rtol=1e-6, atol=0)
+    assert torch.allclose(alone[2][0], batch[2][index], rtol=1e-5, atol=1e-7)
+
+
+BAD = {
+    "h: expected floating point features [N, D], got torch.int64 [2, 3]": {"h": torch.ones(2, 3, dtype=torch.int64)},
+    "h: expected floating point features [N, D], got torch.float32 [3]": {"h": torch.ones(3)},
+    "h: expected floating point features [N, D], got torch.float32 [2, 3, 1]": {"h": torch.ones(2, 3, 1)},
+    "weight: expected a floating point [C, 3], C and D > 0, got torch.float32 [4, 5]": {"weight": torch.ones(4, 5)},
+    "weight: expected a floating point [C, 3], C and D > 0, got torch.float32 [3]": {"weight": torch.ones(3)},
+    "weight: expected a floating point [C, 3], C and D > 0, got torch.float32 [0, 3]": {"weight": torch.ones(0, 3)},
+    "weight: expected a floating point [C, 0], C and D > 0, got torch.float32 [4, 0]": {
+        "h": torch.ones(2, 0),
+        "weight": torch.ones(4, 0),
+    },
+    "weight: expected a floating point [C, 3], C and D > 0, got torch.int32 [4, 3]": {
+        "weight": torch.ones(4, 3, dtype=torch.int32)
+    },
+    "bias: expected a floating point [4], got torch.float32 [5]": {"bias": torch.ones(5)},
+    "bias: expected a floating point [4], got torch.float32 [1]": {"bias": torch.ones(1)},
+    "bias: expected a floating point [4], got torch.float32 [4, 1]": {"bias": torch.ones(4, 1)},
+    "bias: expected a floating point [4], got torch.int64 [4]": {"bias": torch.ones(4, dtype=torch.int64)},
+    "weight_mask: expected bool [4, 3], got torch.bool [3, 4]": {"weight_mask": torch.ones(3, 4, dtype=torch.bool)},
+    "weight_mask: expected bool [4, 3], got torch.bool [3]": {"weight_mask": torch.ones(3, dtype=torch.bool)},
+    "weight_mask: expected bool [4, 3], got torch.float32 [4, 3]": {"weight_mask": torch.ones(4, 3)},
+    "weight_mask: expected bool [4, 3], got torch.uint8 [4, 3]": {"weight_mask": torch.ones(4, 3, dtype=torch.uint8)},
+    "neuron_mask: expected bool [3], got torch.bool [4]": {"neuron_mask": torch.ones(4, dtype=torch.bool)},
+    "neuron_mask: expected bool [3], got torch.bool [1, 3]": {"neuron_mask": torch.ones(1, 3, dtype=torch.bool)},
+    "neuron_mask: expected bool [3], got torch.float32 [3]": {"neuron_mask": torch.ones(3)},
+    "neuron_mask: expected bool [3], got torch.int64 [3]": {"neuron_mask": torch.ones(3, dtype=torch.int64)},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_does_not_fit_together_is_refused(message):
+    arguments = {"h": torch.ones(2, 3), "weight": torch.ones(4, 3), "bias": torch.ones(4), **BAD[message]}
+    with pytest.raises(ValueError) as caught:
+        ok.masked_energy(**arguments)
+    assert str(caught.value) == message

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+
+import ood_kernels as ok
+from ood_kernels import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHAPES = ((1, 1, 1, 1), (3, 5, 1, 1), (2, 7, 7, 7), (4, 3, 1, 9), (5, 2, 5, 3), (1, 33, 2, 2), (0, 4, 3, 3))
+
+
+def truth(feature_map, eps=1.0, rectify=False):
+    """Pooled features, mean and maximum that NAP sees, ratios and NAP in fp64 numpy, a channel at a time."""
+    values = feature_map.double().numpy()
+    seen = np.maximum(values, 0) if rectify else values
+    samples, channels = values.shape[:2]
+    h, mean, maximum = (np.empty((samples, channels)) for _ in range(3))
+    for i in range(samples):
+        for j in range(channels):
+            h[i, j] = values[i, j].sum() / values[i, j].size
+            mean[i, j] = seen[i, j].sum() / seen[i, j].size
+            maximum[i, j] = seen[i, j].max()
+    ratios = maximum / (mean + eps)
+    return h, mean, maximum, ratios, (ratios**2).sum(1) / channels
+
+
+def tolerance(feature_map):
+    """Rounding of the sums alone, since the truth starts from the already rounded input.
+
+    A mean of H·W values of size 1 is off by less than H·W/2 units in the last place, a ratio by that and two more, a square twice.
+    """
+    unit = torch.finfo(torch.float64 if feature_map.dtype == torch.float64 else torch.float32).eps
+    return unit * (feature_map[0, 0].numel() + 8 if len(feature_map) else 1)
+
+
+def random_map(shape, dtype=torch.float32, seed=0, signed=False):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (values / 4 if signed else values.relu()).to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rectify", [False, True])
+def test_equals_fp64_truth_in_every_dtype_and_shape(shape, dtype, rectify):
+    feature_map = random_map(shape, dtype, signed=True)
+    eps = 2.0  # keeps mean + eps well above zero for a signed map
+    expected = truth(feature_map, eps, rectify)
+    close = {"rtol": 4 * tolerance(feature_map), "atol": 2 * tolerance(feature_map)}
+
+    statistics = ok.pool_statistics(feature_map, rectify=rectify)
+    h, nap, ratios = ok.pool_nap(feature_map, eps, rectify=rectify, return_ratios=True)
+    fused_h, fused_nap = ok.pool_nap(feature_map, eps, rectify=rectify)
+
+    for value, right in zip(statistics, expected[:3], strict=True):
+        assert_allclose(value, right, **close)
+    assert_allclose(statistics.maximum, expected[2], rtol=0, atol=0)
+    assert_allclose(h, expected[0], **close)
+    assert_allclose(ratios, expected[3], **close)
+    assert_allclose(nap, expected[4], **close)
+    assert torch.equal(fused_h, h)
+    assert torch.equal(fused_nap, nap)
+    width = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {tensor.dtype for tensor in (*statistics, h, nap, ratios, fused_h, fused_nap)} == {width}
+    assert h.shape == ratios.shape == shape[:2]
+    assert nap.shape == shape[:1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("rectify", [False, True])
+def test_any_strides(relayout, dtype, rectify):
+    feature_map = relayout(random_map((4, 6, 5, 3), dtype, signed=True))
+    h, nap = ok.pool_nap(feature_map, 2.0, rectify=rectify)
+    expected = truth(feature_map, 2.0, rectify)
+    close = {"rtol": 4 * tolerance(feature_map), "atol": 2 * tolerance(feature_map)}
+    assert_allclose(h, expected[0], **close)
+    assert_allclose(nap, expected[4], **close)
+    assert h.is_contiguous()
+
+
+@pytest.mark.parametrize("eps", [1.0, 0.25, 1e-6, 3.0])
+def test_epsilon_is_part_of_the_method(eps):
+    feature_map = random_map((3, 8, 4, 4))
+    assert_allclose(ok.pool_nap(feature_map, eps)[1], truth(feature_map, eps)[4], rtol=1e-5)
+
+
+def test_the_papers_epsilon_is_the_default():
+    feature_map = random_map((3, 8, 4, 4))
+    assert torch.equal(ok.pool_nap(feature_map)[1], ok.pool_nap(feature_map, 1.0)[1])
+
+
+@pytest.mark.parametrize("value", [1e-3, 0.5, 1.0, 17.0, 1e4])
+@pytest.mark.parametrize("side", [1, 7])
+def test_constant_map(value, side):
+    h, nap = ok.pool_nap(torch.full((2, 5, side, side), value, dtype=torch.float64))
+    assert_allclose(nap, (value / (value + 1)) ** 2, rtol=1e-14)
+    assert_allclose(h, value, rtol=1e-14)
+
+
+def test_dead_map_scores_zero():
+    assert torch.equal(ok.pool_nap(torch.zeros(2, 3, 4, 4))[1], torch.zeros(2))
+
+
+def test_square_comes_before_the_mean_over_channels():
+    feature_map = torch.tensor([[[[1.0]], [[3.0]]]])  # ratios 1/2 and 3/4
+    assert ok.pool_nap(feature_map)[1].item() == pytest.approx((0.25 + 0.5625) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("mean", [-1.0, -1.5])
+def test_signed_map_without_a_positive_denominator_is_nan(mean):
+    feature_map = random_map((3, 4, 2, 2))
+    feature_map[1, 2] = torch.tensor([[mean - 1, mean + 1], [mean, mean]])
+    h, nap, ratios = ok.pool_nap(feature_map, return_ratios=True)
+    assert nap.isnan().tolist() == [False, True, False]
+    assert ratios.isnan().nonzero().tolist() == [[1, 2]]
+    assert h[1, 2].item() == mean
+
+
+def test_rectify_leaves_the_pooled_features_alone():
+    feature_map = torch.tensor([[[[-6.0, 2.0], [0.0, 0.0]], [[-1.0, -1.0], [-1.0, -1.0]]]])
+    statistics = ok.pool_statistics(feature_map, rectify=True)
+    assert statistics.h.tolist() == [[-1.0, -1.0]]
+    assert statistics.nap_mean.tolist() == [[0.5, 0.0]]
+    assert statistics.maximum.tolist() == [[2.0, 0.0]]
+    assert ok.pool_nap(feature_map)[1].isnan().all()
+    h, nap = ok.pool_nap(feature_map, rectify=True)
+    assert h.tolist() == [[-1.0, -1.0]]
+    assert nap.item() == pytest.approx((2 / 1.5) ** 2 / 2, rel=1e-6)
+
+
+def test_rectify_changes_nothing_in_a_map_without_negative_values():
+    feature_map = random_map((3, 8, 4, 4))
+    for plain, rectified in zip(ok.pool_nap(feature_map), ok.pool_nap(feature_map, rectify=True), strict=True):
+        assert torch.equal(plain, rectified)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rectify", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_bad_value_is_nan_in_its_row_alone(bad, dtype, rectify, channels_last):
+    clean = random_map((4, 6, 5, 3), dtype)
+    if channels_last:
+        clean = clean.to(memory_format=torch.channels_last)
+    dirty = clean.clone()
+    dirty[2, 3, 4, 1] = bad
+    clean_h, clean_nap, _ = ok.pool_nap(clean, rectify=rectify, return_ratios=True)
+    h, nap, ratios = ok.pool_nap(dirty, rectify=rectify, return_ratios=True)
+    assert nap.isnan().tolist() == [False, False, True, False]
+    assert (~h.isfinite()).nonzero().tolist() == ratios.isnan().nonzero().tolist() == [[2, 3]]
+    assert torch.equal(ok.pool_nap(dirty, rectify=rectify)[1].isnan(), nap.isnan())
+    others = [0, 1, 3]
+    assert torch.equal(h[others], clean_h[others])
+    assert torch.equal(nap[others], clean_nap[others])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (2, 3, 4, 4), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rectify", [False, True])
+def test_outputs_share_no_memory(assert_owned, shape, dtype, rectify):
+    feature_map = random_map(shape, dtype)
+    assert_owned([feature_map], lambda: ok.pool_nap(feature_map, rectify=rectify))
+    assert_owned([feature_map], lambda: ok.pool_nap(feature_map, rectify=rectify, return_ratios=True))
+    assert_owned([feature_map], lambda: ok.pool_statistics(feature_map, rectify=rectify))
+    assert_owned([feature_map], lambda: reference.pool_statistics(feature_map, rectify=rectify))
+
+
+@pytest.mark.parametrize("rectify", [False, True])
+@pytest.mark.parametrize("workspace", [1, 100, 131])
+def test_working_in_blocks_changes_nothing(monkeypatch, rectify, workspace):
+    feature_map = random_map((7, 4, 3, 4), torch.bfloat16, signed=True)
+    whole = ok.pool_statistics(feature_map, rectify=rectify)
+    monkeypatch.setattr(reference, "_WORKSPACE_ELEMENTS", workspace)
+    for one, other in zip(whole, ok.pool_statistics(feature_map, rectify=rectify), strict=True):
+        assert torch.allclose(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("dtype", "rectify"), [(torch.bfloat16, False), (torch.float32, True), (torch.float16, True)])
+def test_copies_for_casting_and_rectifying_stay_within_the_workspace(monkeypatch, largest_tensor, dtype, rectify):
+    feature_map = random_map((9, 4, 5, 5), dtype)
+    monkeypatch.setattr(reference, "_WORKSPACE_ELEMENTS", 250)
+    assert largest_tensor(lambda: reference.pool_statistics(feature_map, rectify=rectify)) == 200
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4)),
+    seed=st.integers(0, 999),
+)
+def test_order_of_channels_and_positions_does_not_matter(shape, seed):
+    feature_map = random_map(shape, torch.float64, seed)
+    generator = torch.Generator().manual_seed(seed)
+    channels = torch.randperm(shape[1], generator=generator)
+    positions = torch.randperm(shape[2] * shape[3], generator=generator)
+    shuffled = feature_map[:, channels].flatten(2)[..., positions].view(shape)
+    h, nap = ok.pool_nap(feature_map)
+    shuffled_h, shuffled_nap = ok.pool_nap(shuffled)
+    assert_allclose(shuffled_nap, nap, rtol=1e-13)
+    assert_allclose(shuffled_h, h[:, channels], rtol=1e-13, atol=1e-15)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4)),
+    seed=st.integers(0, 999),
+)
+def test_score_lies_between_zero_and_the_number_of_positions_squared(shape, seed):
+    nap = ok.pool_nap(random_map(shape, torch.float32, seed))[1]
+    assert (nap >= 0).all()
+    assert (nap <= (shape[2] * shape[3]) ** 2).all()
+
+
+@settings(deadline=None, max_examples=20)
+@given(samples=st.integers(2, 40), seed=st.integers(0, 999), channels_last=st.booleans())
+def test_a_sample_scores_alone_as_in_a_batch(samples, seed, channels_last):
+    feature_map = random_map((samples, 64, 7, 7), torch.float32, seed)
+    if channels_last:
+        feature_map = feature_map.to(memory_format=torch.channels_last)
+    index = seed % samples
+    for alone, batch in zip(ok.pool_nap(feature_map[index : index + 1]), ok.pool_nap(feature_map), strict=True):
+        assert torch.allclose(alone[0], batch[index], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("feature_map", "found"),
+    [
+        (torch.ones(2, 3, 4, 4, dtype=torch.int64), "torch.int64 [2, 3, 4, 4]"),
+        (torch.ones(2, 3, 4, 4, dtype=torch.uint8), "torch.uint8 [2, 3, 4, 4]"),
+        (torch.ones(2, 3, 4, 4, dtype=torch.bool), "torch.bool [2, 3, 4, 4]"),
+        (torch.ones(2, 3, 4, 4, dtype=torch.complex64), "torch.complex64 [2, 3, 4, 4]"),
+        (torch.ones(2, 3), "torch.float32 [2, 3]"),
+        (torch.ones(2, 3, 4), "torch.float32 [2, 3, 4]"),
+        (torch.ones(2, 3, 4, 4, 4), "torch.float32 [2, 3, 4, 4, 4]"),
+        (torch.tensor(1.0), "torch.float32 []"),
+        (torch.ones(2, 0, 4, 4), "torch.float32 [2, 0, 4, 4]"),
+        (torch.ones(2, 3, 0, 4), "torch.float32 [2, 3, 0, 4]"),
+        (torch.ones(2, 3, 4, 0), "torch.float32 [2, 3, 4, 0]"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_a_feature_map_is_refused(feature_map, found):
+    expected = f"feature_map: expected a floating point [N, D, H, W], got {found}"
+    for function in (ok.pool_nap, ok.pool_statistics):
+        with pytest.raises(ValueError) as caught:
+            function(feature_map)
+        assert str(caught.value) == expected
