@@ -82,6 +82,13 @@ class ImageDataset:
         label = None if self.labels is None else int(self.labels[index])
         return Sample(index, self.names[index], image, label, error)
 
+    def subset(self, indices: list[int]) -> ImageDataset:
+        """The samples at these indices, in this order, as a dataset of their own."""
+        labels = None if self.labels is None else self.labels[indices]
+        names = [self.names[index] for index in indices]
+        source = ImageSource(names, lambda position: self._read(indices[position]), labels, self.class_names)
+        return ImageDataset(source, self.preprocess)
+
     def batches(self, batch_size: int, start: int = 0, workers: int = 4) -> Iterator[Batch]:
         """Batches in order from sample `start` on, decoded ahead by `workers` threads.
 

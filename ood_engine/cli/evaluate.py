@@ -1,0 +1,145 @@
+"""`ood-engine evaluate`: the table of detectors by OOD sets, and a report with pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ..data import ImageDataset, open_dataset
+from ..evaluating import evaluate as evaluate_sets
+from ..evaluating import write_report
+from ..report import print_table
+from .common import (
+    batch_size_option,
+    check_output,
+    device_option,
+    echo_json,
+    echo_skipped,
+    image_options,
+    json_option,
+    load_engine,
+    model_options,
+    state_option,
+)
+
+__all__ = ["evaluate"]
+
+ID_NAME = "in-distribution"
+
+
+@click.command(short_help="Measure ID against OOD sets and write a report.")
+@state_option
+@model_options
+@click.option(
+    "--id",
+    "id_path",
+    required=True,
+    metavar="DATA",
+    type=click.Path(path_type=Path),
+    help="Fresh ID images; labels give the accuracy.",
+)
+@click.option(
+    "--ood",
+    "ood_paths",
+    required=True,
+    multiple=True,
+    metavar="NAME=DATA",
+    help="A set of OOD images and its name; repeatable.",
+)
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder for evaluation.json, report.html and pictures.",
+)
+@click.option("--title", default="Out-of-distribution detection", help="Heading of the report.")
+@image_options
+@batch_size_option
+@device_option
+@json_option
+def evaluate(
+    state: Path,
+    model: str,
+    weights: Path | None,
+    id_path: Path,
+    ood_paths: tuple[str, ...],
+    output: Path,
+    title: str,
+    batch_size: int,
+    device: torch.device,
+    as_json: bool,
+    **image_fields: Any,
+) -> None:
+    """Measure how well every detector separates OOD sets from ID images, and write a report.
+
+    Prints AUROC and FPR95, and writes evaluation.json, report.html (self-contained), histograms.png and roc.png. The ID images
+    should be ones that neither `fit` nor its calibration has seen.
+
+    \b
+    Example:
+      ood-engine evaluate --state state.safetensors --model net.py:make --weights net.pt \\
+          --id test/ --ood textures=dtd/ --ood noise=noise.npy --output report/
+    """
+    places = _places(ood_paths)
+    check_output(output, folder=True)
+    engine, _, preprocess = load_engine(state, model, weights, device, image_fields)
+    id_data = open_dataset(id_path, preprocess)
+    ood_data = {name: open_dataset(path, preprocess) for name, path in places.items()}
+    _number_classes(id_data, engine.information.get("class_names"), engine.head.weight.shape[0])
+    evaluation, results = evaluate_sets(
+        engine,
+        id_data,
+        ood_data,
+        title=title,
+        id_name=ID_NAME,
+        batch_size=batch_size,
+        information={"state": state.name},
+        progress=True,
+    )
+    files = write_report(evaluation, output)
+    skipped = {name: echo_skipped(result.skipped, name) for name, result in results.items()}
+    if as_json:
+        document = json.loads(files[0].read_text(encoding="utf-8"))
+        echo_json(document | {"skipped": skipped, "files": [str(file) for file in files]})
+    else:
+        print_table(evaluation)
+        if evaluation.accuracy is not None:
+            click.echo(f"accuracy on ID images: {100 * evaluation.accuracy:.2f} %")
+        click.echo(f"wrote {', '.join(str(file) for file in files)}")
+
+
+def _places(entries: tuple[str, ...]) -> dict[str, Path]:
+    places: dict[str, Path] = {}
+    for entry in entries:
+        name, separator, path = entry.partition("=")
+        if not (separator and name and path):
+            raise click.UsageError(f"--ood {entry}: expected NAME=DATA, such as textures=data/dtd.")
+        if name in places or name == ID_NAME:
+            raise click.UsageError(f"--ood {entry}: the name {name!r} is taken; give every set a name of its own.")
+        places[name] = Path(path)
+    return places
+
+
+def _number_classes(id_data: ImageDataset, fitted: list[str] | None, classes: int) -> None:
+    """Number the labels as the model's classes are, or leave them out where that is not known."""
+    if id_data.labels is None:
+        return
+    names = id_data.class_names
+    if names and fitted:
+        unknown = [name for name in names if name not in fitted]
+        if unknown:
+            problem = f"the class folder {unknown[0]!r} was not there when the state was fitted"
+        else:
+            number = torch.tensor([fitted.index(name) for name in names])
+            id_data.labels = number[id_data.labels]
+            return
+    elif int(id_data.labels.max()) < classes and int(id_data.labels.min()) >= 0:
+        return
+    else:
+        problem = f"labels reach from {int(id_data.labels.min())} to {int(id_data.labels.max())}, the model has {classes} classes"
+    click.echo(f"warning: no accuracy: {problem}", err=True)
+    id_data.labels = None

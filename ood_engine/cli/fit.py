@@ -1,0 +1,242 @@
+"""`ood-engine fit`: run the model once over ID images, fit and calibrate the detectors, write a state file."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ..data import ImageDataset, open_dataset
+from ..detectors import available_detectors, create_detector
+from ..engine import DEFAULT_DETECTORS, Engine
+from ..errors import InputError
+from ..fitting import signals_from_rows
+from ..models import load_model
+from ..preprocess import Preprocess
+from .common import (
+    batch_size_option,
+    check_output,
+    device_option,
+    echo_json,
+    echo_skipped,
+    image_options,
+    json_option,
+    make_preprocess,
+    model_options,
+    seed_option,
+)
+
+__all__ = ["fit"]
+
+
+@click.command(short_help="Fit detectors to a model and its ID images.")
+@model_options
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="ID images: a folder (flat or a folder a class), .npy or .npz.",
+)
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="State file to write, such as state.safetensors."
+)
+@click.option("--calibration", type=click.Path(path_type=Path), help="Fresh ID images to set thresholds from.")
+@click.option(
+    "--calibration-share",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Or this share held out of --data; 0 sets no thresholds.  [0.2]",
+)
+@click.option(
+    "--false-alarm-rate",
+    default=0.05,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of ID images to flag.",
+)
+@click.option(
+    "--detectors",
+    help="Names, comma-separated, or all.  [" + ",".join(DEFAULT_DETECTORS) + " as far as the model allows]",
+)
+@click.option(
+    "--set", "settings", multiple=True, metavar="DETECTOR.SETTING=VALUE", help="A detector's setting; repeatable."
+)
+@click.option("--tune", is_flag=True, help="Choose settings on corrupted calibration images, which stand in for OOD.")
+@click.option("--head", help="Name of the head, where it is not to be found.")
+@click.option("--feature-map", help="Name of the module whose output is the feature map, where it is not to be found.")
+@click.option("--rectify", is_flag=True, help="Let NAP see ReLU(map), for maps with negative values.")
+@image_options
+@batch_size_option
+@click.option(
+    "--cache-limit", default=4096, type=click.IntRange(0), help="MiB of features kept in memory; beyond that on disk."
+)
+@click.option("--cache-directory", type=click.Path(path_type=Path), help="Where they go then.  [a temporary folder]")
+@seed_option
+@device_option
+@json_option
+def fit(
+    model: str,
+    weights: Path | None,
+    data: Path,
+    output: Path,
+    calibration: Path | None,
+    calibration_share: float | None,
+    false_alarm_rate: float,
+    detectors: str | None,
+    settings: tuple[str, ...],
+    tune: bool,
+    head: str | None,
+    feature_map: str | None,
+    rectify: bool,
+    batch_size: int,
+    cache_limit: int,
+    cache_directory: Path | None,
+    seed: int,
+    device: torch.device,
+    as_json: bool,
+    **image_fields: Any,
+) -> None:
+    """Fit detectors to a model and its in-distribution images, and write a state file.
+
+    The model runs once over the images. Thresholds come from ID images that were not fitted. Images that cannot be read are left
+    out and named. Class folders are numbered in sorted order, which should be the order of the model's classes.
+
+    \b
+    Examples:
+      ood-engine fit --model my.models:resnet --weights best.safetensors --data train/ \\
+          --size 224 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --output state.safetensors
+      ood-engine fit --model net.py:make --weights net.pt --data train.npz --calibration fresh.npz \\
+          --detectors nap_energy,opnp --set nap_energy.w=0.4 --set opnp.weight_range=0.1,0.99 \\
+          --output state.safetensors
+    """
+    started = time.perf_counter()
+    if calibration is not None and calibration_share is not None:
+        raise click.UsageError("--calibration and --calibration-share exclude each other; give one of them.")
+    if tune and calibration is None and calibration_share == 0:
+        raise click.UsageError("--tune needs calibration images; give --calibration or a --calibration-share above 0.")
+    check_output(output)
+    preprocess = make_preprocess(image_fields)
+    dataset = open_dataset(data, preprocess)
+    fit_data, fresh = _split(
+        dataset, calibration, 0.2 if calibration_share is None else calibration_share, preprocess, seed
+    )
+    engine = Engine(
+        load_model(model, weights).to(device),
+        _names(detectors),
+        settings=_settings(settings),
+        head=head,
+        feature_map=feature_map,
+        rectify=rectify,
+        seed=seed,
+    )
+    loader = fit_data.loader(batch_size)
+    engine.fit(loader, progress=True, cache_limit_bytes=cache_limit * 2**20, cache_directory=cache_directory)
+    skipped = echo_skipped(loader.skipped, "fitting")
+    if fresh is not None:
+        loader = fresh.loader(batch_size)
+        engine.calibrate(loader, false_alarm_rate, overlap="drop", progress=True)
+        skipped += echo_skipped(loader.skipped, "calibrating")
+        if tune:
+            engine.tune(loader, mean=preprocess.mean, std=preprocess.std, progress=True)
+    engine.information = {"preprocess": preprocess.to_dict(), "class_names": dataset.class_names}
+    engine.save(output)
+    summary = _summary(engine, output, skipped, time.perf_counter() - started)
+    if as_json:
+        echo_json(summary)
+    else:
+        _print(summary)
+
+
+def _split(
+    dataset: ImageDataset, calibration: Path | None, share: float, preprocess: Preprocess, seed: int
+) -> tuple[ImageDataset, ImageDataset | None]:
+    """(images to fit, images to calibrate on or None)."""
+    if calibration is not None:
+        return dataset, open_dataset(calibration, preprocess)
+    if share == 0:
+        return dataset, None
+    held_out = round(share * len(dataset))
+    if not 0 < held_out < len(dataset):
+        raise InputError(
+            f"--calibration-share {share:g} of {len(dataset)} images holds out {held_out}: expected some, and some left to fit;"
+            " give more images, or --calibration"
+        )
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    return dataset.subset(sorted(order[held_out:])), dataset.subset(sorted(order[:held_out]))
+
+
+def _names(detectors: str | None) -> list[str] | None:
+    if detectors == "all":
+        return list(available_detectors())
+    return None if detectors is None else [name.strip() for name in detectors.split(",") if name.strip()]
+
+
+def _settings(entries: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    settings: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        name, separator, value = entry.partition("=")
+        detector, dot, setting = name.partition(".")
+        if not (separator and dot and detector and setting):
+            raise click.UsageError(f"--set {entry}: expected DETECTOR.SETTING=VALUE, such as nap_energy.w=0.4.")
+        settings.setdefault(detector, {})[setting] = _value(value)
+        try:
+            create_detector(detector, **settings[detector])
+        except TypeError as error:
+            raise InputError(f"--set {entry}: a value of another kind is expected ({error})") from error
+    return settings
+
+
+def _value(text: str) -> Any:
+    """A number, a list of numbers (with or without brackets), or the text itself."""
+    for candidate in (text, f"[{text}]"):
+        try:
+            value = json.loads(candidate)
+        except ValueError:
+            continue
+        return tuple(value) if isinstance(value, list) else value
+    return text
+
+
+def _summary(engine: Engine, output: Path, skipped: list[dict[str, str]], seconds: float) -> dict[str, Any]:
+    assert engine.cache is not None
+    rows = engine.cache.rows
+    labelled = rows.labels >= 0
+    agreement = None
+    if labelled.any():
+        predicted = [
+            signals_from_rows(batch, engine.head).probabilities.argmax(1).cpu() for batch in engine.cache.batches()
+        ]
+        agreement = float((torch.cat(predicted) == rows.labels)[labelled].float().mean())
+    return {
+        "state": str(output),
+        "fit_images": len(engine.cache),
+        "calibration_images": 0 if engine.calibration_cache is None else len(engine.calibration_cache),
+        "skipped": skipped,
+        "label_agreement": agreement,
+        "plan": asdict(engine.plan),
+        "detectors": {name: detector.settings for name, detector in engine.detectors.items()},
+        "thresholds": {name: float(calibration.threshold) for name, calibration in engine.calibrations.items()},
+        "unavailable": engine.unavailable,
+        "tuned": [row for row in engine.tuning if row["chosen"]],
+        "seconds": round(seconds, 3),
+    }
+
+
+def _print(summary: dict[str, Any]) -> None:
+    plan = summary["plan"]
+    map_name = (
+        f"{plan['feature_map']} ({'proven' if plan['proven'] else 'not proven'})" if plan["feature_map"] else "none"
+    )
+    click.echo(f"head {plan['head']}, feature map {map_name}: {plan['reason']}")
+    click.echo(f"fitted {', '.join(summary['detectors'])} on {summary['fit_images']} images")
+    if summary["label_agreement"] is not None:
+        click.echo(f"the model agrees with {100 * summary['label_agreement']:.1f} % of the labels")
+    if summary["thresholds"]:
+        click.echo(f"thresholds from {summary['calibration_images']} fresh images")
+    for row in summary["tuned"]:
+        settings = ", ".join(f"{key}={value}" for key, value in row["settings"].items())
+        click.echo(f"tuned {row['detector']}: {settings} (AUROC {100 * row['auroc']:.2f} % on pseudo-OOD)")
+    click.echo(f"wrote {summary['state']} after {summary['seconds']:.1f} s")

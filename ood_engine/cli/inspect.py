@@ -1,0 +1,140 @@
+"""`ood-engine inspect`: what a state file holds, without a model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from safetensors import safe_open
+
+from ..report.evaluation import printable
+from ..storage import read_header
+from .common import echo_json, json_option
+
+__all__ = ["inspect"]
+
+BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+
+
+@click.command(short_help="Show what a state file holds, without a model.")
+@click.argument("state", type=click.Path(path_type=Path))
+@json_option
+def inspect(state: Path, as_json: bool) -> None:
+    """Show what a state file holds: versions, head and map, detectors, thresholds, tuning, tensors. No model is needed.
+
+    \b
+    Examples:
+      ood-engine inspect state.safetensors
+      ood-engine inspect state.safetensors --json
+    """
+    header = read_header(state)
+    tensors = _tensors(state)
+    if as_json:
+        echo_json({"path": str(state), "bytes": state.stat().st_size, **header, "tensors": tensors})
+        return
+    console = Console()
+    console.print(_grid(_facts(state, header)))
+    console.print(_detector_table(header))
+    if any(row["chosen"] for row in header["tuning"]):
+        console.print(_grid({f"tuned {row['detector']}": _tuned(row) for row in header["tuning"] if row["chosen"]}))
+    console.print(_tensor_table(tensors))
+
+
+def _tensors(state: Path) -> list[dict[str, Any]]:
+    rows = []
+    with safe_open(state, framework="pt") as file:
+        for name in sorted(file.keys()):
+            entry = file.get_slice(name)
+            shape, dtype = list(entry.get_shape()), entry.get_dtype()
+            rows.append({"name": name, "shape": shape, "dtype": dtype, "bytes": math.prod(shape) * BYTES.get(dtype, 0)})
+    return rows
+
+
+def _facts(state: Path, header: dict[str, Any]) -> dict[str, str]:
+    plan, head = header["plan"], header["head"]
+    map_words = "none" if plan["feature_map"] is None else f"{plan['feature_map']}, {_proof(plan)}"
+    facts = {
+        "file": f"{state} ({_size(state.stat().st_size)}, format {header['format']})",
+        "written by": f"ood-engine {header['package']}, torch {header['torch']}",
+        "head": f"{plan['head']}: {head['classes']} classes × {head['features']} features,"
+        f" {'with' if head['bias'] else 'without'} bias, {head['dtype']}, digest {head['digests'][head['dtype']][:12]}",
+        "feature map": map_words + (", rectified" if header["rectify"] else ""),
+        "reason": plan["reason"],
+        "fitted on": f"{header['fit_samples']} images, seed {header['seed']}",
+        "calibrated on": _calibration(header),
+    }
+    facts |= {f"no {name}": reason for name, reason in header["unavailable"].items()}
+    return facts | {str(key): _short(value) for key, value in header["information"].items()}
+
+
+def _proof(plan: dict[str, Any]) -> str:
+    return "proven" if plan["proven"] else "not proven"
+
+
+def _calibration(header: dict[str, Any]) -> str:
+    if not header["thresholds"]:
+        return "nothing; p-values and decisions need engine.calibrate"
+    rates = ", ".join(f"{100 * rate:g} %" for rate in sorted(set(header["false_alarm_rates"].values())))
+    count = header["calibration_samples"]
+    return f"{'an unknown number of' if count is None else count} images, false-alarm rate {rates}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={_short(entry)}" for key, entry in value.items())
+    text = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
+    return text if len(text) <= 120 else f"{text[:119]}…"
+
+
+def _tuned(row: dict[str, Any]) -> str:
+    return f"{_short(row['settings'])} (AUROC {100 * row['auroc']:.2f} % on pseudo-OOD)"
+
+
+def _grid(facts: dict[str, str]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column(overflow="fold")
+    for name, value in facts.items():
+        grid.add_row(Text(printable(name)), Text(printable(value)))
+    return grid
+
+
+def _detector_table(header: dict[str, Any]) -> Table:
+    table = Table("Detector", "Settings", title="\nDetectors", title_justify="left", box=None, pad_edge=False)
+    table.add_column("Threshold", justify="right")
+    for entry in header["detectors"]:
+        threshold = header["thresholds"].get(entry["name"])
+        settings = _short(entry["settings"])
+        table.add_row(
+            Text(printable(entry["name"])),
+            Text(printable(settings or "–")),
+            "–" if threshold is None else f"{threshold:.6g}",
+        )
+    return table
+
+
+def _tensor_table(tensors: list[dict[str, Any]]) -> Table:
+    total = _size(sum(row["bytes"] for row in tensors))
+    title = f"\n{len(tensors)} tensors, {total}"
+    table = Table("Tensor", "Shape", "Type", title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("Size", justify="right")
+    for row in tensors:
+        table.add_row(
+            Text(printable(row["name"])),
+            str(row["shape"]).replace(",", " ×")[1:-1] or "one",
+            row["dtype"],
+            _size(row["bytes"]),
+        )
+    return table
+
+
+def _size(count: int) -> str:
+    for unit, factor in (("MiB", 2**20), ("KiB", 2**10)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} B"
