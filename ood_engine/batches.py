@@ -14,7 +14,7 @@ from .errors import InputError
 __all__ = ["Loader", "image_batches", "with_progress"]
 
 Loader = Iterable[Any]
-"""Yields images [n, C, H, W], or (images, labels [n])."""
+"""Yields images [n, C, H, W], (images,), or (images, labels [n])."""
 
 
 def image_batches(loader: Loader, what: str, progress: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
@@ -24,7 +24,9 @@ def image_batches(loader: Loader, what: str, progress: bool = False) -> Iterator
         InputError: a batch of another kind, or labels that are not one whole number an image.
     """
     for number, batch in enumerate(with_progress(loader, what, progress)):
-        images, labels = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
+        images, labels = (
+            (*batch, None)[:2] if isinstance(batch, (tuple, list)) and len(batch) in (1, 2) else (batch, None)
+        )
         if not isinstance(images, Tensor):
             raise InputError(
                 f"batch {number} of the loader: expected images as a tensor, or (images, labels), got {type(batch).__name__}"

@@ -6,10 +6,12 @@ In memory while it is small; beyond a size the user sets, in raw files that are 
 from __future__ import annotations
 
 import errno
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,13 +52,13 @@ class FeatureCache:
 
     Attributes:
         rows: every column, see `CacheRows`.
-        directory: folder of the mapped files; None in memory.
+        directory: folder of the mapped files, removed with the cache; None in memory.
     """
 
     def __init__(self, rows: CacheRows, directory: Path | None = None, _keep: Any = None) -> None:
         self.rows = rows
         self.directory = directory
-        # A temporary folder lives exactly as long as the cache that is mapped from it.
+        # The writer, whose folder lives exactly as long as the cache that is mapped from it.
         self._keep = _keep
 
     def __len__(self) -> int:
@@ -85,16 +87,14 @@ class CacheWriter:
 
     Args:
         limit_bytes: largest size that is kept in memory.
-        directory: where the files go beyond that; None takes a temporary folder, removed with the cache.
+        directory: where a folder of its own is made beyond that, and removed with the cache; None takes the system's.
     """
 
     def __init__(self, limit_bytes: int = 4 * 2**30, directory: str | Path | None = None) -> None:
         self._limit = limit_bytes
-        self._wanted_directory = Path(directory) if directory is not None else None
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._parent = Path(directory) if directory is not None else Path(tempfile.gettempdir())
         self._directory: Path | None = None
         self._batches: list[CacheRows] = []
-        self._files: list[BinaryIO] = []
         self._bytes = 0
         self._count = 0
 
@@ -108,7 +108,7 @@ class CacheWriter:
         self._bytes += sum(column.numel() * column.element_size() for column in rows)
         self._count += rows.features.shape[0]
         self._batches.append(rows)
-        if self._files or self._bytes > self._limit:
+        if self._bytes > self._limit:
             self._spill()
 
     def finish(self) -> FeatureCache:
@@ -119,45 +119,47 @@ class CacheWriter:
         """
         if self._count == 0:
             raise InputError("the loader gave no images: expected at least one batch; check its path and filters")
-        template = self._batches[0] if self._batches else self._template
-        if not self._files:
+        if self._directory is None:
             return FeatureCache(CacheRows(*(torch.cat(columns) for columns in zip(*self._batches, strict=True))))
         columns = []
-        for file, column in zip(self._files, template, strict=True):
-            file.close()
+        for name, column in self._template._asdict().items():
             shape = (self._count, *column.shape[1:])
             if 0 in shape:
                 columns.append(column.new_empty(shape))
                 continue
-            array = np.memmap(file.name, dtype=column.numpy().dtype, mode="r+", shape=shape)
+            array = np.memmap(self._file(name), dtype=column.numpy().dtype, mode="r+", shape=shape)
             columns.append(torch.from_numpy(array))
-        return FeatureCache(CacheRows(*columns), self._directory, self._temporary)
+        return FeatureCache(CacheRows(*columns), self._directory, self)
 
     def _spill(self) -> None:
         try:
-            if not self._files:
-                self._open_files()
-            for rows in self._batches:
-                for file, column in zip(self._files, rows, strict=True):
-                    file.write(column.contiguous().numpy().tobytes())
+            if self._directory is None:
+                self._make_directory()
+            for name, parts in zip(CacheRows._fields, zip(*self._batches, strict=True), strict=True):
+                with open(self._file(name), "ab") as file:
+                    for column in parts:
+                        file.write(column.contiguous().numpy().tobytes())
         except OSError as error:
+            if self._directory is not None:
+                shutil.rmtree(self._directory, ignore_errors=True)
             if error.errno != errno.ENOSPC:
                 raise
             raise OodEngineError(
-                f"no space left in {self._directory} for the feature cache ({self._bytes / 2**20:.0f} MiB so far): expected"
+                f"no space left in {self._parent} for the feature cache ({self._bytes / 2**20:.0f} MiB so far): expected"
                 " room for n · 2D numbers; free some, or name another folder by cache_directory=..."
             ) from error
         self._template = self._batches[-1]
         self._batches = []
 
-    def _open_files(self) -> None:
-        if self._wanted_directory is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="ood-engine-cache-")
-            self._directory = Path(self._temporary.name)
-        else:
-            self._directory = self._wanted_directory
-            self._directory.mkdir(parents=True, exist_ok=True)
-        self._files = [open(self._directory / f"{name}.bin", "wb") for name in CacheRows._fields]  # noqa: SIM115
+    def _make_directory(self) -> None:
+        # A folder of its own: files that another cache is still mapped from are never written over.
+        self._parent.mkdir(parents=True, exist_ok=True)
+        self._directory = Path(tempfile.mkdtemp(prefix="ood-engine-cache-", dir=self._parent))
+        weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+
+    def _file(self, name: str) -> Path:
+        assert self._directory is not None
+        return self._directory / f"{name}.bin"
 
 
 def fingerprint(tensor: Tensor) -> Tensor:

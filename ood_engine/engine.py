@@ -14,10 +14,10 @@ from .batches import Loader, image_batches
 from .cache import CacheWriter, FeatureCache
 from .calibration import Calibration
 from .canary import Canary
-from .detectors import Detector, create_detector, default_settings
+from .detectors import Detector, changed_settings, create_detector
 from .errors import CalibrationError, DetectorUnavailableError, InputError, NotFittedError, OodEngineWarning
 from .fitting import FitData
-from .pipeline import Pipeline, finite_rows
+from .pipeline import Pipeline, finite_rows, full_precision
 from .scores import Scores
 from .tap import Tap
 
@@ -100,7 +100,7 @@ class Engine(Pipeline):
             loader: yields images [n, C, H, W], or (images, labels), preprocessed as in training.
             progress: show a bar.
             cache_limit_bytes: size beyond which the feature cache is kept in memory-mapped files.
-            cache_directory: where those files go; None takes a temporary folder.
+            cache_directory: where those files go, in a folder that is removed with the engine; None takes the system's.
 
         Returns:
             The engine itself.
@@ -118,6 +118,8 @@ class Engine(Pipeline):
                     self._leave_out_unavailable(images)
                 writer.append(self.extract_batch(images, labels))
             cache = writer.finish()
+            # The model may be another one by now, and with it the features that thresholds were set from.
+            self.calibrations, self.calibration_cache = {}, None
             self._fit_from(cache, self.detectors)
         return self
 
@@ -140,20 +142,9 @@ class Engine(Pipeline):
             raise NotFittedError(
                 "refit needs the feature cache of fit(loader), which a state file does not hold: call fit(loader)"
             )
-        changed = {name: dict(detector.settings) for name, detector in self.detectors.items()}
-        for key, value in parameters.items():
-            holders = [name for name in changed if key in default_settings(name)]
-            if key in changed and isinstance(value, Mapping):
-                changed[key].update(value)
-            elif holders:
-                for name in holders:
-                    changed[name][key] = value
-            else:
-                raise InputError(
-                    f"refit({key}=...): expected a detector ({', '.join(changed)}) or a setting that one of them has"
-                )
+        settings = changed_settings(self.detectors, parameters)
         with torch.inference_mode(False), torch.no_grad():
-            self._fit_from(self.cache, {name: create_detector(name, **settings) for name, settings in changed.items()})
+            self._fit_from(self.cache, {name: create_detector(name, **chosen) for name, chosen in settings.items()})
         return self
 
     def calibrate(
@@ -183,6 +174,10 @@ class Engine(Pipeline):
             raise CalibrationError(
                 f"{int(used.sum())} of {len(cache)} calibration images were used in fit (the first is number"
                 f" {int(used.nonzero()[0])}): expected fresh ID images; hold some out, or pass overlap='drop'"
+            )
+        if used.all():
+            raise CalibrationError(
+                f"all {len(cache)} calibration images were used in fit: expected fresh ID images; hold some out"
             )
         if used.any():
             cache = FeatureCache(cache.rows.select((~used).nonzero().flatten()))
@@ -232,17 +227,25 @@ class Engine(Pipeline):
         """
         self._require_fitted()
         width = self.head.weight.shape[1]
-        if feature_map is not None and (feature_map.ndim != 4 or not feature_map.is_floating_point()):
-            raise InputError(
-                f"feature_map: expected a floating point [N, D, H, W], got {feature_map.dtype} {list(feature_map.shape)}"
-            )
+        if feature_map is not None:
+            is_map = feature_map.ndim == 4 and 0 not in feature_map.shape[1:]
+            if not is_map or not feature_map.is_floating_point():
+                raise InputError(
+                    f"feature_map: expected a floating point [N, D, H, W], got {feature_map.dtype} {list(feature_map.shape)}"
+                )
         if features is None and (feature_map is None or not self.plan.proven or feature_map.shape[1] != width):
             came = "none" if feature_map is None else str(list(feature_map.shape))
             raise InputError(
                 f"feature_map {came}: expected [N, {width}, H, W] of a proven map; for others pass features [N, {width}] as well"
             )
-        if features is not None and (features.ndim != 2 or features.shape[1] != width):
-            raise InputError(f"features: expected [N, {width}] as the head receives them, got {list(features.shape)}")
+        if features is not None:
+            rows = "N" if feature_map is None else feature_map.shape[0]
+            fits = features.ndim == 2 and features.shape[1] == width and rows in ("N", features.shape[0])
+            if not fits or not features.is_floating_point():
+                raise InputError(
+                    f"features: expected a floating point [{rows}, {width}] as the head receives them, got {features.dtype}"
+                    f" {list(features.shape)}"
+                )
         with torch.no_grad():
             return self.score_signals(self.signals(feature_map, features))
 
@@ -318,9 +321,10 @@ class Engine(Pipeline):
 
     def _fit_from(self, cache: FeatureCache, detectors: dict[str, Detector]) -> None:
         data = FitData(cache, self.head, self.seed)
-        for detector in detectors.values():
-            detector.to(self.tap.device)
-            detector.fit(data)
+        with full_precision(self.tap.device):
+            for detector in detectors.values():
+                detector.to(self.tap.device)
+                detector.fit(data)
         self.cache = cache
         self.fit_fingerprints = cache.rows.fingerprints.clone()
         self.detectors = detectors

@@ -72,6 +72,11 @@ class FitData:
     def __len__(self) -> int:
         return len(self.cache)
 
+    @property
+    def distinct(self) -> int:
+        """How many of the samples differ."""
+        return int(self.cache.rows.fingerprints.unique().numel())
+
     def shared(self, key: Hashable, build: Callable[[], T]) -> T:
         """What `build` returns, built once for all detectors that ask by the same key."""
         if key not in self._shared:
@@ -82,12 +87,13 @@ class FitData:
     def split(self, max_anchors: int) -> tuple[Tensor, Tensor]:
         """(anchors, others): indices of the samples a subspace is found from, and of those its detectors are fitted on.
 
-        Anchors are the `max_anchors` samples, at most half, with the smallest fingerprints; equal images stay on one side.
+        Anchors are the samples with the smallest fingerprints, at most `max_anchors` and at most half; equal images stay on one
+        side.
         An anchor's own coordinates are optimistic, so nothing is fitted or calibrated on them.
         """
         wanted = min(max_anchors, len(self) // 2)
         ordered = self.cache.rows.fingerprints[self._order]
-        cut = int(torch.searchsorted(ordered, ordered[max(wanted - 1, 0)], right=True)) if wanted else 0
+        cut = int(torch.searchsorted(ordered, ordered[wanted]))
         return self._order[:cut], self._order[cut:]
 
     def signals(self, index: Tensor | None = None, size: int = 4096) -> Iterator[Signals]:

@@ -116,9 +116,10 @@ class Pipeline:
         if valid is not None:
             sound &= valid
         scores = {}
-        for name, detector in self.detectors.items():
-            score = detector(signals)
-            scores[name] = torch.where(sound & torch.isfinite(score), score, torch.nan).float()
+        with full_precision(signals.features.device):
+            for name, detector in self.detectors.items():
+                score = detector(signals)
+                scores[name] = torch.where(sound & torch.isfinite(score), score, torch.nan).float()
         return Scores(scores, signals.clamped)
 
     def score_rows(self, cache: FeatureCache) -> Scores:
@@ -128,6 +129,11 @@ class Pipeline:
         return Scores.concatenate(
             [Scores({name: score.cpu() for name, score in part.items()}, part.clamped) for part in parts]
         )
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """Autocast is for the model; detectors would run in half precision behind the caller's back."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -11,19 +11,19 @@ import errno
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 import ood_kernels as ok
 
-from .cache import CacheRows
+from .cache import CacheRows, FeatureCache
 from .calibration import Calibration
 from .canary import Canary
 from .detectors import create_detector
@@ -52,14 +52,14 @@ def save(engine: Engine, path: Path) -> None:
     text = json.dumps(header, sort_keys=True)
     metadata = {_KEY: text, "digest": hashlib.sha256(text.encode()).hexdigest()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        save_file(tensors, temporary, metadata)
+        # safetensors' own writer makes files that only their owner may read.
+        temporary.write_bytes(to_bytes(tensors, metadata))
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, None):
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno != errno.ENOSPC:
             raise
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         raise OodEngineError(
@@ -83,7 +83,8 @@ def load(path: Path, model: nn.Module) -> Engine:
     header, tensors = _open(path, with_tensors=True)
     plan = TapPlan(**{**header["plan"], "tail_shape": tuple(header["plan"]["tail_shape"])})
     names = [entry["name"] for entry in header["detectors"]]
-    engine = Engine(model, names, rectify=header["rectify"], seed=header["seed"])
+    named_map = None if plan.proven else plan.feature_map
+    engine = Engine(model, names, feature_map=named_map, rectify=header["rectify"], seed=header["seed"])
     engine.tap.adopt(plan)
     _check_head(engine.head, header["head"], path)
     device = engine.tap.device
@@ -120,8 +121,11 @@ def head_digests(head: ok.Head) -> dict[str, str]:
 
 def _collect(engine: Engine) -> dict[str, Tensor]:
     cache = engine.calibration_cache or engine.cache
-    canary = Canary.take(engine, cache) if cache is not None else engine.canary
-    assert canary is not None
+    if cache is None:
+        assert engine.canary is not None
+        # Settings may have been tuned since it was loaded.
+        cache = FeatureCache(engine.canary.rows)
+    canary = Canary.take(engine, cache)
     assert engine.fit_fingerprints is not None
     tensors = {f"canary.rows.{field}": column for field, column in zip(CacheRows._fields, canary.rows, strict=True)}
     tensors |= {f"canary.scores.{name}": score for name, score in canary.scores.items()}
@@ -166,7 +170,7 @@ def _describe(engine: Engine) -> dict[str, Any]:
         "detectors": [{"name": name, "settings": detector.settings} for name, detector in engine.detectors.items()],
         "false_alarm_rates": {name: calibration.false_alarm_rate for name, calibration in engine.calibrations.items()},
         "thresholds": {name: float(calibration.threshold) for name, calibration in engine.calibrations.items()},
-        "calibration_samples": len(engine.calibration_cache) if engine.calibration_cache is not None else None,
+        "calibration_samples": next((len(c.fitted("scores")) for c in engine.calibrations.values()), None),
         "fit_samples": 0 if engine.fit_fingerprints is None else len(engine.fit_fingerprints),
         "unavailable": engine.unavailable,
         "tuning": engine.tuning,

@@ -15,6 +15,7 @@ from .detectors import Detector
 from .errors import InputError
 from .fitting import signals_from_rows
 from .metrics import auroc
+from .pipeline import full_precision
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -42,7 +43,7 @@ def tune(
 
     Args:
         engine: fitted.
-        loader: yields ID images, best not those of `fit`; must be iterable twice if it is a generator's replacement.
+        loader: yields ID images, best not those of `fit`; they are read once and kept in memory.
         ood_loader: real OOD images instead of corrupted ones.
         corruptions: names of `ood_engine.corruptions.CORRUPTIONS`.
         severity: 1 to 5.
@@ -60,6 +61,8 @@ def tune(
     names = [name for name in (engine.detectors if detectors is None else detectors) if _grid_of(engine, name)]
     if not names:
         raise InputError(f"nothing to tune: none of {', '.join(engine.detectors)} has settings to search")
+    if ood_loader is None and not corruptions:
+        raise InputError("corruptions=(): expected at least one of ood_engine.corruptions.CORRUPTIONS, or an ood_loader")
     batches = list(image_batches(loader, "reading", False))
     id_cache = engine.extract(batches, "ID features", progress)
     if ood_loader is not None:
@@ -111,5 +114,5 @@ def _search(engine: Engine, name: str, id_cache: FeatureCache, ood_caches: list[
 
 
 def _scores(engine: Engine, detector: Detector, cache: FeatureCache) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), full_precision(engine.tap.device):
         return torch.cat([detector(signals_from_rows(rows, engine.head)).cpu() for rows in cache.batches()])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from ..fitted import FittedModule
 from ..fitting import FitData
 from ..signals import Masks, Signals
 
-__all__ = ["Detector", "available_detectors", "create_detector", "default_settings", "register"]
+__all__ = ["Detector", "available_detectors", "changed_settings", "create_detector", "default_settings", "register"]
 
 
 class Detector(FittedModule):
@@ -106,3 +106,26 @@ def create_detector(name: str, **settings: Any) -> Detector:
     detector.name = name
     detector.settings = settings
     return detector
+
+
+def changed_settings(detectors: Mapping[str, Detector], parameters: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings of every detector after `Engine.refit(**parameters)`.
+
+    A key is either a detector's name, with a dict of its settings, or the name of a setting, which goes to all that have it.
+
+    Raises:
+        InputError: a key that is neither.
+    """
+    changed = {name: dict(detector.settings) for name, detector in detectors.items()}
+    for key, value in parameters.items():
+        holders = [name for name in changed if key in default_settings(name)]
+        if key in changed and isinstance(value, Mapping):
+            changed[key].update(value)
+        elif holders:
+            for name in holders:
+                changed[name][key] = value
+        else:
+            raise InputError(
+                f"refit({key}=...): expected a detector ({', '.join(changed)}) or a setting that one of them has"
+            )
+    return changed

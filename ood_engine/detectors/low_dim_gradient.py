@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..fitting import FitData
 from ..signals import Signals
-from ..subspace import DualBasis
+from ..subspace import DualBasis, check_n_components
 from .base import Detector, register
 from .vector_heads import KNearestNeighbours, LinearProbe, Mahalanobis
 
@@ -24,12 +24,25 @@ HEADS = ("probe_energy", "probe_msp", "knn", "mahalanobis", "residual")
 """How the coordinates are judged."""
 
 
-def _make_head(head: str, k: int, epochs: int) -> LinearProbe | KNearestNeighbours | Mahalanobis | None:
+_Head = LinearProbe | KNearestNeighbours | Mahalanobis
+
+
+def _make_head(head: str, k: int, epochs: int) -> _Head | None:
     if head in ("probe_energy", "probe_msp"):
         return LinearProbe(head.removeprefix("probe_"), epochs)
     if head == "residual":
         return None
     return KNearestNeighbours(k) if head == "knn" else Mahalanobis()
+
+
+def _fit_head(head: _Head, x: Tensor, data: FitData, index: Tensor) -> None:
+    """Fit on the vectors x of the samples at `index`; labels are asked for only where the head reads them."""
+    if isinstance(head, KNearestNeighbours):
+        head.fit(x)
+    elif isinstance(head, Mahalanobis):
+        head.fit(x, data.labels(index))
+    else:
+        head.fit(x, data.labels(index), data.head.weight.shape[0], data.seed)
 
 
 @register("low_dim_gradient")
@@ -47,7 +60,7 @@ class LowDimGradient(Detector):
     (forward side the same on the penultimate features), `residual` (-‖(I - VVᵀ)(G - Ḡ)‖; no forward side).
 
     Args:
-        head: one of `HEADS`; that `low_dim_gradient` by itself takes knn, which needs no labels, is ours.
+        head: one of `HEADS`; that `low_dim_gradient` by itself takes mahalanobis is ours.
         n_components: K as a number, or the share of gradient variance to explain. The paper takes 200 on CIFAR; 0.99 is ours.
         cotangent: the scalar that is differentiated; "energy" is the paper's.
         max_anchors: most anchors.
@@ -59,7 +72,7 @@ class LowDimGradient(Detector):
     def __init__(
         self,
         *,
-        head: str = "knn",
+        head: str = "mahalanobis",
         n_components: int | float = 0.99,
         cotangent: str = "energy",
         max_anchors: int = 4096,
@@ -72,6 +85,7 @@ class LowDimGradient(Detector):
             raise InputError(f"head={head!r}: expected one of {', '.join(HEADS)}")
         if not isinstance(max_anchors, int) or max_anchors < 2:
             raise InputError(f"max_anchors={max_anchors!r}: expected a whole number of at least 2")
+        check_n_components(n_components)
         self._head = head
         self._max_anchors = max_anchors
         self._options = {"n_components": n_components, "cotangent": cotangent}
@@ -85,21 +99,19 @@ class LowDimGradient(Detector):
         anchors, others = data.split(self._max_anchors)
         key = ("dual basis", self._max_anchors, *self._options.values())
         self.basis = data.shared(key, lambda: self._fit_basis(data, anchors)).to(self._place.device)
-        if self.low is None:
-            return
-        labels = data.labels(others)
-        coordinates = torch.cat([signals.coordinates(self.basis) for signals in data.signals(others)])
-        if isinstance(self.low, LinearProbe):
-            self.low.fit(coordinates, labels, data.head.weight.shape[0], data.seed)
-        else:
-            self.low.fit(coordinates, labels)
-        if self.forward_side is not None and not isinstance(self.forward_side, LinearProbe):
-            self.forward_side.fit(torch.cat([signals.features for signals in data.signals(others)]), labels)
+        if self.low is not None:
+            coordinates = torch.cat([signals.coordinates(self.basis) for signals in data.signals(others)])
+            _fit_head(self.low, coordinates, data, others)
+        if self.forward_side is not None:
+            _fit_head(
+                self.forward_side, torch.cat([signals.features for signals in data.signals(others)]), data, others
+            )
 
     def _fit_basis(self, data: FitData, anchors: Tensor) -> DualBasis:
         if len(anchors) < 2:
             raise InputError(
-                f"{len(data)} ID samples: expected at least 4, half of them anchors of the subspace; fit on more"
+                f"{len(data)} ID samples, {data.distinct} of them different: expected at least 4 different ones, half of them"
+                " anchors of the subspace; fit on more"
             )
         parts = [(signals.probabilities, signals.features) for signals in data.signals(anchors)]
         p, h = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -128,6 +140,8 @@ class LowDimGradient(Detector):
 
     def configure(self, **settings: Any) -> None:
         """Change the weight of the forward side."""
+        if settings["a"] > 0 and self._head in ("knn", "mahalanobis") and self.forward_side is None:
+            raise InputError(f"a={settings['a']!r}: the forward side was not fitted; use refit(a=...) instead")
         self._set_a(settings["a"])
         super().configure(**settings)
 

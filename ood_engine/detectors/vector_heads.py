@@ -1,6 +1,6 @@
 """Detectors on vectors [N, K]: the heads that judge low-dimensional gradients, and features beside them.
 
-Each is fitted by `fit(x, labels, ...)` and scores by `forward(x)`, higher = more in-distribution.
+Each is fitted by `fit(x, ...)` and scores by `forward(x)`, higher = more in-distribution.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class KNearestNeighbours(FittedModule):
             raise InputError(f"k={k!r}: expected a whole number of at least 1")
         self.k = k
 
-    def fit(self, x: Tensor, labels: Tensor) -> None:
+    def fit(self, x: Tensor) -> None:
         """Keep the normalised vectors x [m, K].
 
         Raises:
@@ -52,9 +52,8 @@ class KNearestNeighbours(FittedModule):
         normalised = F.normalize(x.to(bank.dtype), dim=1)
         scores = x.new_empty(x.shape[0], dtype=bank.dtype)
         for start in range(0, x.shape[0], rows):
-            # `topk` takes NaN for the largest value and hands back another neighbour, so NaN is put back at the end.
             scores[start : start + rows] = (normalised[start : start + rows] @ bank.T).topk(self.k, dim=1).values[:, -1]
-        return scores + 0 * x.sum(1)
+        return scores
 
 
 class Mahalanobis(FittedModule):
@@ -129,7 +128,8 @@ class LinearProbe(FittedModule):
             )
         x, labels = x.detach().float().cpu(), labels.cpu()
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            # `torch.manual_seed` would seed the generators of all devices, which are not put back.
+            torch.default_generator.manual_seed(seed)
             norm, linear = nn.BatchNorm1d(x.shape[1]), nn.Linear(x.shape[1], classes)
             _train(nn.Sequential(norm, linear), x.clone(), labels.clone(), self.epochs)
         # In evaluation the norm is an affine map, which folds into the linear layer.

@@ -1,0 +1,95 @@
+"""Conformal p-values and thresholds from calibration scores alone."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from ood_engine.calibration import Calibration
+from ood_engine.errors import CalibrationError, NotFittedError
+
+few_values = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=40)
+
+
+@settings(deadline=None, max_examples=100)
+@given(calibration=few_values, scores=few_values, percent=st.integers(1, 99))
+def test_flagged_exactly_where_the_p_value_is_at_most_alpha(calibration, scores, percent):
+    alpha = Fraction(percent, 100)
+    assume(len(calibration) >= 1 / alpha - 1)
+    fitted = Calibration(percent / 100).fit(torch.tensor(calibration), "x")
+    expected = [Fraction(1 + sum(c <= s for c in calibration), len(calibration) + 1) for s in scores]
+    p_values = fitted.p_values(torch.tensor(scores))
+    assert p_values.dtype == torch.float32
+    assert torch.allclose(p_values, torch.tensor([float(p) for p in expected]), rtol=1e-6)
+    assert fitted.is_out_of_distribution(torch.tensor(scores)).tolist() == [p <= alpha for p in expected]
+
+
+@settings(deadline=None, max_examples=80)
+@given(scores=st.lists(st.integers(-4, 4).map(float), min_size=2, max_size=40), percent=st.integers(1, 99))
+def test_of_exchangeable_scores_at_most_alpha_are_flagged(scores, percent):
+    """Each of n + 1 scores in turn is the fresh one: the share that is flagged is the false alarm rate, exactly."""
+    alpha = Fraction(percent, 100)
+    assume(len(scores) - 1 >= 1 / alpha - 1)
+    flagged = 0
+    for i in range(len(scores)):
+        rest = torch.tensor(scores[:i] + scores[i + 1 :])
+        flagged += int(
+            Calibration(percent / 100).fit(rest, "x").is_out_of_distribution(torch.tensor(scores[i : i + 1]))
+        )
+    assert Fraction(flagged, len(scores)) <= alpha
+
+
+@pytest.mark.parametrize(
+    ("count", "rate", "rank"), [(19, 0.05, 1), (39, 0.05, 2), (99, 0.07, 7), (9, 0.3, 3), (1, 0.5, 1)]
+)
+def test_threshold_is_a_calibration_score(count, rate, rank):
+    calibration = Calibration(rate).fit(torch.randperm(count) + 1.0, "x")
+    assert float(calibration.threshold) == rank
+    assert calibration.is_out_of_distribution(torch.tensor([rank - 0.5, rank])).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("count", "rate"), [(18, 0.05), (8, 0.1), (2, 0.25), (0, 0.5)])
+def test_too_few_samples_are_refused(count, rate):
+    needed = math.ceil(1 / rate - 1)
+    message = rf"{count} calibration samples for false_alarm_rate={rate}: expected at least {needed}; give more"
+    with pytest.raises(CalibrationError, match=message):
+        Calibration(rate).fit(torch.zeros(count), "x")
+    Calibration(rate).fit(torch.zeros(needed), "x")
+
+
+@pytest.mark.parametrize("rate", [0, 1, -0.1, 5, float("nan")])
+def test_rates_are_shares(rate):
+    with pytest.raises(CalibrationError, match=r"false_alarm_rate=.*: expected a share in \(0, 1\)"):
+        Calibration(rate)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_finite_are_refused(value):
+    scores = torch.ones(50)
+    scores[7] = value
+    with pytest.raises(CalibrationError, match="1 of 50 calibration scores of 'opnp' are NaN or infinite"):
+        Calibration().fit(scores, "opnp")
+
+
+def test_nan_is_flagged_and_has_no_p_value():
+    calibration = Calibration(0.5).fit(torch.tensor([1.0, 2.0, 3.0]), "x")
+    scores = torch.tensor([math.nan, 5.0])
+    assert calibration.is_out_of_distribution(scores).tolist() == [True, False]
+    assert calibration.p_values(scores).isnan().tolist() == [True, False]
+
+
+def test_does_not_keep_the_callers_tensor():
+    scores = torch.arange(10.0)
+    calibration = Calibration(0.2).fit(scores, "x")
+    scores.fill_(-1)
+    assert calibration.fitted("scores").tolist() == list(range(10))
+
+
+def test_not_fitted():
+    with pytest.raises(NotFittedError, match="Calibration is not fitted"):
+        Calibration().p_values(torch.zeros(3))

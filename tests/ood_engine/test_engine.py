@@ -1,0 +1,372 @@
+"""The engine: fit, refit, calibrate, score, predict."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import ood_engine as oe
+from ood_engine.detectors import create_detector, default_settings
+from ood_engine.engine import DEFAULT_DETECTORS
+from ood_engine.errors import (
+    CalibrationError,
+    DetectorUnavailableError,
+    InputError,
+    NotFittedError,
+    OodEngineWarning,
+)
+from ood_engine.scores import Scores
+
+PUBLISHED = {
+    *(
+        "nap",
+        "nap_energy",
+        "nap_msp",
+        "opnp",
+        "opp",
+        "onp",
+        "nap_opnp",
+        "energy",
+        "msp",
+        "max_logit",
+        "low_dim_gradient",
+    ),
+    *(
+        f"low_dim_gradient_{head}"
+        for head in ("probe_energy", "probe_msp", "knn", "mahalanobis", "residual", "ensemble")
+    ),
+}
+
+
+def mlp(in_features: int = 3 * 8 * 8, classes: int = 5) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(in_features, 10), nn.ReLU(), nn.Linear(10, classes)).eval()
+
+
+def test_every_published_detector_is_available(engine, test_images):
+    assert set(oe.available_detectors()) == PUBLISHED
+    scores = engine.score(test_images)
+    assert list(scores) == list(oe.available_detectors())
+    for score in scores.values():
+        assert score.shape == (33,)
+        assert score.dtype == torch.float32
+        assert not score.requires_grad
+        assert score.isfinite().all()
+    assert int(scores.bad_rows) == 0
+
+
+def test_id_scores_higher_than_noise(engine, images):
+    """Of the scores that read the head; pruning and NAP do not help on a net of 12 channels."""
+    id_scores = engine.score(images(100, 3)[0])
+    noise = engine.score(torch.rand((50, 3, 8, 8), generator=torch.Generator().manual_seed(5)))
+    for name in id_scores:
+        if name in ("energy", "msp", "max_logit") or name.startswith("low_dim_gradient"):
+            assert oe.metrics.auroc(id_scores[name], noise[name]) > 0.55, name
+
+
+def test_defaults(model, id_batches):
+    engine = oe.Engine(model).fit(id_batches)
+    assert tuple(engine.detectors) == DEFAULT_DETECTORS == ("nap_energy", "opnp", "low_dim_gradient")
+    assert engine.unavailable == {}
+    assert tuple(oe.Engine(model, ["energy", "nap", "energy"]).detectors) == ("energy", "nap")
+
+
+def test_fit_calibrate_and_refit_return_the_engine(model, id_batches, fresh_batches):
+    engine = oe.Engine(model, ["energy"])
+    assert engine.fit(id_batches) is engine
+    assert engine.calibrate(fresh_batches) is engine
+    assert engine.refit() is engine
+
+
+def test_fit_runs_the_model_once_a_batch(model, id_batches, count_forwards):
+    oe.Engine(model, oe.available_detectors()).fit(id_batches)
+    proof = 3  # on the first samples: finding the layers, proving them, looking at the map's sign
+    assert sum(count_forwards) == 240 + 32 * proof
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [
+        ({"eps": 0.25}, {name: {"eps": 0.25} for name in ("nap", "nap_energy", "nap_msp", "nap_opnp")}),
+        ({"opnp": {"weight_range": (0.3, 0.9)}}, {"opnp": {"weight_range": (0.3, 0.9)}}),
+        (
+            {"n_components": 2, "nap_energy": {"w": 0.9}, "low_dim_gradient_residual": {"n_components": 1}},
+            {
+                name: {"n_components": 1 if name == "low_dim_gradient_residual" else 2}
+                for name in PUBLISHED
+                if name.startswith("low_dim")
+            }
+            | {"nap_energy": {"w": 0.9}},
+        ),
+    ],
+)
+def test_refit_equals_a_fresh_fit_and_never_runs_the_model(
+    changes, settings, make_engine, test_images, count_forwards, assert_same_scores
+):
+    engine = make_engine()
+    before = engine.score(test_images)
+    count_forwards.clear()
+    engine.refit(**changes)
+    assert count_forwards == []
+    fresh = make_engine(settings=settings)
+    found = engine.score(test_images)
+    assert_same_scores(found, fresh.score(test_images), 0)
+    for name, score in found.items():
+        assert torch.equal(score, before[name]) == (name not in settings), name
+        assert torch.equal(engine.calibrations[name].fitted("scores"), fresh.calibrations[name].fitted("scores")), name
+        assert engine.calibrations[name].false_alarm_rate == 0.1
+        assert engine.detectors[name].settings == {**default_settings(name), **settings.get(name, {})}
+
+
+def test_a_refit_that_fails_changes_nothing(make_engine, test_images, assert_same_scores):
+    engine = make_engine()
+    before = engine.score(test_images)
+    with pytest.raises(InputError, match="n_components=500 with 120 anchors: expected at least 501"):
+        engine.refit(eps=0.5, n_components=500)
+    with pytest.raises(InputError, match=r"w=3: expected"):
+        engine.refit(w=3)
+    with pytest.raises(InputError, match=r"refit\(tempo=...\): expected a detector \(energy, .*\) or a setting"):
+        engine.refit(tempo=3)
+    with pytest.raises(
+        InputError, match="detector 'opnp' has no setting 'eps': expected one of weight_range, neuron_range"
+    ):
+        engine.refit(opnp={"eps": 1})
+    assert_same_scores(engine.score(test_images), before, 0)
+    assert engine.predict(test_images).keys() == before.keys()
+
+
+def test_a_new_fit_asks_for_a_new_calibration(make_engine, id_batches, test_images):
+    """The model may have changed in between, and the calibration features with it."""
+    engine = make_engine(("energy",))
+    engine.fit(id_batches)
+    with pytest.raises(NotFittedError, match=r"not calibrated: call calibrate\(loader\)"):
+        engine.predict(test_images)
+
+
+def test_predict_and_p_values_follow_from_the_calibration_scores(engine, test_images, fresh_batches):
+    scores, flagged, p_values = engine.score(test_images), engine.predict(test_images), engine.p_values(test_images)
+    calibration = engine.score_loader(fresh_batches)
+    for name, score in scores.items():
+        assert flagged[name].dtype == torch.bool
+        assert torch.equal(flagged[name], p_values[name] <= 0.1)
+        expected = (1 + (calibration[name][None] <= score[:, None]).sum(1)) / 101
+        assert (p_values[name] - expected).abs().max() <= 1 / 101 + 1e-6  # a cached score may be an ulp off
+    assert flagged["energy"][25:].float().mean() > flagged["energy"][:25].float().mean()
+
+
+def test_calibration_flags_its_own_share(engine, fresh_batches):
+    images = torch.cat([batch for batch, _ in fresh_batches])
+    for name, flagged in engine.predict(images).items():
+        assert 0.08 <= float(flagged.float().mean()) <= 0.1, name
+
+
+def test_calibrate_refuses_samples_of_the_fit(make_engine, id_batches, fresh_batches):
+    engine = make_engine(("energy", "low_dim_gradient"))
+    before = engine.calibrations["energy"].threshold
+    mixed = [*fresh_batches, id_batches[0][0][:7]]
+    message = r"7 of 107 calibration images were used in fit \(the first is number 100\): expected fresh ID images"
+    with pytest.raises(CalibrationError, match=message):
+        engine.calibrate(mixed)
+    assert engine.calibrations["energy"].threshold == before
+    engine.calibrate(mixed, 0.1, overlap="drop")
+    assert engine.calibrations["energy"].threshold == before
+    assert len(engine.calibrations["energy"].fitted("scores")) == 100
+    with pytest.raises(CalibrationError, match="all 64 calibration images were used in fit: expected fresh ID images"):
+        engine.calibrate([id_batches[0]], overlap="drop")
+    with pytest.raises(InputError, match="overlap='keep': expected 'refuse' or 'drop'"):
+        engine.calibrate(mixed, overlap="keep")
+
+
+def test_calibrate_asks_for_enough_samples(make_engine, fresh_batches):
+    engine = make_engine(("energy",))
+    with pytest.raises(
+        CalibrationError, match=r"100 calibration samples for false_alarm_rate=0.005: expected at least 199"
+    ):
+        engine.calibrate(fresh_batches, 0.005)
+    with pytest.raises(CalibrationError, match=r"false_alarm_rate=5: expected a share in \(0, 1\)"):
+        engine.calibrate(fresh_batches, 5)
+
+
+def test_order_of_work_is_enforced(model, id_batches, test_images):
+    engine = oe.Engine(model, ["energy"])
+    calls = (
+        lambda: engine.score(test_images),
+        lambda: engine.calibrate(id_batches),
+        lambda: engine.save("never.safetensors"),
+        lambda: engine.score_features(None, torch.zeros(1, 12)),
+        lambda: engine.tune(id_batches),
+    )
+    for call in calls:
+        with pytest.raises(NotFittedError, match=r"the engine is not fitted: call fit\(loader\)"):
+            call()
+    with pytest.raises(NotFittedError, match=r"refit needs the feature cache of fit\(loader\)"):
+        engine.refit(eps=1)
+    engine.fit(id_batches)
+    with pytest.raises(NotFittedError, match="the engine is not calibrated"):
+        engine.p_values(test_images)
+
+
+def test_the_loader_may_yield_images_alone_or_tuples_of_one(model, id_batches, test_images, assert_same_scores):
+    loaders = (
+        id_batches,
+        [batch for batch, _ in id_batches],
+        [(batch,) for batch, _ in id_batches],
+        [[batch, labels.to(torch.uint8)] for batch, labels in id_batches],
+        (batch for batch, _ in id_batches),
+        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.cat([x for x, _ in id_batches])), 64),
+    )
+    scores = [oe.Engine(model, ["opnp", "low_dim_gradient_knn"]).fit(loader).score(test_images) for loader in loaders]
+    for found in scores[1:]:
+        assert_same_scores(found, scores[0], 0)
+
+
+def test_empty_batches_of_a_loader_are_passed_over(make_engine, fresh_batches, test_images):
+    engine = make_engine(("energy",))
+    scores = engine.score_loader([test_images[:0], test_images, (test_images[:0], torch.zeros(0, dtype=torch.int64))])
+    assert torch.equal(scores["energy"], engine.score(test_images)["energy"])
+
+
+def test_score_loader_reports_bad_rows(engine, test_images):
+    bad = test_images.clone()
+    bad[7, 0, 0, 0] = torch.nan
+    with pytest.warns(
+        OodEngineWarning, match=r"1 of 33 inputs have no score \(NaN\): their pixels or activations are NaN"
+    ):
+        scores = engine.score_loader(bad.split(10))
+    assert int(scores.bad_rows) == 1
+    assert all(score.isnan().nonzero().tolist() == [[7]] for score in scores.values())
+    assert all(flagged[7] for flagged in engine.predict(bad).values())
+    assert all(p[7].isnan() for p in engine.p_values(bad).values())
+
+
+def test_a_model_without_a_map_gets_what_needs_only_features(id_batches, test_images):
+    with pytest.warns(OodEngineWarning, match="nap_energy not available for this model: no module of the model has"):
+        engine = oe.Engine(mlp()).fit(id_batches)
+    assert tuple(engine.detectors) == ("opnp", "low_dim_gradient")
+    assert "H·W > 1" in engine.unavailable["nap_energy"]
+    for name in sorted(PUBLISHED):
+        single = oe.Engine(mlp(), [name])
+        if create_detector(name).needs_map:
+            with pytest.raises(
+                DetectorUnavailableError, match=rf"^{name} not available for this model: .*leave the detector"
+            ):
+                single.fit(id_batches)
+            continue
+        scores = single.fit(id_batches).score(test_images)
+        assert scores[name].isfinite().all()
+        features = single.run(test_images).head_input
+        assert torch.equal(single.score_features(None, features)[name], scores[name])
+    assert single.cache is not None
+    assert not single.cache.has_map
+
+
+def test_signed_maps_are_refused_with_the_way_out(make_model, id_batches, test_images):
+    model = make_model(nn.GELU)
+    with pytest.raises(
+        DetectorUnavailableError, match=r"nap not available .*negative values \(down to .*pass rectify=True"
+    ):
+        oe.Engine(model, ["nap", "energy"]).fit(id_batches)
+    with pytest.warns(OodEngineWarning, match="nap_energy not available for this model: the feature map"):
+        assert "nap_energy" not in oe.Engine(model).fit(id_batches).detectors
+    engine = oe.Engine(model, ["nap", "energy"], rectify=True).fit(id_batches)
+    feature_map = engine.run(test_images).feature_map
+    assert feature_map.min() < 0
+    scores = engine.score(test_images)
+    rectified = feature_map.relu()
+    expected = (rectified.amax((2, 3)) / (rectified.mean((2, 3)) + 1)).square().mean(1)
+    assert torch.allclose(scores["nap"], expected, rtol=1e-6)
+    assert torch.allclose(scores["energy"], model(test_images).logsumexp(1), rtol=1e-6)
+    assert torch.equal(engine.score_features(feature_map)["nap"], scores["nap"])
+
+
+def test_cached_path_of_signed_maps(make_model, id_batches, fresh_batches, assert_same_scores):
+    engine = oe.Engine(make_model(nn.GELU), ["nap", "nap_energy"], rectify=True).fit(id_batches)
+    assert_same_scores(engine.score_rows(engine.extract(fresh_batches, "x")), engine.score_loader(fresh_batches), 1e-6)
+
+
+class Doubled(nn.Module):
+    """Pools a map to twice its mean, so that no map is proven."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.head = nn.Sequential(*list(body)[:4]), body[-1]
+
+    def forward(self, x):
+        return self.head(2 * self.body(x).mean((2, 3)))
+
+
+def test_a_map_named_by_hand_works_unproven(make_model, id_batches, fresh_batches, test_images, assert_same_scores):
+    model = Doubled(make_model())
+    with pytest.raises(DetectorUnavailableError, match=r"nap not available .*; or name the map by feature_map=\.\.\."):
+        oe.Engine(model, ["nap"]).fit(id_batches)
+    engine = oe.Engine(model, oe.available_detectors(), feature_map="body").fit(id_batches)
+    assert not engine.plan.proven
+    assert "unproven" in engine.plan.reason
+    scores = engine.score(test_images)
+    captured = engine.run(test_images)
+    feature_map = captured.feature_map
+    expected = (feature_map.amax((2, 3)) / (feature_map.mean((2, 3)) + 1)).square().mean(1)
+    assert torch.allclose(scores["nap"], expected, rtol=1e-6)
+    assert torch.allclose(scores["energy"], model(test_images).logsumexp(1), rtol=1e-6)
+    assert_same_scores(engine.score_features(feature_map, captured.head_input), scores, 0)
+    assert_same_scores(engine.score_rows(engine.extract(fresh_batches, "x")), engine.score_loader(fresh_batches))
+    with pytest.raises(
+        InputError, match=r"expected \[N, 12, H, W\] of a proven map; for others pass features \[N, 12\]"
+    ):
+        engine.score_features(feature_map)
+
+
+def test_score_features_equals_score(engine, test_images, assert_same_scores):
+    feature_map = engine.run(test_images).feature_map
+    assert_same_scores(engine.score_features(feature_map), engine.score(test_images), 0)
+    channels_last = feature_map.contiguous(memory_format=torch.channels_last)
+    assert_same_scores(engine.score_features(channels_last), engine.score(test_images))
+
+
+def test_score_loader_equals_score(engine, test_images, assert_same_scores):
+    assert_same_scores(engine.score_loader([test_images]), engine.score(test_images), 0)
+    assert_same_scores(engine.score_loader(test_images.split(10)), engine.score(test_images))
+
+
+def test_several_engines_on_one_model(model, id_batches, engine, test_images, assert_same_scores):
+    before = engine.score(test_images)
+    other = oe.Engine(model, ["energy", "nap"]).fit(id_batches[:2])
+    other.score(test_images)
+    assert_same_scores(engine.score(test_images), before, 0)
+
+
+def test_classes_follow_the_unpruned_head_and_the_model_is_untouched(model, make_engine, test_images):
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        logits = model(test_images)
+    model.train()
+    try:
+        engine = make_engine()
+        engine.score(test_images)
+        assert model.training
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    finally:
+        model.eval()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(model(test_images), logits)
+
+
+def test_scores_count_a_row_once_whichever_detector_fails():
+    nan = torch.nan
+    first = Scores({"a": torch.tensor([nan, 1.0, nan]), "b": torch.tensor([1.0, 1.0, nan])}, {"a": torch.tensor(2)})
+    second = Scores({"a": torch.tensor([3.0]), "b": torch.tensor([nan])}, {"a": torch.tensor(1)})
+    assert int(first.bad_rows) == 2
+    together = Scores.concatenate([first, second])
+    assert int(together.bad_rows) == 3
+    assert int(together.clamped["a"]) == 3
+    assert together["a"].tolist()[3] == 3
+    with pytest.warns(OodEngineWarning) as caught:
+        together.report()
+    assert str(caught[0].message).startswith("3 of 4 inputs have no score (NaN)")
+    assert str(caught[1].message).startswith(
+        "a: the base score of 3 of 4 inputs is not positive and was clamped to 1e-6"
+    )
