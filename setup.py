@@ -8,8 +8,7 @@ ROOT = Path(__file__).parent
 VERSION = "0.1.0"
 
 CLI = ["click>=8.1", "rich>=13", "tqdm>=4.66", "pyarrow>=15", "pillow>=10", "matplotlib>=3.8", "jinja2>=3.1"]
-# The last two are what timm imports, whose models the tests tap.
-TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "huggingface_hub>=0.20", "pyyaml>=6"]
+TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11"]
 
 setup(
     name="ood-engine",

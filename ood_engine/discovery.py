@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .errors import TapError
 
-__all__ = ["LAYOUTS", "TapPlan", "agrees_with_logits", "discover", "logits_of"]
+__all__ = ["LAYOUTS", "TapPlan", "agrees_with_logits", "discover", "first_argument", "logits_of", "relative_difference"]
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "NCHW": lambda output: output,
@@ -20,7 +20,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """How a module's output becomes [N, D, H, W]: always a view."""
 
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# A mean is rounded once to the model's dtype; logits are sums of many rounded terms.
+_MEAN_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+_LOGITS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class TapPlan:
         tail_shape: shape of one sample where it enters the tail.
         proven: whether the spatial mean of the map was seen to be what the head received.
         reason: how it was proven, or why it was not, or why there is no map.
+        head_call: which call of the head within one forward pass made the logits.
     """
 
     head: str
@@ -48,6 +51,16 @@ class TapPlan:
     tail_shape: tuple[int, ...] = ()
     proven: bool = False
     reason: str = ""
+    head_call: int = 0
+
+
+class _Head(NamedTuple):
+    """One call of an `nn.Linear` on [N, D]."""
+
+    name: str
+    call: int
+    received: Tensor
+    output: Tensor
 
 
 class _Candidate(NamedTuple):
@@ -58,6 +71,7 @@ class _Candidate(NamedTuple):
     layout: str
     relu: bool
     mean: Tensor
+    dtype: torch.dtype
 
 
 class _Passage(NamedTuple):
@@ -75,12 +89,12 @@ class _Recorder:
     def __init__(self) -> None:
         self.candidates: list[_Candidate] = []
         self.passages: list[_Passage] = []
-        self.linears: list[tuple[str, Tensor, Tensor]] = []
+        self.linears: list[_Head] = []
         self.shapes: dict[str, list[int]] = {}
         self._calls: dict[str, int] = {}
 
-    def hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def record(module: nn.Module, args: Any, output: Any) -> None:
+    def hook(self, name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             call = self._calls.get(name, 0)
             self._calls[name] = call + 1
             if not isinstance(output, Tensor) or not output.is_floating_point():
@@ -90,23 +104,26 @@ class _Recorder:
             self.shapes[name] = list(output.shape)
             if output.ndim in (3, 4):
                 self._add_candidates(name, call, output)
-            if args and isinstance(args[0], Tensor):
-                self._add_vectors(name, module, args[0].detach().clone(), output)
+            received = first_argument(args, kwargs)
+            if isinstance(received, Tensor):
+                self._add_vectors(name, call, module, received.detach().clone(), output)
 
         return record
 
     def _add_candidates(self, name: str, call: int, output: Tensor) -> None:
         for layout in ("NHWC", "NCHW") if output.ndim == 4 else ("NTD",):
             feature_map = LAYOUTS[layout](output)
-            if feature_map.shape[2] * feature_map.shape[3] > 1:
+            # Of one channel is a pooled [N, D, 1, 1] in the other layout.
+            if feature_map.shape[1] > 1 and feature_map.shape[2] * feature_map.shape[3] > 1:
                 dtype = torch.promote_types(feature_map.dtype, torch.float32)
                 for relu in (True, False):
                     values = feature_map.relu() if relu else feature_map
-                    self.candidates.append(_Candidate(name, call, layout, relu, values.to(dtype).mean((2, 3))))
+                    mean = values.to(dtype).mean((2, 3))
+                    self.candidates.append(_Candidate(name, call, layout, relu, mean, output.dtype))
 
-    def _add_vectors(self, name: str, module: nn.Module, received: Tensor, output: Tensor) -> None:
+    def _add_vectors(self, name: str, call: int, module: nn.Module, received: Tensor, output: Tensor) -> None:
         if isinstance(module, nn.Linear) and received.ndim == output.ndim == 2:
-            self.linears.append((name, received, output))
+            self.linears.append(_Head(name, call, received, output))
         before, after = _as_vectors(received), _as_vectors(output)
         if before is not None and after is not None and before.shape == after.shape:
             self.passages.append(_Passage(name, before, after, tuple(received.shape[1:])))
@@ -118,76 +135,102 @@ def discover(
     """Run the model once by `run` with hooks on all its `modules` and find head and map.
 
     Raises:
-        TapError: no nn.Linear makes the output, or the map named by hand is not one.
+        TapError: no nn.Linear makes the output, the output is not finite, or the map named by hand is not one.
     """
     recorder = _Recorder()
-    handles = [module.register_forward_hook(recorder.hook(name)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(recorder.hook(name), with_kwargs=True) for name, module in modules.items()]
     try:
         logits = run()
     finally:
         for handle in handles:
             handle.remove()
-    head, received = _find_head(recorder, logits, wanted_head)
+    if not torch.isfinite(logits).all():
+        raise TapError(
+            f"the model's output has NaN or infinite values for finite images ({logits.dtype}): expected finite logits; check the"
+            " preprocessing, or run the model in a wider dtype"
+        )
+    head = _find_head(recorder, logits, wanted_head)
     if wanted_map is None:
-        return _find_map(recorder, head, received, recorder.candidates)
+        return _find_map(recorder, head, recorder.candidates)
     if wanted_map not in recorder.shapes:
         raise TapError(
             f"feature_map={wanted_map!r}: the module was not called, or its output is not a floating point tensor"
         )
-    candidates = [candidate for candidate in recorder.candidates if candidate.name == wanted_map]
+    candidates = [
+        candidate
+        for candidate in recorder.candidates
+        if candidate.name == wanted_map and len(candidate.mean) == len(logits)
+    ]
     if not candidates:
         raise TapError(
-            f"feature_map={wanted_map!r}: expected an output with more than one position, such as [N, D, H, W] with H·W > 1,"
-            f" got {recorder.shapes[wanted_map]}; name a layer before the pooling"
+            f"feature_map={wanted_map!r}: expected an output of {len(logits)} samples with more than one position, such as"
+            f" [N, D, H, W] with H·W > 1, got {recorder.shapes[wanted_map]}; name a layer before the pooling"
         )
-    plan = _find_map(recorder, head, received, candidates)
+    plan = _find_map(recorder, head, candidates)
     if plan.proven:
         return plan
-    last = candidates[-1]
-    reason = f"named by hand, unproven: its spatial mean is not what {head!r} received"
-    return TapPlan(head, last.name, last.call, last.layout, reason=reason)
+    # Of the ways to lay out one output, the one that has the head's number of channels, if any has.
+    last = [candidate for candidate in candidates if candidate.mean.shape == head.received.shape] or candidates
+    reason = f"named by hand, unproven: its spatial mean is not what {head.name!r} received"
+    return _plan(head, last[-1], reason=reason, proven=False)
 
 
-def _find_head(recorder: _Recorder, logits: Tensor, wanted: str | None) -> tuple[str, Tensor]:
-    tried = [entry for entry in recorder.linears if wanted in (None, entry[0])]
-    for name, received, output in reversed(tried):
-        if agrees_with_logits(output, logits):
-            return name, received
+def _find_head(recorder: _Recorder, logits: Tensor, wanted: str | None) -> _Head:
+    tried = [head for head in recorder.linears if wanted in (None, head.name)]
+    for head in reversed(tried):
+        if agrees_with_logits(head.output, logits):
+            return head
     if not tried:
-        what = f"head={wanted!r} was not called on [N, D]" if wanted else "no nn.Linear was called on [N, D] features"
+        what = (
+            f"head={wanted!r} was not called on [N, D]"
+            if wanted is not None
+            else "no nn.Linear was called on [N, D] features"
+        )
         raise TapError(f"{what}: expected the layer that makes the logits; name it by head=...")
-    name, _, output = tried[-1]
+    name, output = tried[-1].name, tried[-1].output
     raise TapError(
         f"the output of {name!r} is not the model's output (shapes {list(output.shape)} and {list(logits.shape)}, largest"
-        f" relative difference {_difference(output, logits):.3g}): expected a model that ends in an nn.Linear, or in its"
+        f" relative difference {relative_difference(output, logits):.3g}): expected a model that ends in an nn.Linear, or in its"
         " softmax; wrap the model so that it returns the logits, or name the layer by head=..."
     )
 
 
-def _find_map(recorder: _Recorder, head: str, received: Tensor, candidates: list[_Candidate]) -> TapPlan:
+def _find_map(recorder: _Recorder, head: _Head, candidates: list[_Candidate]) -> TapPlan:
+    received = head.received
     if not received.any():
-        return TapPlan(head, None, reason=f"{head!r} received only zeros, which prove nothing; fit on real images")
+        return _plan(head, reason=f"{head.name!r} received only zeros, which prove nothing; fit on real images")
     for candidate in reversed(candidates):
-        if _agrees(candidate.mean, received):
-            return _plan(head, candidate, reason=f"proven: its spatial mean is what {head!r} received")
-    for passage in reversed(recorder.passages):
-        if passage.name == head or not _agrees(passage.after, received):
+        if _is_close(candidate.mean, received, candidate.dtype):
+            return _plan(head, candidate, reason=f"proven: its spatial mean is what {head.name!r} received")
+    for passage in recorder.passages:
+        if not _is_close(passage.after, received, passage.after.dtype):
             continue
         for candidate in reversed(candidates):
-            if _agrees(candidate.mean, passage.before):
-                reason = f"proven: its spatial mean through {passage.name!r} is what {head!r} received"
+            if _is_close(candidate.mean, passage.before, candidate.dtype):
+                reason = f"proven: its spatial mean through {passage.name!r} is what {head.name!r} received"
                 return _plan(head, candidate, passage, reason)
-    differences = [(_difference(candidate.mean, received), candidate.name) for candidate in candidates]
+    differences = [(relative_difference(candidate.mean, received), candidate.name) for candidate in candidates]
     if not differences:
-        return TapPlan(head, None, reason="no module of the model has an output with more than one position (H·W > 1)")
+        return _plan(head, reason="no module of the model has an output with more than one position (H·W > 1)")
     closest, name = min(differences)
     near = f"; the closest, {name!r}, is {closest:.2g} off relative to its size" if closest < 1 else ""
-    return TapPlan(head, None, reason=f"no module's output has the spatial mean that {head!r} received{near}")
+    return _plan(head, reason=f"no module's output has the spatial mean that {head.name!r} received{near}")
 
 
-def _plan(head: str, found: _Candidate, passage: _Passage | None = None, reason: str = "") -> TapPlan:
+def _plan(
+    head: _Head, found: _Candidate | None = None, passage: _Passage | None = None, reason: str = "", proven: bool = True
+) -> TapPlan:
+    if found is None:
+        return TapPlan(head.name, None, reason=reason, head_call=head.call)
     tail, shape = (passage.name, passage.shape) if passage else (None, ())
-    return TapPlan(head, found.name, found.call, found.layout, found.relu, tail, shape, True, reason)
+    return TapPlan(
+        head.name, found.name, found.call, found.layout, found.relu and proven, tail, shape, proven, reason, head.call
+    )
+
+
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a module was called on, by position or by keyword; None where it was called on nothing."""
+    return next(iter((*args, *kwargs.values())), None)
 
 
 def _as_vectors(tensor: Tensor) -> Tensor | None:
@@ -196,7 +239,7 @@ def _as_vectors(tensor: Tensor) -> Tensor | None:
     return tensor.flatten(1) if is_vector else None
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def relative_difference(found: Tensor, expected: Tensor) -> float:
     """Largest absolute difference relative to the largest expected magnitude; infinite where shapes differ."""
     if found.shape != expected.shape or expected.numel() == 0:
         return float("inf")
@@ -205,15 +248,17 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return 0.0 if difference == 0 else float(difference / expected.abs().max().double())
 
 
-def _agrees(found: Tensor, expected: Tensor) -> bool:
-    return _difference(found, expected) <= _TOLERANCE.get(expected.dtype, 1e-4)
+def _is_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether what was computed from a tensor of this dtype is what was expected."""
+    tolerance = max(_MEAN_TOLERANCE.get(each, 1e-4) for each in (dtype, expected.dtype))
+    return relative_difference(found, expected) <= tolerance
 
 
-def agrees_with_logits(logits: Tensor, output: Tensor) -> bool:
-    """Whether a model's output is these logits, or their softmax or log-softmax."""
-    return any(
-        _agrees(form(logits), output) for form in (lambda z: z, lambda z: z.softmax(1), lambda z: z.log_softmax(1))
-    )
+def agrees_with_logits(logits: Tensor, output: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether a model's output is these logits, or their softmax or log-softmax, as exactly as all dtypes on the way allow."""
+    tolerance = max(_LOGITS_TOLERANCE.get(each, 1e-4) for each in (logits.dtype, output.dtype, *dtypes))
+    forms = (logits, logits.softmax(1), logits.log_softmax(1))
+    return any(relative_difference(form, output) <= tolerance for form in forms)
 
 
 def logits_of(output: Any) -> Tensor:

@@ -83,8 +83,9 @@ class Pipeline:
         """Why NAP cannot read this map; None where it can."""
         if self.rectify:
             return None
-        lowest = float(feature_map.min())
-        if lowest >= 0 or lowest != lowest:
+        # `min` alone is NaN where one image is bad.
+        lowest = float(feature_map.clamp_max(0).nan_to_num(0, neginf=0).min())
+        if lowest == 0:
             return None
         return (
             f"the feature map {self.plan.feature_map!r} has negative values (down to {lowest:.3g}), where max / (mean + eps) means"
