@@ -62,7 +62,9 @@ def tune(
     if not names:
         raise InputError(f"nothing to tune: none of {', '.join(engine.detectors)} has settings to search")
     if ood_loader is None and not corruptions:
-        raise InputError("corruptions=(): expected at least one of ood_engine.corruptions.CORRUPTIONS, or an ood_loader")
+        raise InputError(
+            "corruptions=(): expected at least one of ood_engine.corruptions.CORRUPTIONS, or an ood_loader"
+        )
     batches = list(image_batches(loader, "reading", False))
     id_cache = engine.extract(batches, "ID features", progress)
     if ood_loader is not None:
