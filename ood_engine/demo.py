@@ -22,12 +22,12 @@ from torch import Tensor
 from .batches import with_progress
 from .data import ImageDataset, open_dataset
 from .detectors import available_detectors
-from .engine import Engine
+from .engine import DEFAULT_DETECTORS, Engine
 from .errors import InputError, OodEngineError
 from .evaluating import evaluate, write_report
 from .models import SmallCNN
 from .preprocess import Preprocess, import_pillow
-from .report import Evaluation, markdown_table
+from .report import Evaluation, markdown_table, write_figures
 
 __all__ = ["DemoResult", "run_demo"]
 
@@ -108,7 +108,9 @@ def run_demo(
         batch_size=BATCH,
         progress=progress,
     )
-    files = write_report(evaluation, folder)
+    # A picture of every detector is long; the defaults beside plain Energy fit on a page.
+    headline = evaluation.only(("energy", *DEFAULT_DETECTORS))
+    files = [*write_report(evaluation, folder), *write_figures(headline, folder / "headline")]
     table = folder / "table.md"
     table.write_text(markdown_table(evaluation), encoding="utf-8")
     return DemoResult(evaluation, folder, [*files, table, folder / "state.safetensors", folder / "weights.safetensors"])

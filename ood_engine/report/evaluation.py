@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -58,6 +58,21 @@ class Evaluation:
         _check_known("thresholds", self.thresholds, "a detector", self.id_scores)
         if self.accuracy is not None and not 0.0 <= self.accuracy <= 1.0:
             raise InputError(f"accuracy is {self.accuracy}, expected a fraction in [0, 1]; divide percent by 100")
+
+    def only(self, detectors: Iterable[str]) -> Evaluation:
+        """The same evaluation with some of the detectors, in that order.
+
+        Raises:
+            InputError: a detector without scores.
+        """
+        names = list(detectors)
+        _check_known("only", dict.fromkeys(names), "a detector", self.id_scores)
+        return replace(
+            self,
+            id_scores={name: self.id_scores[name] for name in names},
+            ood_scores={ood: {name: scores[name] for name in names} for ood, scores in self.ood_scores.items()},
+            thresholds={name: value for name, value in self.thresholds.items() if name in names},
+        )
 
     @property
     def detectors(self) -> list[str]:

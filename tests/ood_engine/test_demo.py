@@ -43,7 +43,8 @@ def test_the_parts_share_no_image_and_no_held_out_class(result):
 
 
 def test_the_same_seed_gives_the_same_scores_and_cleans_up_older_images(result, tmp_path, monkeypatch):
-    monkeypatch.setattr("ood_engine.demo.write_report", lambda evaluation, folder: [])
+    for writer in ("write_report", "write_figures"):
+        monkeypatch.setattr(f"ood_engine.demo.{writer}", lambda evaluation, folder: [])
     again = run_demo(tmp_path, quick=True)
     stray = tmp_path / "images" / "noise" / "9999.png"
     Image.new("L", (8, 8)).save(stray)

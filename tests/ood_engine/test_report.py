@@ -452,3 +452,15 @@ def test_optional_packages_are_not_imported_with_the_module():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             assert not {name.partition(".")[0] for name in names} & {"matplotlib", "jinja2", "rich", "PIL"}
+
+
+def test_only_some_detectors_can_be_shown():
+    scores = {name: np.arange(3.0) + index for index, name in enumerate(("a", "b", "c"))}
+    whole = Evaluation("t", "id", scores, {"ood": scores}, thresholds={"a": 1.0, "c": 2.0})
+    part = whole.only(("c", "b"))
+    assert part.detectors == ["c", "b"]
+    assert list(part.ood_scores["ood"]) == ["c", "b"]
+    assert part.thresholds == {"c": 2.0}
+    assert whole.detectors == ["a", "b", "c"]
+    with pytest.raises(InputError, match="'d'"):
+        whole.only(("a", "d"))
