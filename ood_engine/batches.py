@@ -39,7 +39,13 @@ def image_batches(loader: Loader, what: str, progress: bool = False) -> Iterator
 def _checked_labels(labels: Any, count: int, number: int) -> Tensor:
     if labels is None:
         return torch.full((count,), NO_LABEL, dtype=torch.int64)
-    labels = torch.as_tensor(labels).detach().cpu()
+    try:
+        labels = torch.as_tensor(labels).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"labels of batch {number}: expected whole numbers [{count}], one an image, got a {type(labels).__name__} that is no"
+            " array of numbers"
+        ) from error
     if labels.shape != (count,) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise InputError(
             f"labels of batch {number}: expected whole numbers [{count}], one an image, got {labels.dtype} {list(labels.shape)}"

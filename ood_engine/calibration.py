@@ -28,8 +28,8 @@ class Calibration(FittedModule):
 
     def __init__(self, false_alarm_rate: float = 0.05) -> None:
         super().__init__("scores")
-        if not 0 < false_alarm_rate < 1:
-            raise CalibrationError(f"false_alarm_rate={false_alarm_rate}: expected a share in (0, 1), such as 0.05")
+        if not isinstance(false_alarm_rate, (int, float)) or not 0 < false_alarm_rate < 1:
+            raise CalibrationError(f"false_alarm_rate={false_alarm_rate!r}: expected a share in (0, 1), such as 0.05")
         self.false_alarm_rate = false_alarm_rate
 
     def fit(self, scores: Tensor, name: str) -> Calibration:

@@ -28,8 +28,8 @@ class Canary:
 
     @classmethod
     def take(cls, pipeline: Pipeline, cache: FeatureCache) -> Canary:
-        """The samples with the smallest fingerprints, scored now."""
-        rows = cache.rows.select(torch.argsort(cache.rows.fingerprints)[:_SAMPLES])
+        """The samples with the largest fingerprints, scored now; anchors of a basis are those with the smallest."""
+        rows = cache.rows.select(torch.argsort(cache.rows.fingerprints, descending=True)[:_SAMPLES])
         return cls(rows, dict(pipeline.score_rows(FeatureCache(rows))))
 
     def replay(self, pipeline: Pipeline, calibrations: dict[str, Calibration]) -> list[str]:

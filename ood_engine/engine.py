@@ -117,10 +117,10 @@ class Engine(Pipeline):
                     self.tap.find(images)
                     self._leave_out_unavailable(images)
                 writer.append(self.extract_batch(images, labels))
-            cache = writer.finish()
-            # The model may be another one by now, and with it the features that thresholds were set from.
-            self.calibrations, self.calibration_cache = {}, None
-            self._fit_from(cache, self.detectors)
+            detectors = {name: create_detector(name, **old.settings) for name, old in self.detectors.items()}
+            self._fit_from(writer.finish(), detectors)
+        # The model may be another one by now, and with it the features that thresholds were set from.
+        self.calibrations, self.calibration_cache = {}, None
         return self
 
     def refit(self, **parameters: Any) -> Engine:
@@ -145,6 +145,7 @@ class Engine(Pipeline):
         settings = changed_settings(self.detectors, parameters)
         with torch.inference_mode(False), torch.no_grad():
             self._fit_from(self.cache, {name: create_detector(name, **chosen) for name, chosen in settings.items()})
+        self.recalibrate()
         return self
 
     def calibrate(
@@ -255,11 +256,7 @@ class Engine(Pipeline):
         Raises:
             InputError: the loader is empty, or see `score`.
         """
-        parts = []
-        for images, _ in image_batches(loader, "scoring", progress):
-            scores = self.score(images)
-            clamped = {name: count.cpu() for name, count in scores.clamped.items()}
-            parts.append(Scores({name: score.cpu() for name, score in scores.items()}, clamped))
+        parts = [self.score(images).cpu() for images, _ in image_batches(loader, "scoring", progress)]
         if not parts:
             raise InputError("the loader gave no images: expected at least one batch; check its path and filters")
         scores = Scores.concatenate(parts)
@@ -328,7 +325,6 @@ class Engine(Pipeline):
         self.cache = cache
         self.fit_fingerprints = cache.rows.fingerprints.clone()
         self.detectors = detectors
-        self.recalibrate()
 
     def _used_in_fit(self, cache: FeatureCache) -> Tensor:
         assert self.fit_fingerprints is not None

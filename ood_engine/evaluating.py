@@ -42,8 +42,7 @@ def score_set(engine: Engine, loader: ImageLoader, what: str, *, progress: bool 
             captured = engine.run(images)
             valid = finite_rows(images).to(captured.head_input.device)
             scores = engine.score_signals(engine.signals(captured.feature_map, captured.head_input), valid)
-            clamped = {name: count.cpu() for name, count in scores.clamped.items()}
-            parts.append(Scores({name: score.cpu() for name, score in scores.items()}, clamped))
+            parts.append(scores.cpu())
             predicted = captured.logits.argmax(1).cpu()
             labelled += int((labels != NO_LABEL).sum())
             correct += int((predicted == labels).sum())

@@ -119,17 +119,15 @@ class Pipeline:
         scores = {}
         with full_precision(signals.features.device):
             for name, detector in self.detectors.items():
-                score = detector(signals)
-                scores[name] = torch.where(sound & torch.isfinite(score), score, torch.nan).float()
+                score = detector(signals).float()
+                scores[name] = torch.where(sound & torch.isfinite(score), score, torch.nan)
         return Scores(scores, signals.clamped)
 
     def score_rows(self, cache: FeatureCache) -> Scores:
         """Scores of cached samples, on the CPU."""
         with torch.inference_mode(False), torch.no_grad():
-            parts = [self.score_signals(signals_from_rows(rows, self.head)) for rows in cache.batches()]
-        return Scores.concatenate(
-            [Scores({name: score.cpu() for name, score in part.items()}, part.clamped) for part in parts]
-        )
+            parts = [self.score_signals(signals_from_rows(rows, self.head)).cpu() for rows in cache.batches()]
+        return Scores.concatenate(parts)
 
 
 def full_precision(device: torch.device) -> torch.autocast:

@@ -33,6 +33,11 @@ class Scores(dict[str, Tensor]):
         clamped = {name: torch.stack([part.clamped[name] for part in parts]).sum() for name in parts[0].clamped}
         return cls({name: torch.cat([part[name] for part in parts]) for name in names}, clamped)
 
+    def cpu(self) -> Scores:
+        """The same on the host."""
+        clamped = {name: count.cpu() for name, count in self.clamped.items()}
+        return Scores({name: score.cpu() for name, score in self.items()}, clamped)
+
     def report(self) -> None:
         """Warn, once the scores are on the host, about rows without a score and about clamped ones."""
         total = len(next(iter(self.values()))) if self else 0

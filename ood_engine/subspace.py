@@ -140,6 +140,7 @@ class DualBasis(_Basis):
         check_n_components(n_components)
         basis = cls(cotangent=cotangent, bias=bias)
         _check_samples(p, h, normalisation)
+        p, h = p.detach(), h.detach()
         dtype = reference.compute_dtype(p, h)
         anchor_a = reference.cotangent(p[:max_anchors].double(), cotangent)
         anchor_h = h[:max_anchors].double()

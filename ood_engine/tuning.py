@@ -39,7 +39,8 @@ def tune(
 
     The paper takes ID images under the 15 Hendrycks-Dietterich corruptions for OOD; its severity and objective are not published:
     severity 3 and mean AUROC are ours. The model runs once per corruption; trying settings only reads features, and
-    thresholds are set again from the calibration features. NAP's w, OPNP's ranges and the ensemble's a have grids.
+    thresholds are set again from the calibration features; an engine from a state file has none of those, and is to be
+    calibrated anew. NAP's w, OPNP's ranges and the ensemble's a have grids.
 
     Args:
         engine: fitted.
@@ -56,7 +57,8 @@ def tune(
         One row per detector and setting: {"detector", "settings", "auroc", "chosen"}; also kept as `engine.tuning`.
 
     Raises:
-        InputError: nothing to tune, or images that do not lie in [0, 1] once mean and std are undone.
+        InputError: nothing to tune, images that do not lie in [0, 1] once mean and std are undone, or scores that are not
+            finite; every setting is then as it was.
     """
     names = [name for name in (engine.detectors if detectors is None else detectors) if _grid_of(engine, name)]
     if not names:
@@ -76,6 +78,9 @@ def tune(
             for name in corruptions
         ]
     rows = [row for name in names for row in _search(engine, name, id_cache, ood_caches)]
+    for row in rows:
+        if row["chosen"]:
+            engine.detectors[row["detector"]].configure(**row["settings"])
     engine.tuning = rows
     engine.recalibrate()
     return rows
@@ -102,16 +107,19 @@ def _corrupted(
 
 
 def _search(engine: Engine, name: str, id_cache: FeatureCache, ood_caches: list[FeatureCache]) -> list[dict[str, Any]]:
+    """The rows of one detector, which is left with the settings it had: the scores may hold NaN half-way."""
     detector = engine.detectors[name]
+    before = dict(detector.settings)
     rows: list[dict[str, Any]] = []
-    for settings in detector.grid():
-        detector.configure(**settings)
-        id_scores = _scores(engine, detector, id_cache)
-        values = [auroc(id_scores, _scores(engine, detector, cache)) for cache in ood_caches]
-        rows.append({"detector": name, "settings": settings, "auroc": sum(values) / len(values), "chosen": False})
-    best = max(rows, key=lambda row: row["auroc"])
-    best["chosen"] = True
-    detector.configure(**best["settings"])
+    try:
+        for settings in detector.grid():
+            detector.configure(**settings)
+            id_scores = _scores(engine, detector, id_cache)
+            values = [auroc(id_scores, _scores(engine, detector, cache)) for cache in ood_caches]
+            rows.append({"detector": name, "settings": settings, "auroc": sum(values) / len(values), "chosen": False})
+    finally:
+        detector.configure(**before)
+    max(rows, key=lambda row: row["auroc"])["chosen"] = True
     return rows
 
 

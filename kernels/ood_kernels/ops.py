@@ -38,7 +38,8 @@ def _full_precision(feature: Tensor) -> torch.autocast:
 
 def _pool_nap(feature_map: Tensor, eps: float, rectify: bool) -> tuple[Tensor, Tensor]:
     with _full_precision(feature_map):
-        return reference.pool_nap(feature_map, eps, rectify=rectify)
+        h, nap = reference.pool_nap(feature_map, eps, rectify=rectify)
+    return h, nap
 
 
 def _pool_statistics(feature_map: Tensor, rectify: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -72,10 +72,13 @@ def nap_from_statistics(nap_mean: Tensor, maximum: Tensor, eps: float = 1.0) -> 
     return ratios.square().mean(1), ratios
 
 
-def pool_nap(feature_map: Tensor, eps: float = 1.0, *, rectify: bool = False) -> tuple[Tensor, Tensor]:
-    """Pooled features [N, D] and NAP [N], see `ood_kernels.pool_nap`."""
+def pool_nap(
+    feature_map: Tensor, eps: float = 1.0, *, rectify: bool = False, return_ratios: bool = False
+) -> tuple[Tensor, ...]:
+    """Pooled features [N, D], NAP [N] and, on request, its ratios [N, D], see `ood_kernels.pool_nap`."""
     statistics = pool_statistics(feature_map, rectify=rectify)
-    return statistics.h, nap_from_statistics(statistics.nap_mean, statistics.maximum, eps)[0]
+    nap, ratios = nap_from_statistics(statistics.nap_mean, statistics.maximum, eps)
+    return (statistics.h, nap, ratios) if return_ratios else (statistics.h, nap)
 
 
 def _finite_logsumexp(logits: Tensor) -> Tensor:

@@ -33,5 +33,5 @@ class MaxLogit(Detector):
     """S = max_c z_c."""
 
     def forward(self, signals: Signals) -> Tensor:
-        """[N] largest logit, from z_max = lse + log p_max: p_max is at least 1/C, so nothing is lost."""
+        """[N] largest logit, from z_max = lse + log p_max: p_max is at least 1/C, so only lse is rounded."""
         return signals.lse + signals.probabilities.amax(1).log()

@@ -199,8 +199,7 @@ def _ranks(data: FitData) -> tuple[Tensor, Tensor]:
 
 def check_range(name: str, keep: Range) -> tuple[float, float]:
     """Raise InputError unless keep is (ρ_min, ρ_max) with 0 ≤ ρ_min < ρ_max ≤ 1."""
-    if len(keep) != 2 or not 0 <= keep[0] < keep[1] <= 1:
-        raise InputError(
-            f"{name}={tuple(keep)}: expected two fractions with 0 ≤ lower < upper ≤ 1, such as (0.1, 0.995)"
-        )
+    is_pair = isinstance(keep, Sequence) and len(keep) == 2 and all(isinstance(end, (int, float)) for end in keep)
+    if not is_pair or not 0 <= keep[0] < keep[1] <= 1:
+        raise InputError(f"{name}={keep!r}: expected two fractions with 0 ≤ lower < upper ≤ 1, such as (0.1, 0.995)")
     return float(keep[0]), float(keep[1])

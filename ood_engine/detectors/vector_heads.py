@@ -70,12 +70,13 @@ class Mahalanobis(FittedModule):
         """Estimate from x [m, K] and labels [m].
 
         Raises:
-            InputError: fewer than two samples.
+            InputError: fewer than two samples, or none that differs from its class mean by more than rounding.
         """
         if x.shape[0] < 2:
             raise InputError(
                 f"a covariance of {x.shape[0]} samples: expected at least 2 ID samples beside the anchors; fit on more"
             )
+        rounding = torch.finfo(x.dtype).eps * float(x.abs().max())
         x = x.double()
         classes, index = labels.unique(return_inverse=True)
         counts = torch.bincount(index, minlength=len(classes)).to(x)
@@ -85,7 +86,13 @@ class Mahalanobis(FittedModule):
         )
         centred = x - means[index]
         variances, directions = torch.linalg.eigh(centred.T @ centred / x.shape[0])
-        variances = variances.clamp_min(max(float(variances[-1]) * 1e-6, torch.finfo(torch.float64).tiny))
+        largest = float(variances[-1])
+        if not largest > rounding**2:
+            raise InputError(
+                f"a covariance of {x.shape[0]} samples in {len(classes)} classes: expected some that differ within their class"
+                " beside the anchors; fit on more, and more varied, ID samples"
+            )
+        variances = variances.clamp_min(largest * 1e-6)
         whitening = directions / variances.sqrt()
         self.set_fitted(whitening=whitening, means=means @ whitening)
 

@@ -71,6 +71,13 @@ def test_activations_that_hide_infinity_hide_no_bad_pixel(value, make_model, id_
     assert all(torch.equal(score[5:], sound[name][5:]) for name, score in scores.items())
 
 
+def test_scores_beyond_float32_are_not_infinite(make_model, id_batches, test_images):
+    model = make_model().double()
+    model[-1].bias.data += 1e300
+    engine = oe.Engine(model, ["energy"]).fit([(x.double(), y) for x, y in id_batches])
+    assert engine.score(test_images.double())["energy"].isnan().all()
+
+
 def test_every_row_bad(engine, test_images):
     scores = engine.score(test_images * torch.nan)
     assert all(score.isnan().all() for score in scores.values())
@@ -167,6 +174,11 @@ def test_labels_of_another_kind(labels, model, test_images):
     with pytest.raises(InputError) as error:
         oe.Engine(model, ["energy"]).fit([(test_images, labels)])
     assert_one_line(error, r"labels of batch 0: expected whole numbers \[33\], one an image, got torch")
+    with pytest.raises(InputError) as error:
+        oe.Engine(model, ["energy"]).fit([(test_images, ["cat"] * 33)])
+    assert_one_line(
+        error, r"labels of batch 0: expected whole numbers \[33\], one an image, got a list that is no array"
+    )
 
 
 def test_too_few_samples(model, images):
@@ -192,6 +204,14 @@ def test_too_few_samples(model, images):
 def test_four_samples_are_enough_where_the_head_needs_two(head, model, images, test_images):
     engine = oe.Engine(model, ["low_dim_gradient"], settings={"low_dim_gradient": {"head": head}})
     assert engine.fit([images(4, 1)]).score(test_images)["low_dim_gradient"].isfinite().all()
+
+
+def test_every_class_once(model, images):
+    with pytest.raises(InputError) as error:
+        oe.Engine(model, ["low_dim_gradient"]).fit([(images(5, 1)[0], torch.arange(5))])
+    assert_one_line(
+        error, "a covariance of 3 samples in 3 classes: expected some that differ within their class .*; fit on"
+    )
 
 
 def test_the_same_image_many_times(model, images):

@@ -62,7 +62,7 @@ def test_too_few_samples_are_refused(count, rate):
     Calibration(rate).fit(torch.zeros(needed), "x")
 
 
-@pytest.mark.parametrize("rate", [0, 1, -0.1, 5, float("nan")])
+@pytest.mark.parametrize("rate", [0, 1, -0.1, 5, float("nan"), "5 %"])
 def test_rates_are_shares(rate):
     with pytest.raises(CalibrationError, match=r"false_alarm_rate=.*: expected a share in \(0, 1\)"):
         Calibration(rate)

@@ -131,7 +131,9 @@ def test_grids_are_valid_and_reach_no_pruning():
         assert any(all(keep == (0.0, 1.0) for keep in entry.values()) for entry in grid)
 
 
-@pytest.mark.parametrize("keep", [(0.5, 0.5), (0.9, 0.1), (-0.1, 1.0), (0.0, 1.1), (5, 99.5), (0.1,), (math.nan, 1.0)])
+@pytest.mark.parametrize(
+    "keep", [(0.5, 0.5), (0.9, 0.1), (-0.1, 1.0), (0.0, 1.1), (5, 99.5), (0.1,), (math.nan, 1.0), 0.5, None, "ab"]
+)
 @pytest.mark.parametrize(
     ("name", "part"), [("opnp", "weight_range"), ("opnp", "neuron_range"), ("onp", "neuron_range")]
 )

@@ -137,6 +137,15 @@ def test_a_refit_that_fails_changes_nothing(make_engine, test_images, assert_sam
     assert engine.predict(test_images).keys() == before.keys()
 
 
+def test_a_fit_that_fails_changes_nothing(make_engine, images, test_images, assert_same_scores):
+    engine = make_engine()
+    before, flagged = engine.score(test_images), engine.predict(test_images)
+    with pytest.raises(InputError, match="expected at least 4 different ones"):
+        engine.fit([images(3, 21)])
+    assert_same_scores(engine.score(test_images), before, 0)
+    assert all(torch.equal(engine.predict(test_images)[name], rows) for name, rows in flagged.items())
+
+
 def test_a_new_fit_asks_for_a_new_calibration(make_engine, id_batches, test_images):
     """The model may have changed in between, and the calibration features with it."""
     engine = make_engine(("energy",))

@@ -58,6 +58,15 @@ def test_mahalanobis_of_fewer_samples_than_dimensions_is_finite():
     assert head(vectors(7, 12, seed=1)).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "x", [vectors(3), vectors(1).expand(3, -1), torch.zeros(3, 4), vectors(1).expand(3, -1) * 1e30]
+)
+def test_mahalanobis_asks_for_samples_that_differ_within_a_class(x):
+    labels = torch.arange(3) if len(x.unique(dim=0)) == 3 else torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(InputError, match=r"a covariance of 3 samples in [13] classes: expected some that differ"):
+        Mahalanobis().fit(x, labels)
+
+
 def test_probe_is_the_trained_network_in_evaluation(monkeypatch):
     caught = {}
     from ood_engine.detectors import vector_heads

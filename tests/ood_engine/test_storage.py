@@ -21,6 +21,7 @@ import ood_engine as oe
 from ood_engine.cache import CacheRows
 from ood_engine.canary import Canary
 from ood_engine.errors import NotFittedError, OodEngineError, StateDriftWarning, StateError, TapError
+from ood_engine.fitting import FitData
 from ood_engine.storage import FORMAT, head_digests, read_header
 
 
@@ -137,11 +138,14 @@ def test_models_of_another_dtype_get_their_decisions(state, model, engine, test_
         )
 
 
-def test_canary_is_of_calibration_samples(engine, state):
+def test_canary_is_neither_of_anchors_nor_on_a_threshold(engine, state):
     stored = load_file(state)
     fingerprints = stored["canary.rows.fingerprints"]
     assert len(fingerprints) == 16
-    assert torch.isin(fingerprints, engine.calibration_cache.rows.fingerprints).all()
+    _, others = FitData(engine.cache, engine.head).split(4096)
+    assert torch.isin(fingerprints, engine.cache.rows.fingerprints[others]).all()
+    for name, calibration in engine.calibrations.items():
+        assert (stored[f"canary.scores.{name}"] != calibration.threshold).all(), name
     assert torch.equal(stored["canary.scores.energy"], engine.score_rows(_cache(stored))["energy"])
 
 

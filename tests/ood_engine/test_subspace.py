@@ -99,6 +99,12 @@ def test_flops_and_bytes_are_those_of_the_products(make_problem):
     assert basis.to_explicit().to_explicit().n_components == 5
 
 
+def test_fit_keeps_no_autograd_history(make_problem):
+    p, h, _, _ = make_problem()
+    basis = DualBasis.fit(p.requires_grad_(), h.requires_grad_(), n_components=3)
+    assert not any(buffer.requires_grad for buffer in basis.buffers())
+
+
 def test_fit_is_repeatable_and_fixes_signs(make_problem):
     p, h, *_ = make_problem()
     first, again = fit(DualBasis, p, h).fitted("coefficients"), fit(DualBasis, p, h).fitted("coefficients")

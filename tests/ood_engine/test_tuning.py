@@ -87,6 +87,17 @@ def test_undoes_the_preprocessing(make_engine, model, id_batches, images):
         engine.tune([(x - shift) / scale], corruptions=["contrast"])
 
 
+def test_tuning_that_fails_changes_nothing(small, images, test_images, assert_same_scores):
+    before, x = small.score(test_images), images(20, 11)[0]
+    settings = {name: dict(detector.settings) for name, detector in small.detectors.items()}
+    bad = x.clone()
+    bad[3] = torch.nan
+    with pytest.raises(InputError, match="ood_scores holds 1 of 20 values that are NaN"):
+        small.tune([x], ood_loader=[bad])
+    assert {name: detector.settings for name, detector in small.detectors.items()} == settings
+    assert_same_scores(small.score(test_images), before, 0)
+
+
 def test_what_cannot_be_tuned(small, images):
     x, _ = images(20, 11)
     with pytest.raises(

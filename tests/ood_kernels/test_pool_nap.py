@@ -55,6 +55,8 @@ def test_equals_fp64_truth_in_every_dtype_and_shape(shape, dtype, rectify):
     statistics = ok.pool_statistics(feature_map, rectify=rectify)
     h, nap, ratios = ok.pool_nap(feature_map, eps, rectify=rectify, return_ratios=True)
     fused_h, fused_nap = ok.pool_nap(feature_map, eps, rectify=rectify)
+    twins = ok.reference.pool_nap(feature_map, eps, rectify=rectify, return_ratios=True)
+    assert all(torch.equal(value, twin) for value, twin in zip((h, nap, ratios), twins, strict=True))
 
     for value, right in zip(statistics, expected[:3], strict=True):
         assert_allclose(value, right, **close)
