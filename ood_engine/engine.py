@@ -17,7 +17,7 @@ from .canary import Canary
 from .detectors import Detector, changed_settings, create_detector
 from .errors import CalibrationError, DetectorUnavailableError, InputError, NotFittedError, OodEngineWarning
 from .fitting import FitData
-from .pipeline import Pipeline, finite_rows, full_precision
+from .pipeline import Pipeline, full_precision
 from .scores import Scores
 from .tap import Tap
 
@@ -47,6 +47,7 @@ class Engine(Pipeline):
         unavailable: default detectors that this model cannot have → why.
         tuning: rows of the last `tune`: detector, settings, auroc.
         information: facts kept in the state file; JSON values.
+        image_shape: (C, H, W) of the images of `fit`, which all others must have; None where they varied.
 
     Raises:
         TapError: a model without a linear head, an unknown layer, or weights that are not finite.
@@ -75,6 +76,7 @@ class Engine(Pipeline):
             raise InputError(f"settings for {stray[0]!r}: expected one of this engine's detectors, {', '.join(names)}")
         self.tap = Tap(model, head=head, feature_map=feature_map)
         self.rectify = rectify
+        self.image_shape: tuple[int, ...] | None = None
         self.seed = seed
         self.detectors = {name: create_detector(name, **(settings or {}).get(name, {})) for name in names}
         self.calibrations: dict[str, Calibration] = {}
@@ -112,15 +114,18 @@ class Engine(Pipeline):
         """
         with torch.inference_mode(False), torch.no_grad():
             writer = CacheWriter(cache_limit_bytes, cache_directory)
+            self.image_shape, shapes = None, set()
             for number, (images, labels) in enumerate(image_batches(loader, "fitting", progress)):
                 if number == 0:
                     self.tap.find(images)
                     self._leave_out_unavailable(images)
                 writer.append(self.extract_batch(images, labels))
+                shapes.add(tuple(images.shape[1:]))
             detectors = {name: create_detector(name, **old.settings) for name, old in self.detectors.items()}
             self._fit_from(writer.finish(), detectors)
         # The model may be another one by now, and with it the features that thresholds were set from.
         self.calibrations, self.calibration_cache = {}, None
+        self.image_shape = shapes.pop() if len(shapes) == 1 else None
         return self
 
     def refit(self, **parameters: Any) -> Engine:
@@ -169,6 +174,7 @@ class Engine(Pipeline):
         self._require_fitted()
         if overlap not in ("refuse", "drop"):
             raise InputError(f"overlap={overlap!r}: expected 'refuse' or 'drop'")
+        Calibration(false_alarm_rate)  # refuses a rate out of range before the model runs
         cache = self.extract(loader, "calibrating", progress)
         used = self._used_in_fit(cache)
         if used.any() and overlap == "refuse":
@@ -211,9 +217,7 @@ class Engine(Pipeline):
         """
         self._require_fitted()
         with torch.no_grad():
-            captured = self.run(images)
-            valid = finite_rows(images).to(captured.head_input.device)
-            return self.score_signals(self.signals(captured.feature_map, captured.head_input), valid)
+            return self.score_captured(images, self.run(images))
 
     def score_features(self, feature_map: Tensor | None, features: Tensor | None = None) -> Scores:
         """Scores from what the model computed already; no model is run.

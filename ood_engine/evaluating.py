@@ -15,7 +15,6 @@ from .batches import image_batches
 from .cache import NO_LABEL
 from .data import ImageDataset, ImageLoader
 from .engine import Engine
-from .pipeline import finite_rows
 from .report import Evaluation, write_figures, write_html, write_json
 from .scores import Scores
 from .version import __version__
@@ -40,9 +39,7 @@ def score_set(engine: Engine, loader: ImageLoader, what: str, *, progress: bool 
     with torch.no_grad():
         for images, labels in image_batches(loader, what, progress):
             captured = engine.run(images)
-            valid = finite_rows(images).to(captured.head_input.device)
-            scores = engine.score_signals(engine.signals(captured.feature_map, captured.head_input), valid)
-            parts.append(scores.cpu())
+            parts.append(engine.score_captured(images, captured).cpu())
             predicted = captured.logits.argmax(1).cpu()
             labelled += int((labels != NO_LABEL).sum())
             correct += int((predicted == labels).sum())

@@ -10,7 +10,7 @@ import ood_kernels as ok
 from .batches import Loader, image_batches
 from .cache import CacheRows, CacheWriter, FeatureCache, fingerprint
 from .detectors import Detector
-from .errors import InputError
+from .errors import DetectorUnavailableError, InputError
 from .fitting import signals_from_rows
 from .scores import Scores
 from .signals import Signals
@@ -24,6 +24,7 @@ class Pipeline:
 
     tap: Tap
     rectify: bool
+    image_shape: tuple[int, ...] | None
     detectors: dict[str, Detector]
 
     @property
@@ -51,7 +52,11 @@ class Pipeline:
         return writer.finish()
 
     def extract_batch(self, images: Tensor, labels: Tensor) -> CacheRows:
-        """The cache rows of one batch; an image with NaN or Inf has NaN features."""
+        """The cache rows of one batch; an image with NaN or Inf has NaN features.
+
+        Raises:
+            DetectorUnavailableError: a detector reads the map, and it has negative values without `rectify`.
+        """
         captured = self.run(images)
         features = wide(captured.head_input)
         nothing = features.new_empty((len(features), 0))
@@ -61,6 +66,9 @@ class Pipeline:
             if self.plan.proven:
                 features = wide(self.tap.features(statistics.h))
             if self.reads_map:
+                reason = self.check_map(captured.feature_map)
+                if reason is not None:
+                    raise DetectorUnavailableError(reason)
                 maximum = statistics.maximum
                 # Kept only where NAP does not pool what the head reads.
                 is_pooled = self.plan.proven and self.plan.tail is None and not self.rectify
@@ -73,24 +81,37 @@ class Pipeline:
         """One forward of the model.
 
         Raises:
-            InputError: not a batch of floating point images, an empty batch, or images the model rejects.
+            InputError: not a batch of floating point images, an empty batch, images of another size than those of `fit`, or
+                images the model rejects.
         """
-        if isinstance(images, Tensor) and images.shape[:1] == (0,):
-            raise InputError(f"images {list(images.shape)}: the batch is empty; expected at least one image")
+        if isinstance(images, Tensor) and images.ndim > 1 and images.is_floating_point():
+            if images.shape[:1] == (0,):
+                raise InputError(f"images {list(images.shape)}: the batch is empty; expected at least one image")
+            if self.image_shape is not None and images.shape[1:] != self.image_shape:
+                fitted = ", ".join(map(str, self.image_shape))
+                raise InputError(
+                    f"images {list(images.shape)}: expected [N, {fitted}], the channels and size of fit; preprocess them alike, or"
+                    " fit on this size"
+                )
         return self.tap(images)
 
     def check_map(self, feature_map: Tensor) -> str | None:
         """Why NAP cannot read this map; None where it can."""
         if self.rectify:
             return None
-        # `min` alone is NaN where one image is bad.
-        lowest = float(feature_map.clamp_max(0).nan_to_num(0, neginf=0).min())
-        if lowest == 0:
+        negative = feature_map[feature_map < 0]
+        negative = negative[torch.isfinite(negative)]  # a bad image is refused for what it is
+        if not len(negative):
             return None
         return (
-            f"the feature map {self.plan.feature_map!r} has negative values (down to {lowest:.3g}), where max / (mean + eps) means"
-            " nothing; pass rectify=True to score its ReLU"
+            f"the feature map {self.plan.feature_map!r} has negative values (down to {float(negative.min()):.3g}), where"
+            " max / (mean + eps) means nothing; pass rectify=True to score its ReLU"
         )
+
+    def score_captured(self, images: Tensor, captured: Captured) -> Scores:
+        """Scores of a forward pass; NaN for images with NaN or Inf."""
+        valid = finite_rows(images).to(captured.head_input.device)
+        return self.score_signals(self.signals(captured.feature_map, captured.head_input), valid)
 
     def signals(self, feature_map: Tensor | None, head_input: Tensor | None) -> Signals:
         """What the detectors read, from one read of the map."""

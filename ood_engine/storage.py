@@ -7,10 +7,10 @@ canary. Tensors that several detectors share are stored once.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,22 +45,21 @@ def save(engine: Engine, path: Path) -> None:
     """Write the fitted state of `engine`, whole or not at all.
 
     Raises:
-        OodEngineError: the disk is full.
+        OodEngineError: the disk is full, or the place cannot be written.
     """
     tensors, aliases = _share(_collect(engine))
     header = _describe(engine) | {"aliases": aliases, "tensors_digest": _tensors_digest(tensors)}
     text = json.dumps(header, sort_keys=True)
     metadata = {_KEY: text, "digest": hashlib.sha256(text.encode()).hexdigest()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         # safetensors' own writer makes files that only their owner may read.
         temporary.write_bytes(to_bytes(tensors, metadata))
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno != errno.ENOSPC:
-            raise
+        with suppress(OSError):
+            temporary.unlink()
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         raise OodEngineError(
             f"{path}: could not be written ({error}); {size / 2**20:.1f} MiB are needed; free some space or name another place"
@@ -86,6 +85,7 @@ def load(path: Path, model: nn.Module) -> Engine:
     named_map = None if plan.proven else plan.feature_map
     engine = Engine(model, names, feature_map=named_map, rectify=header["rectify"], seed=header["seed"])
     engine.tap.adopt(plan)
+    engine.image_shape = tuple(header["image_shape"]) if header["image_shape"] else None
     _check_head(engine.head, header["head"], path)
     device = engine.tap.device
     tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
@@ -160,6 +160,7 @@ def _describe(engine: Engine) -> dict[str, Any]:
         "torch": torch.__version__,
         "plan": asdict(engine.plan),
         "rectify": engine.rectify,
+        "image_shape": engine.image_shape,
         "seed": engine.seed,
         "head": {
             "classes": head.weight.shape[0],

@@ -97,6 +97,10 @@ def _corrupted(
 ) -> Iterator[Tensor]:
     for number, images in enumerate(batches):
         shift, scale = (torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1) for value in (mean, std))
+        if not {shift.numel(), scale.numel()} <= {1, images.shape[1]} or not (scale > 0).all():
+            raise InputError(
+                f"mean={mean!r}, std={std!r}: expected a number, or one for each of the {images.shape[1]} channels, and std above 0"
+            )
         pixels = images.float().cpu() * scale + shift
         if not (pixels.amin() >= -1e-3 and pixels.amax() <= 1 + 1e-3):
             raise InputError(

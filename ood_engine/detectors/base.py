@@ -59,14 +59,14 @@ class Detector(FittedModule):
 
 
 _DetectorType = TypeVar("_DetectorType", bound=type[Detector])
-_REGISTRY: dict[str, tuple[type[Detector], dict[str, Any]]] = {}
+_REGISTRY: dict[str, tuple[type[Detector], dict[str, Any], tuple[str, ...]]] = {}
 
 
-def register(name: str, **fixed: Any) -> Callable[[_DetectorType], _DetectorType]:
-    """Class decorator: make the detector available as `name`, with `fixed` constructor arguments."""
+def register(name: str, *, fixed: tuple[str, ...] = (), **defaults: Any) -> Callable[[_DetectorType], _DetectorType]:
+    """Class decorator: make the detector available as `name`, with defaults of its own; those in `fixed` are what it is."""
 
     def add(detector: _DetectorType) -> _DetectorType:
-        _REGISTRY[name] = (detector, fixed)
+        _REGISTRY[name] = (detector, defaults, fixed)
         return detector
 
     return add
@@ -85,22 +85,25 @@ def default_settings(name: str) -> dict[str, Any]:
     """
     if name not in _REGISTRY:
         raise InputError(f"detector {name!r} is not known: expected one of {', '.join(available_detectors())}")
-    detector, fixed = _REGISTRY[name]
+    detector, defaults, _ = _REGISTRY[name]
     parameters = inspect.signature(detector.__init__).parameters.values()
-    return {p.name: fixed.get(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {p.name: defaults.get(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def create_detector(name: str, **settings: Any) -> Detector:
     """A new, unfitted detector.
 
     Raises:
-        InputError: no detector of that name, or a setting it does not have or that is out of range.
+        InputError: no detector of that name, or a setting it does not have, that its name fixes or that is out of range.
     """
     defaults = default_settings(name)
     unknown = sorted(set(settings) - set(defaults))
     if unknown:
         known = ", ".join(defaults) or "none"
         raise InputError(f"detector {name!r} has no setting {unknown[0]!r}: expected one of {known}")
+    for key in _REGISTRY[name][2]:
+        if settings.get(key, defaults[key]) != defaults[key]:
+            raise InputError(f"detector {name!r}: its {key} is {defaults[key]!r} by its name, got {settings[key]!r}")
     settings = {**defaults, **settings}
     detector = _REGISTRY[name][0](**settings)
     detector.name = name
@@ -118,7 +121,7 @@ def changed_settings(detectors: Mapping[str, Detector], parameters: Mapping[str,
     """
     changed = {name: dict(detector.settings) for name, detector in detectors.items()}
     for key, value in parameters.items():
-        holders = [name for name in changed if key in default_settings(name)]
+        holders = [name for name in changed if key in default_settings(name) and key not in _REGISTRY[name][2]]
         if key in changed and isinstance(value, Mapping):
             changed[key].update(value)
         elif holders:

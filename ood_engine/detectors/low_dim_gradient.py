@@ -46,11 +46,11 @@ def _fit_head(head: _Head, x: Tensor, data: FitData, index: Tensor) -> None:
 
 
 @register("low_dim_gradient")
-@register("low_dim_gradient_probe_energy", head="probe_energy")
-@register("low_dim_gradient_probe_msp", head="probe_msp")
-@register("low_dim_gradient_knn", head="knn")
-@register("low_dim_gradient_mahalanobis", head="mahalanobis")
-@register("low_dim_gradient_residual", head="residual")
+@register("low_dim_gradient_probe_energy", fixed=("head",), head="probe_energy")
+@register("low_dim_gradient_probe_msp", fixed=("head",), head="probe_msp")
+@register("low_dim_gradient_knn", fixed=("head",), head="knn")
+@register("low_dim_gradient_mahalanobis", fixed=("head",), head="mahalanobis")
+@register("low_dim_gradient_residual", fixed=("head",), head="residual")
 @register("low_dim_gradient_ensemble", head="probe_energy", a=1.0)
 class LowDimGradient(Detector):
     """A detector on g_low = ⟨G - Ḡ, V_k⟩, plus, with `a` > 0, the same detector on the forward side: S = S_low + a · S_forward.

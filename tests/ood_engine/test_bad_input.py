@@ -143,12 +143,24 @@ def test_three_parts_in_a_batch(model, test_images):
 
 @pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 4, 8, 8), (4, 3), (4, 3, 0, 0), (3, 8)])
 def test_wrong_channels_and_sizes(shape, engine, model):
-    for use in (engine.score, lambda x: oe.Engine(model, ["energy"]).fit([x])):
+    images = re.escape(str(list(shape)))
+    with pytest.raises(InputError) as error:
+        engine.score(torch.rand(shape))
+    assert_one_line(error, rf"images {images}: expected \[N, 3, 8, 8\], the channels and size of fit")
+    with pytest.raises(InputError) as error:
+        oe.Engine(model, ["energy"]).fit([torch.rand(shape)])
+    assert_one_line(error, rf"images {images}: the model rejects them; expected the channels and size")
+
+
+def test_a_size_that_the_model_takes_but_fit_has_not_seen(engine, model, test_images, tmp_path):
+    larger = torch.nn.functional.interpolate(test_images, scale_factor=2)
+    engine.save(tmp_path / "state.safetensors")
+    for fitted in (engine, oe.Engine.load(tmp_path / "state.safetensors", model)):
         with pytest.raises(InputError) as error:
-            use(torch.rand(shape))
-        assert_one_line(
-            error, rf"images {re.escape(str(list(shape)))}: the model rejects them; expected the channels and size"
-        )
+            fitted.score(larger)
+        assert_one_line(error, r"expected \[N, 3, 8, 8\], the channels and size of fit")
+    both = oe.Engine(model, ["energy"]).fit([test_images, larger])
+    assert torch.isfinite(both.score(larger)["energy"]).all()
 
 
 def test_a_scalar(engine):

@@ -367,7 +367,7 @@ def test_score_refuses(place, call, tmp_path, change, words):
 
 
 def test_images_that_the_model_rejects_stop_the_run(place, call, tmp_path):
-    refused(call, place.score(tmp_path / "t.csv", "--channels", "3"), "the model rejects them", "channels")
+    refused(call, place.score(tmp_path / "t.csv", "--channels", "3"), "the channels and size of fit")
 
 
 # evaluate and inspect

@@ -379,3 +379,24 @@ def test_scores_count_a_row_once_whichever_detector_fails():
     assert str(caught[1].message).startswith(
         "a: the base score of 3 of 4 inputs is not positive and was clamped to 1e-6"
     )
+
+
+def test_refit_leaves_a_head_that_the_name_says(model, id_batches):
+    engine = oe.Engine(model, ["low_dim_gradient", "low_dim_gradient_residual", "low_dim_gradient_ensemble"]).fit(
+        id_batches
+    )
+    engine.refit(head="knn")
+    heads = {name: detector.settings["head"] for name, detector in engine.detectors.items() if "ensemble" not in name}
+    assert heads == {"low_dim_gradient": "knn", "low_dim_gradient_residual": "residual"}
+    with pytest.raises(InputError, match=r"'low_dim_gradient_residual': its head is 'residual' by its name, got 'knn'"):
+        engine.refit(low_dim_gradient_residual={"head": "knn"})
+
+
+def test_a_map_that_turns_negative_later_in_fit_is_noticed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    nn.init.constant_(model[0].weight, 1.0)
+    nn.init.constant_(model[0].bias, 0.0)
+    positive = torch.rand(8, 1, 3, 3)
+    with pytest.raises(DetectorUnavailableError, match=r"negative values \(down to -0\.[0-9]+\).*rectify=True"):
+        oe.Engine(model, ["nap"]).fit([positive, positive - 0.5])

@@ -310,12 +310,18 @@ def test_disk_full_leaves_the_old_state_and_no_remains(before, engine, tmp_path,
     assert before is None or path.read_bytes() == before
 
 
+def test_a_place_that_cannot_be_written(engine, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OodEngineError, match=r"state.safetensors: could not be written"):
+        engine.save(tmp_path / "file" / "state.safetensors")
+
+
 def test_other_errors_of_the_disk_are_not_hidden(engine, tmp_path, monkeypatch):
     def broken(self, data):
         raise OSError(errno.EIO, "broken")
 
     monkeypatch.setattr(Path, "write_bytes", broken)
-    with pytest.raises(OSError, match="broken"):
+    with pytest.raises(OodEngineError, match="broken"):
         engine.save(tmp_path / "state.safetensors")
     assert list(tmp_path.iterdir()) == []
 
