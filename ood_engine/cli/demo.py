@@ -36,7 +36,7 @@ def demo(output: Path, quick: bool, seed: int, device: torch.device, as_json: bo
     \b
     Examples:
       ood-engine demo
-      ood-engine demo --output /tmp/demo --seed 1
+      ood-engine demo --output my-demo --seed 1
     """
     check_output(output, folder=True)
     started = time.perf_counter()
