@@ -61,18 +61,17 @@ class Pipeline:
         features = wide(captured.head_input)
         nothing = features.new_empty((len(features), 0))
         maximum, nap_mean = nothing, nothing
-        if captured.feature_map is not None and (self.plan.proven or self.reads_map):
+        if captured.feature_map is not None and self.reads_map:
+            reason = self.check_map(captured.feature_map)
+            if reason is not None:
+                raise DetectorUnavailableError(reason)
             statistics = ok.pool_statistics(captured.feature_map, rectify=self.rectify)
+            maximum = statistics.maximum
             if self.plan.proven:
                 features = wide(self.tap.features(statistics.h))
-            if self.reads_map:
-                reason = self.check_map(captured.feature_map)
-                if reason is not None:
-                    raise DetectorUnavailableError(reason)
-                maximum = statistics.maximum
-                # Kept only where NAP does not pool what the head reads.
-                is_pooled = self.plan.proven and self.plan.tail is None and not self.rectify
-                nap_mean = nothing if is_pooled else statistics.nap_mean
+            # Kept only where NAP does not pool what the head reads.
+            is_pooled = self.plan.proven and self.plan.tail is None and not self.rectify
+            nap_mean = nothing if is_pooled else statistics.nap_mean
         valid = finite_rows(images).to(features.device)
         features = torch.where(valid[:, None], features, torch.nan)
         return CacheRows(features, fingerprint(images), labels, maximum, nap_mean)
@@ -114,15 +113,14 @@ class Pipeline:
         return self.score_signals(self.signals(captured.feature_map, captured.head_input), valid)
 
     def signals(self, feature_map: Tensor | None, head_input: Tensor | None) -> Signals:
-        """What the detectors read, from one read of the map."""
+        """What the detectors read: from one read of the map, or none where no detector needs it and the head's input is there."""
         nap: dict[float, Tensor] = {}
         statistics = None
         features = head_input
         wanted = sorted({detector.eps for detector in self.detectors.values() if detector.eps is not None})
-        if feature_map is not None and (wanted or self.plan.proven):
-            if len(wanted) <= 1:
-                eps = wanted[0] if wanted else 1.0
-                pooled, nap[eps] = ok.pool_nap(feature_map, eps, rectify=self.rectify)
+        if feature_map is not None and (wanted or head_input is None):
+            if len(wanted) == 1:
+                pooled, nap[wanted[0]] = ok.pool_nap(feature_map, wanted[0], rectify=self.rectify)
             else:
                 statistics = ok.pool_statistics(feature_map, rectify=self.rectify)
                 pooled = statistics.h

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import ood_engine as oe
+import ood_kernels as ok
 from ood_engine.detectors import create_detector, default_settings
 from ood_engine.engine import DEFAULT_DETECTORS
 from ood_engine.errors import (
@@ -400,3 +401,17 @@ def test_a_map_that_turns_negative_later_in_fit_is_noticed():
     positive = torch.rand(8, 1, 3, 3)
     with pytest.raises(DetectorUnavailableError, match=r"negative values \(down to -0\.[0-9]+\).*rectify=True"):
         oe.Engine(model, ["nap"]).fit([positive, positive - 0.5])
+
+
+def test_the_map_is_not_read_where_no_detector_needs_it(
+    model, id_batches, test_images, assert_same_scores, monkeypatch
+):
+    calls = []
+    for name in ("pool_nap", "pool_statistics"):
+        original = getattr(ok, name)
+        monkeypatch.setattr(ok, name, lambda *args, f=original, **options: calls.append(1) or f(*args, **options))
+    engine = oe.Engine(model, ["energy", "opnp"]).fit(id_batches)
+    scores = engine.score(test_images)
+    assert not calls
+    assert_same_scores(engine.score_features(engine.run(test_images).feature_map), scores)
+    assert len(calls) == 1
