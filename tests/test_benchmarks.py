@@ -20,6 +20,10 @@ TINY_MEMORY = shlex.split("--samples 64 --features 128 --classes 10 --side 3 --a
 TINY_SPEED = shlex.split(
     "--samples 6 --features 32 --classes 10 --anchors 40 --components 8 --loop-samples 2 --rounds 3"
 )
+TINY_CPU = shlex.split(
+    "--samples 4 --maps 20x3 --tokens 16x9 --rounds 2 --forward-rounds 2 --features 2048 --classes 10 --anchors 40"
+    " --components 8 --image 32"
+)
 DUAL = "closed form, dual"
 
 
@@ -154,3 +158,54 @@ def test_results_are_named_after_the_day() -> None:
     assert path.parent == FOLDER / "results"
     assert path.name.startswith("memory-20")
     assert len(path.stem) == len("memory-2000-01-01")
+
+
+def test_cpu_path_writes_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "cpu_path.json"
+    load("cpu_path").main([*TINY_CPU, "--output", str(path)])
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert results["compile_seconds"] > 0
+    assert len(results["rows"]) == 3 * 3 * 3 + 2
+    for row in results["rows"]:
+        assert row.keys() >= COLUMNS
+        assert 0 < row["p5_ms"] <= row["p50_ms"] <= row["p95_ms"]
+    pooling = [row for row in results["rows"] if row["subject"].startswith("pooling")]
+    assert [(row["limit"], row["dtype"]) for row in pooling if row["limit"] == 3] == [(3.0, "bfloat16")]
+    assert all(row["max_error"] <= 1e-6 and row["peak_extra_mib"] > 0 for row in pooling)
+    forward, score = results["rows"][-2:]
+    assert forward["ratio"] == 1
+    assert score["limit"] == 0.02
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"ratio": 2.0, "limit": 2.0, "max_error": 1e-6}, None),
+        ({"ratio": 9.0, "limit": None, "max_error": None}, None),
+        ({"ratio": 2.1, "limit": 2.0, "max_error": 0.0}, "TOO SLOW pooling [1] float32: 2.1 > 2"),
+        ({"ratio": 1.0, "limit": 2.0, "max_error": 2e-6}, "WRONG pooling [1] float32: error 2.0e-06 > 1e-06"),
+    ],
+)
+def test_cpu_path_names_what_is_wrong_or_too_slow(row: dict, line: str | None) -> None:
+    lines = load("cpu_path").failures([{"subject": "pooling", "shape": "[1]", "dtype": "float32", **row}])
+    assert lines == ([] if line is None else [line])
+
+
+def test_cpu_path_fails_where_a_limit_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load("cpu_path")
+    arguments = [*TINY_CPU, "--forward-rounds", "0"]
+    monkeypatch.setattr(script, "failures", lambda rows: [])
+    assert script.main(arguments) == 0
+    monkeypatch.setattr(script, "failures", lambda rows: ["TOO SLOW"])
+    assert script.main(arguments) == 1
+
+
+def test_cpu_path_sees_a_wrong_maximum_and_a_wrong_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load("cpu_path")
+    feature_map = script.make_map("channels_last", (2, 5, 3), torch.float32)
+    right = script.pooling.pool_statistics(feature_map)
+    assert script.pooling_error(feature_map) <= 1e-6
+    monkeypatch.setattr(script.pooling, "pool_statistics", lambda _: right._replace(maximum=right.maximum + 1))
+    assert script.pooling_error(feature_map) == float("inf")
+    monkeypatch.setattr(script.pooling, "pool_statistics", lambda _: right._replace(h=right.h * 1.01))
+    assert script.pooling_error(feature_map) == pytest.approx(0.01, rel=1e-3)

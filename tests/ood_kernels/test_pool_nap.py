@@ -56,7 +56,8 @@ def test_equals_fp64_truth_in_every_dtype_and_shape(shape, dtype, rectify):
     h, nap, ratios = ok.pool_nap(feature_map, eps, rectify=rectify, return_ratios=True)
     fused_h, fused_nap = ok.pool_nap(feature_map, eps, rectify=rectify)
     twins = ok.reference.pool_nap(feature_map, eps, rectify=rectify, return_ratios=True)
-    assert all(torch.equal(value, twin) for value, twin in zip((h, nap, ratios), twins, strict=True))
+    for value, twin in zip((h, nap, ratios), twins, strict=True):
+        assert_allclose(value, twin, **close)
 
     for value, right in zip(statistics, expected[:3], strict=True):
         assert_allclose(value, right, **close)
@@ -227,6 +228,16 @@ def test_a_sample_scores_alone_as_in_a_batch(samples, seed, channels_last):
         assert torch.allclose(alone[0], batch[index], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("rectify", [False, True])
+def test_tokens_are_a_map_whose_channels_come_last(rectify):
+    tokens = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
+    feature_map = tokens.transpose(1, 2).reshape(3, 5, 7, 1)
+    options = {"rectify": rectify, "return_ratios": True}
+    for ours, right in zip(ok.pool_nap(tokens, **options), ok.pool_nap(feature_map, **options), strict=True):
+        torch.testing.assert_close(ours, right, equal_nan=True)
+    assert_allclose(ok.pool_statistics(tokens).h, tokens.mean(1), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("feature_map", "found"),
     [
@@ -235,7 +246,8 @@ def test_a_sample_scores_alone_as_in_a_batch(samples, seed, channels_last):
         (torch.ones(2, 3, 4, 4, dtype=torch.bool), "torch.bool [2, 3, 4, 4]"),
         (torch.ones(2, 3, 4, 4, dtype=torch.complex64), "torch.complex64 [2, 3, 4, 4]"),
         (torch.ones(2, 3), "torch.float32 [2, 3]"),
-        (torch.ones(2, 3, 4), "torch.float32 [2, 3, 4]"),
+        (torch.ones(2, 0, 4), "torch.float32 [2, 0, 4]"),
+        (torch.ones(2, 4, 0), "torch.float32 [2, 4, 0]"),
         (torch.ones(2, 3, 4, 4, 4), "torch.float32 [2, 3, 4, 4, 4]"),
         (torch.tensor(1.0), "torch.float32 []"),
         (torch.ones(2, 0, 4, 4), "torch.float32 [2, 0, 4, 4]"),
@@ -245,7 +257,7 @@ def test_a_sample_scores_alone_as_in_a_batch(samples, seed, channels_last):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_not_a_feature_map_is_refused(feature_map, found):
-    expected = f"feature_map: expected a floating point [N, D, H, W], got {found}"
+    expected = f"feature_map: expected a floating point [N, D, H, W], or tokens [N, T, D], got {found}"
     for function in (ok.pool_nap, ok.pool_statistics):
         with pytest.raises(ValueError) as caught:
             function(feature_map)
