@@ -6,20 +6,36 @@ holds the plain-torch twins that define what is right.
 """
 
 from . import reference
+from .backend import BACKENDS
+from .checks import PRECISIONS
 from .functional import masked_energy, pool_nap, pool_statistics, project_gradients, score
-from .types import BasisTensors, DualTensors, ExplicitTensors, Head, PoolStatistics, ScoreOutputs
+from .masks import pack_mask, unpack_mask
+from .types import (
+    BasisTensors,
+    DualTensors,
+    ExplicitTensors,
+    FactoredTensors,
+    Head,
+    PoolStatistics,
+    ScoreOutputs,
+)
 
 __all__ = [
+    "BACKENDS",
+    "PRECISIONS",
     "BasisTensors",
     "DualTensors",
     "ExplicitTensors",
+    "FactoredTensors",
     "Head",
     "PoolStatistics",
     "ScoreOutputs",
     "masked_energy",
+    "pack_mask",
     "pool_nap",
     "pool_statistics",
     "project_gradients",
     "reference",
     "score",
+    "unpack_mask",
 ]

@@ -2,90 +2,63 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import ops, reference
-from .types import BasisTensors, DualTensors, ExplicitTensors, HasBasisTensors, Head, PoolStatistics, ScoreOutputs
+from .checks import basis_tensors, check_basis, check_head, check_precision, map_of, require
+from .types import BasisTensors, DualTensors, HasBasisTensors, Head, PoolStatistics, ScoreOutputs
 
 __all__ = ["masked_energy", "pool_nap", "pool_statistics", "project_gradients", "score"]
 
 
-def _require(condition: bool, name: str, expected: str, tensor: Tensor) -> None:
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {tensor.dtype} {list(tensor.shape)}")
-
-
-def _check_feature_map(feature_map: Tensor) -> None:
-    is_map = feature_map.ndim == 4 and 0 not in feature_map.shape[1:]
-    _require(is_map and feature_map.is_floating_point(), "feature_map", "a floating point [N, D, H, W]", feature_map)
-
-
-def _check_basis(tensors: BasisTensors) -> tuple[int, int]:
-    """Classes C and features D of a basis whose tensors fit together; what does not fit could broadcast silently."""
-    constants = tensors.constants
-    if isinstance(tensors, ExplicitTensors):
-        components = tensors.components
-        _require(components.ndim == 3 and 0 not in components.shape[1:], "components", "[K, C, D]", components)
-        _require(constants.shape == components.shape[:1], "constants", f"[{components.shape[0]}]", constants)
-        return components.shape[1], components.shape[2] - tensors.bias
-    cotangents, features, coefficients = tensors[:3]
-    anchors = cotangents.shape[0] if cotangents.ndim else 0
-    _require(cotangents.ndim == 2 and cotangents.shape[1] > 0, "anchor_cotangents", "[n, C]", cotangents)
-    _require(features.ndim == 2 and features.shape[0] == anchors, "anchor_features", f"[{anchors}, D]", features)
-    fits = coefficients.ndim == 2 and coefficients.shape[0] == anchors
-    _require(fits, "coefficients", f"[{anchors}, K]", coefficients)
-    _require(constants.shape == coefficients.shape[1:], "constants", f"[{coefficients.shape[1]}]", constants)
-    shift, linear = tensors.shift, tensors.linear
-    if (shift is None) != (linear is None):
-        raise ValueError("shift and linear of a dual basis belong together: expected both or neither, got one")
-    if shift is not None and linear is not None:
-        _require(shift.shape == features.shape[1:], "shift", f"[{features.shape[1]}]", shift)
-        shape = (cotangents.shape[1], coefficients.shape[1])
-        _require(linear.shape == shape, "linear", str(list(shape)), linear)
-    return cotangents.shape[1], features.shape[1]
-
-
-def pool_statistics(feature_map: Tensor, *, rectify: bool = False) -> PoolStatistics:
+def pool_statistics(feature_map: Tensor, *, rectify: bool = False, backend: str | None = None) -> PoolStatistics:
     """Mean and maximum of every channel over H·W: what NAP and the penultimate features are made of.
 
     Args:
-        feature_map: [N, D, H, W], any strides, fp32, fp16, bf16 or fp64; N may be 0.
+        feature_map: [N, D, H, W] or tokens [N, T, D], any strides, fp32, fp16, bf16 or fp64; N may be 0.
         rectify: let NAP see ReLU(feature_map), for maps with negative values; `h` stays the mean of the map as it is.
+        backend: "triton" or "reference"; None takes the environment variable OOD_ENGINE_BACKEND, else the device decides.
 
     Returns:
         PoolStatistics(h, nap_mean, maximum), each [N, D]; fp64 for fp64 input, else fp32. NaN and Inf propagate.
 
     Raises:
-        ValueError: not a floating point [N, D, H, W], or an empty axis other than N.
+        ValueError: not a floating point map, an empty axis other than N, an unknown backend.
+        RuntimeError: the backend that was asked for cannot run here.
     """
-    _check_feature_map(feature_map)
-    return PoolStatistics(*ops.pool_statistics(feature_map.detach(), rectify))
+    return PoolStatistics(*ops.pool_statistics(map_of(feature_map), rectify, backend=backend or ""))
 
 
 def pool_nap(
-    feature_map: Tensor, eps: float = 1.0, *, rectify: bool = False, return_ratios: bool = False
+    feature_map: Tensor,
+    eps: float = 1.0,
+    *,
+    rectify: bool = False,
+    return_ratios: bool = False,
+    backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Pooled features and the NAP score: S = (1/D) Σ_j (max_HW A_j / (mean_HW A_j + eps))² (arXiv 2402.18162).
 
     Args:
-        feature_map: A [N, D, H, W], the post-ReLU map before global pooling; any strides, fp32, fp16, bf16 or fp64.
+        feature_map: A [N, D, H, W], the post-ReLU map before global pooling, or tokens [N, T, D]; any strides, fp32, fp16,
+            bf16 or fp64.
         eps: the paper's 1.0. It is part of the method, not a numerical guard: it decides where activations are small.
         rectify: NAP of ReLU(A), for signed maps; `h` stays the mean of A itself.
         return_ratios: also return the ratios max / (mean + eps), [N, D].
+        backend: "triton" or "reference"; None takes the environment variable OOD_ENGINE_BACKEND, else the device decides.
 
     Returns:
         (h [N, D], nap [N]) or (h, nap, ratios [N, D]); fp64 for fp64 input, else fp32. Higher = more in-distribution.
         A row with NaN or Inf in its map, or with mean + eps ≤ 0 in some channel, has a NaN score.
 
     Raises:
-        ValueError: not a floating point [N, D, H, W], or an empty axis other than N.
+        ValueError: not a floating point map, an empty axis other than N, an unknown backend.
+        RuntimeError: the backend that was asked for cannot run here.
     """
-    _check_feature_map(feature_map)
     if not return_ratios:
-        h, nap = ops.pool_nap(feature_map.detach(), eps, rectify)
+        h, nap = ops.pool_nap(map_of(feature_map), eps, rectify, backend=backend or "")
         return h, nap
-    statistics = pool_statistics(feature_map, rectify=rectify)
+    statistics = pool_statistics(feature_map, rectify=rectify, backend=backend)
     nap, ratios = reference.nap_from_statistics(statistics.nap_mean, statistics.maximum, eps)
     return statistics.h, nap, ratios
 
@@ -96,6 +69,9 @@ def masked_energy(
     bias: Tensor | None = None,
     weight_mask: Tensor | None = None,
     neuron_mask: Tensor | None = None,
+    *,
+    precision: str = "ieee",
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Energy of a linear head, and of the same head with weights and neurons pruned (OPNP, arXiv 2402.10062).
 
@@ -106,35 +82,37 @@ def masked_energy(
         h: [N, D] penultimate features.
         weight: [C, D].
         bias: [C] or None.
-        weight_mask: bool [C, D], True = keep; None keeps all.
+        weight_mask: True = keep, as bool [C, D] or packed by `pack_mask`; None keeps all.
         neuron_mask: bool [D], True = keep; None keeps all.
+        precision: of the operands of the kernels' matrix products, see `score`.
+        backend: "triton" or "reference"; None takes the environment variable OOD_ENGINE_BACKEND, else the device decides.
 
     Returns:
         (lse [N], pruned lse [N], p [N, C]); fp64 where h or weight is fp64, else fp32. Higher = more in-distribution.
         A row with NaN or Inf among its features, even in a pruned neuron, is NaN in all three.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together.
+        ValueError: shapes or dtypes that do not fit together, an unknown precision or backend.
+        RuntimeError: the backend that was asked for cannot run here.
     """
-    _require(h.ndim == 2 and h.is_floating_point(), "h", "floating point features [N, D]", h)
-    width = h.shape[1]
-    fits = weight.ndim == 2 and weight.shape[1] == width and 0 not in weight.shape
-    _require(fits and weight.is_floating_point(), "weight", f"a floating point [C, {width}], C and D > 0", weight)
-    if bias is not None:
-        fits = bias.shape == weight.shape[:1] and bias.is_floating_point()
-        _require(fits, "bias", f"a floating point [{weight.shape[0]}]", bias)
-        bias = bias.detach()
-    if weight_mask is not None:
-        fits = weight_mask.shape == weight.shape and weight_mask.dtype == torch.bool
-        _require(fits, "weight_mask", f"bool {list(weight.shape)}", weight_mask)
-    if neuron_mask is not None:
-        fits = neuron_mask.shape == weight.shape[1:] and neuron_mask.dtype == torch.bool
-        _require(fits, "neuron_mask", f"bool [{width}]", neuron_mask)
-    lse, pruned_lse, p = ops.masked_energy(h.detach(), weight.detach(), bias, weight_mask, neuron_mask)
+    require(h.ndim == 2 and h.is_floating_point(), "h", "floating point features [N, D]", h)
+    check_head(h.shape[1], weight, bias, weight_mask, neuron_mask)
+    check_precision(precision)
+    bias = None if bias is None else bias.detach()
+    lse, pruned_lse, p = ops.masked_energy(
+        h.detach(), weight.detach(), bias, weight_mask, neuron_mask, precision=precision, backend=backend or ""
+    )
     return lse, pruned_lse, p
 
 
-def project_gradients(p: Tensor, h: Tensor, basis: BasisTensors | HasBasisTensors) -> Tensor:
+def project_gradients(
+    p: Tensor,
+    h: Tensor,
+    basis: BasisTensors | HasBasisTensors,
+    *,
+    precision: str = "ieee",
+    backend: str | None = None,
+) -> Tensor:
     """Coordinates of the last-layer gradient in a low-dimensional subspace (arXiv 2310.17163), in closed form.
 
     The gradient of a scalar of the logits with respect to weight and bias is G = a ⊗ h̃ with h̃ = [h; 1]; for the
@@ -144,7 +122,9 @@ def project_gradients(p: Tensor, h: Tensor, basis: BasisTensors | HasBasisTensor
     Args:
         p: softmax [N, C] of the unpruned head.
         h: [N, D] penultimate features.
-        basis: a fitted basis of `ood_engine.subspace`, or its DualTensors / ExplicitTensors.
+        basis: a fitted basis of `ood_engine.subspace`, or its DualTensors / ExplicitTensors / FactoredTensors.
+        precision: of the operands of the kernels' matrix products, see `score`.
+        backend: "triton" or "reference"; None takes the environment variable OOD_ENGINE_BACKEND, else the device decides.
 
     Returns:
         g_low [N, K]; fp64 where p, h, the coefficients or the components are fp64, else fp32. A row whose p or h holds
@@ -152,21 +132,21 @@ def project_gradients(p: Tensor, h: Tensor, basis: BasisTensors | HasBasisTensor
 
     Raises:
         ValueError: shapes or dtypes that do not fit the basis, a basis whose tensors do not fit together, an unknown
-            cotangent.
+            cotangent, precision or backend.
+        RuntimeError: the backend that was asked for cannot run here.
     """
-    tensors = basis.tensors() if isinstance(basis, HasBasisTensors) else basis
-    if not isinstance(tensors, DualTensors | ExplicitTensors):
-        expected = "DualTensors, ExplicitTensors or an object with .tensors()"
-        raise ValueError(f"basis: expected {expected}, got {type(tensors).__name__}")
-    classes, width = _check_basis(tensors)
-    _require(p.ndim == 2 and p.shape[1] == classes and p.is_floating_point(), "p", f"softmax [N, {classes}]", p)
-    _require(h.shape == (p.shape[0], width) and h.is_floating_point(), "h", f"features [{p.shape[0]}, {width}]", h)
-    h = h.detach()
+    tensors = basis_tensors(basis)
+    classes, width = check_basis(tensors)
+    check_precision(precision)
+    require(p.ndim == 2 and p.shape[1] == classes and p.is_floating_point(), "p", f"softmax [N, {classes}]", p)
+    require(h.shape == (p.shape[0], width) and h.is_floating_point(), "h", f"features [{p.shape[0]}, {width}]", h)
     a = reference.cotangent(p.detach(), tensors.cotangent)
-    if isinstance(tensors, DualTensors):
-        shift, linear = (None if part is None else part.detach() for part in (tensors.shift, tensors.linear))
-        return ops.project_dual(a, h, *(part.detach() for part in tensors[:4]), tensors.bias, shift, linear)
-    return ops.project_explicit(a, h, tensors.components.detach(), tensors.constants.detach(), tensors.bias)
+    kind, parts = _basis_parts(tensors)
+    options = {"precision": precision, "backend": backend or ""}
+    if kind == "dual":
+        return ops.project_dual(a, h.detach(), *parts[:4], tensors.bias, *parts[4:], **options)
+    project = ops.project_explicit if kind == "explicit" else ops.project_factored
+    return project(a, h.detach(), *parts, tensors.bias, **options)
 
 
 def score(
@@ -176,23 +156,66 @@ def score(
     eps: float = 1.0,
     *,
     rectify: bool = False,
+    precision: str = "ieee",
+    backend: str | None = None,
 ) -> ScoreOutputs:
     """NAP, energy, pruned energy and gradient coordinates of one batch from its feature map alone.
 
     Args:
-        feature_map: [N, D, H, W] before global pooling; the head must act on its mean over H·W.
+        feature_map: [N, D, H, W] before global pooling, or tokens [N, T, D]; the head must act on its mean over H·W (T).
         head: Head(weight [C, D], bias, weight_mask, neuron_mask).
         basis: gradient subspace as for `project_gradients`; None leaves g_low empty.
         eps: of NAP, see `pool_nap`.
         rectify: NAP of ReLU(feature_map), see `pool_nap`.
+        precision: what the kernels on a GPU round the operands of their matrix products to, while they always sum in
+            fp32: "ieee" keeps fp32; "tf32x3" splits each in two tf32 parts, about fp32's accuracy on tensor cores; "tf32",
+            "bf16" and "fp16" round. Plain torch always multiplies in the dtype of the result.
+        backend: "triton" or "reference"; None takes the environment variable OOD_ENGINE_BACKEND, else the device decides.
 
     Returns:
         ScoreOutputs(h, nap, lse, pruned_lse, p, g_low).
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together.
+        ValueError: shapes or dtypes that do not fit together, an unknown cotangent, precision or backend.
+        RuntimeError: the backend that was asked for cannot run here.
     """
-    h, nap = pool_nap(feature_map, eps, rectify=rectify)
-    lse, pruned_lse, p = masked_energy(h, *head)
-    g_low = h.new_empty((h.shape[0], 0)) if basis is None else project_gradients(p, h, basis)
-    return ScoreOutputs(h, nap, lse, pruned_lse, p, g_low)
+    feature_map = map_of(feature_map)
+    width = feature_map.shape[1]
+    check_head(width, *head)
+    check_precision(precision)
+    kind, cotangent, basis_bias = "", "energy", True
+    parts: list[Tensor | None] = []
+    if basis is not None:
+        tensors = basis_tensors(basis)
+        shape = check_basis(tensors)
+        require(
+            shape == (head.weight.shape[0], width), "head.weight", f"the basis's [C, D] = {list(shape)}", head.weight
+        )
+        reference.check_cotangent(tensors.cotangent)
+        (kind, parts), cotangent, basis_bias = _basis_parts(tensors), tensors.cotangent, tensors.bias
+    bias = None if head.bias is None else head.bias.detach()
+    return ScoreOutputs(
+        *ops.score(
+            feature_map,
+            eps,
+            rectify,
+            head.weight.detach(),
+            bias,
+            head.weight_mask,
+            head.neuron_mask,
+            parts,
+            kind,
+            cotangent,
+            basis_bias,
+            precision=precision,
+            backend=backend or "",
+        )
+    )
+
+
+def _basis_parts(tensors: BasisTensors) -> tuple[str, list[Tensor | None]]:
+    """Kind of a basis, and its tensors in the order of its type, those of a dual one's shift last."""
+    parts = [part.detach() if isinstance(part, Tensor) else None for part in tensors]
+    if isinstance(tensors, DualTensors):
+        return "dual", [*parts[:4], *parts[6:]]
+    return ("explicit", parts[:2]) if len(parts) == 4 else ("factored", parts[:4])

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .types import BasisTensors, DualTensors, HasBasisTensors, Head, PoolStatistics, ScoreOutputs
+from .masks import unpack_mask
+from .types import BasisTensors, DualTensors, FactoredTensors, HasBasisTensors, Head, PoolStatistics, ScoreOutputs
 
 __all__ = [
     "COTANGENTS",
+    "check_cotangent",
     "cotangent",
     "linear_part",
     "masked_energy",
@@ -23,6 +25,7 @@ __all__ = [
     "pool_statistics",
     "project_dual",
     "project_explicit",
+    "project_factored",
     "project_gradients",
     "score",
 ]
@@ -105,6 +108,8 @@ def masked_energy(
     if weight_mask is None and neuron_mask is None:
         return lse, lse.clone(), p
     # Products with the masks, not `where`: 0 · NaN is NaN, so a bad feature surfaces even in a pruned neuron.
+    if weight_mask is not None and weight_mask.dtype == torch.int32:
+        weight_mask = unpack_mask(weight_mask, weight.shape[1])
     pruned = weight if weight_mask is None else weight * weight_mask
     kept = h if neuron_mask is None else h * neuron_mask
     return lse, _finite_logsumexp(F.linear(kept, pruned, bias)), p
@@ -127,7 +132,17 @@ def cotangent(p: Tensor, kind: str = "energy") -> Tensor:
         # A row with NaN has no predicted class; adding 0 · p keeps its NaN.
         one_hot = F.one_hot(p.argmax(1), p.shape[1]).to(p.dtype) + p * 0
         return one_hot if kind == "max_logit" else p - one_hot
-    raise ValueError(f"cotangent {kind!r} is not known: expected one of {', '.join(COTANGENTS)}")
+    raise _unknown_cotangent(kind)
+
+
+def check_cotangent(kind: str) -> None:
+    """Raise ValueError for a cotangent that is not one of `COTANGENTS`."""
+    if kind not in COTANGENTS:
+        raise _unknown_cotangent(kind)
+
+
+def _unknown_cotangent(kind: str) -> ValueError:
+    return ValueError(f"cotangent {kind!r} is not known: expected one of {', '.join(COTANGENTS)}")
 
 
 def project_dual(
@@ -180,6 +195,28 @@ def project_explicit(a: Tensor, h: Tensor, components: Tensor, constants: Tensor
     return coordinates - constants.to(dtype)
 
 
+def project_factored(
+    a: Tensor,
+    h: Tensor,
+    class_factors: Tensor,
+    feature_factors: Tensor,
+    core: Tensor,
+    constants: Tensor,
+    bias: bool = True,
+) -> Tensor:
+    """Centred coordinates [N, K] in a factored basis: (aᵀ U_p) core_k (U_hᵀ h̃) - constant_k.
+
+    The Kronecker form of a last-layer gradient, G = a ⊗ h̃, is kept by U_pᵀ G U_h = (U_pᵀ a) ⊗ (U_hᵀ h̃): after two small
+    products it is an explicit projection with R for C and Q for D̃, 2·(C·R + D̃·Q + K·R·Q) flops a sample.
+    """
+    dtype = compute_dtype(a, h, core)
+    a, h, class_factors, feature_factors = (x.to(dtype) for x in (a, h, class_factors, feature_factors))
+    reduced = h @ feature_factors[: h.shape[1]]
+    if bias:
+        reduced += feature_factors[-1]
+    return project_explicit(a @ class_factors, reduced, core, constants, bias=False)
+
+
 def project_gradients(p: Tensor, h: Tensor, basis: BasisTensors | HasBasisTensors) -> Tensor:
     """Centred coordinates g_low [N, K] of the last-layer gradients, see `ood_kernels.project_gradients`."""
     tensors = basis.tensors() if isinstance(basis, HasBasisTensors) else basis
@@ -195,6 +232,10 @@ def project_gradients(p: Tensor, h: Tensor, basis: BasisTensors | HasBasisTensor
             tensors.bias,
             tensors.shift,
             tensors.linear,
+        )
+    if isinstance(tensors, FactoredTensors):
+        return project_factored(
+            a, h, tensors.class_factors, tensors.feature_factors, tensors.core, tensors.constants, tensors.bias
         )
     return project_explicit(a, h, tensors.components, tensors.constants, tensors.bias)
 

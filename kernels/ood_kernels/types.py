@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 __all__ = [
     "BasisTensors",
     "DualTensors",
     "ExplicitTensors",
+    "FactoredTensors",
     "HasBasisTensors",
     "Head",
     "PoolStatistics",
@@ -23,7 +25,7 @@ class Head(NamedTuple):
     Attributes:
         weight: [C, D].
         bias: [C], or None for a layer without one.
-        weight_mask: bool [C, D], True = keep; None keeps all.
+        weight_mask: True = keep, as bool [C, D] or packed by `pack_mask`; None keeps all.
         neuron_mask: bool [D], True = keep; None keeps all.
     """
 
@@ -71,6 +73,11 @@ class DualTensors(NamedTuple):
     shift: Tensor | None = None
     linear: Tensor | None = None
 
+    def to(self, dtype: torch.dtype) -> DualTensors:
+        """The same with the large tensors stored in another dtype; constants, shift and its linear part stay as they are."""
+        large = ("anchor_cotangents", "anchor_features", "coefficients")
+        return self._replace(**{name: getattr(self, name).to(dtype) for name in large})
+
 
 class ExplicitTensors(NamedTuple):
     """A gradient subspace as its vectors: `components` [K, C, D̃] with D̃ = D + 1 where `bias`, else D."""
@@ -80,8 +87,37 @@ class ExplicitTensors(NamedTuple):
     cotangent: str = "energy"
     bias: bool = True
 
+    def to(self, dtype: torch.dtype) -> ExplicitTensors:
+        """The same with the components stored in another dtype."""
+        return self._replace(components=self.components.to(dtype))
 
-BasisTensors = DualTensors | ExplicitTensors
+
+class FactoredTensors(NamedTuple):
+    """A gradient subspace inside a product of two smaller ones: V_k = class_factors · core_k · feature_factorsᵀ.
+
+    Attributes:
+        class_factors: [C, R], the directions U_p that the cotangents are reduced to.
+        feature_factors: [D̃, Q], the directions U_h that h̃ is reduced to, with D̃ = D + 1 where `bias`, else D.
+        core: [K, R, Q], the vectors in the coordinates of the two.
+        constants: [K], subtracted so that the coordinates are centred.
+        cotangent: which scalar was differentiated, see `ood_kernels.reference.cotangent`.
+        bias: whether the gradient of the bias is part of the space (h̃ = [h; 1]).
+    """
+
+    class_factors: Tensor
+    feature_factors: Tensor
+    core: Tensor
+    constants: Tensor
+    cotangent: str = "energy"
+    bias: bool = True
+
+    def to(self, dtype: torch.dtype) -> FactoredTensors:
+        """The same with factors and core stored in another dtype."""
+        large = ("class_factors", "feature_factors", "core")
+        return self._replace(**{name: getattr(self, name).to(dtype) for name in large})
+
+
+BasisTensors = DualTensors | ExplicitTensors | FactoredTensors
 
 
 @runtime_checkable

@@ -10,7 +10,15 @@ import torch
 import ood_kernels as ok
 from ood_kernels import ops, reference
 
-OPERATORS = ("pool_nap", "pool_statistics", "masked_energy", "project_dual", "project_explicit")
+OPERATORS = (
+    "pool_nap",
+    "pool_statistics",
+    "masked_energy",
+    "project_dual",
+    "project_explicit",
+    "project_factored",
+    "score",
+)
 KINDS = reference.COTANGENTS
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 HEADERS = Path(sysconfig.get_path("include"), "Python.h").exists()
@@ -28,6 +36,8 @@ def arguments_of(name, samples=4):
     feature_map, h, p = normal(samples, 6, 3, 2), normal(samples, 6), normal(samples, 5).softmax(1)
     weight, bias, masks = normal(5, 6, seed=1), normal(5), (normal(5, 6) > 0, normal(6) > 0)
     anchors = (normal(7, 5, seed=2), normal(7, 6, seed=3), normal(7, 3, seed=4), normal(3))
+    factors = (normal(5, 2, seed=7), normal(7, 4, seed=8), normal(3, 2, 4, seed=9), normal(3))
+    shifted = [*anchors, normal(6, seed=5), normal(5, 3, seed=6)]
     return {
         "pool_nap": [(feature_map, 2.0, False), (feature_map, 1.0, True)],
         "pool_statistics": [(feature_map, False), (feature_map, True)],
@@ -43,11 +53,33 @@ def arguments_of(name, samples=4):
             (p, h, *anchors, True, normal(6, seed=5), normal(5, 3, seed=6)),
         ],
         "project_explicit": [(p, h, normal(3, 5, 7), normal(3), True), (p, h, normal(3, 5, 6), normal(3), False)],
+        "project_factored": [(p, h, *factors, True), (p, h, factors[0], normal(6, 4), *factors[2:], False)],
+        "score": [
+            (feature_map, 2.0, False, weight, bias, *masks, shifted, "dual", "predicted", True),
+            (feature_map, 1.0, True, weight, None, None, None, [*anchors, None, None], "dual", "energy", False),
+            (
+                feature_map,
+                1.0,
+                False,
+                weight,
+                bias,
+                None,
+                masks[1],
+                [normal(3, 5, 7), normal(3)],
+                "explicit",
+                "uniform",
+                True,
+            ),
+            (feature_map, 1.0, False, weight, bias, masks[0], None, list(factors), "factored", "max_logit", True),
+            (feature_map, 1.0, False, weight, bias, *masks, [], "", "energy", True),
+        ],
     }[name]
 
 
 def convert(arguments, change):
-    return tuple(change(value) if isinstance(value, torch.Tensor) else value for value in arguments)
+    """The arguments with every tensor changed, those in lists as well."""
+    nested = (convert(value, change) if isinstance(value, list) else value for value in arguments)
+    return type(arguments)(change(value) if isinstance(value, torch.Tensor) else value for value in nested)
 
 
 def to_dtype(dtype):
@@ -101,10 +133,23 @@ def test_operator_is_bound_to_its_public_name(name):
     assert getattr(ops, name) is getattr(torch.ops.ood_kernels, name).default
     for arguments in arguments_of(name):
         outputs = getattr(ops, name)(*arguments)
-        keywords = {"rectify": arguments[-1]} if name.startswith("pool") else {}
-        expected = getattr(reference, name)(*arguments[: -1 if keywords else None], **keywords)
+        expected = by_reference(name, arguments)
         pairs = [(outputs, expected)] if isinstance(outputs, torch.Tensor) else zip(outputs, expected, strict=True)
-        assert all(torch.equal(value, right) for value, right in pairs)
+        for value, right in pairs:
+            torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def by_reference(name, arguments):
+    """What the reference says to the arguments of an operator."""
+    if name.startswith("pool"):
+        return getattr(reference, name)(*arguments[:-1], rectify=arguments[-1])
+    if name != "score":
+        return getattr(reference, name)(*arguments)
+    feature_map, eps, rectify, *head, parts, kind, cotangent, bias = arguments
+    forms = {"dual": ok.DualTensors, "explicit": ok.ExplicitTensors, "factored": ok.FactoredTensors}
+    split = 4 if kind == "dual" else len(parts)
+    basis = forms[kind](*parts[:split], cotangent, bias, *parts[split:]) if kind else None
+    return reference.score(feature_map, ok.Head(*head), basis, eps, rectify=rectify)
 
 
 class Scorer(torch.nn.Module):
@@ -126,7 +171,10 @@ class Scorer(torch.nn.Module):
     def forward(self, feature_map):
         head = ok.Head(self.weight, self.bias, self.weight_mask, self.neuron_mask)
         ratios = ok.pool_nap(feature_map, rectify=True, return_ratios=True)
-        return (*ok.score(feature_map, head, self), *ratios, *ok.pool_statistics(feature_map))
+        energies = ok.masked_energy(ratios[0], *head)
+        g_low = ok.project_gradients(energies[2], ratios[0], self)
+        statistics = ok.pool_statistics(feature_map)
+        return (*ok.score(feature_map, head, self), *ok.pool_nap(feature_map), *ratios, *energies, g_low, *statistics)
 
 
 def make_scorer(make_problem, kind, explicit):
@@ -181,7 +229,7 @@ def test_exports_with_a_dynamic_batch(make_problem, kind, explicit):
     exported = torch.export.export(scorer, (feature_map,), dynamic_shapes=({0: torch.export.Dim("N")},))
     called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
     projection = "project_explicit" if explicit else "project_dual"
-    for name in ("pool_nap", "pool_statistics", "masked_energy", projection):
+    for name in ("score", "pool_nap", "pool_statistics", "masked_energy", projection):
         assert f"ood_kernels.{name}.default" in called
     exported_scorer = exported.module()
     for samples in (0, 1, 11):

@@ -314,7 +314,7 @@ def bad_calls():
     p, h, integers = torch.ones(2, 4) / 4, torch.ones(2, 5), torch.ones(2, 5, dtype=torch.int64)
     dual = ok.DualTensors(torch.ones(6, 4), torch.ones(6, 5), torch.ones(6, 3), torch.ones(3))
     explicit = ok.ExplicitTensors(torch.ones(3, 4, 6), torch.ones(3))
-    forms = "basis: expected DualTensors, ExplicitTensors or an object with .tensors(), got"
+    forms = "basis: expected DualTensors, ExplicitTensors, FactoredTensors or an object with .tensors(), got"
     known = "energy, predicted, uniform, max_logit, sum_logits"
     yield f"{forms} NoneType", (p, h, None)
     yield f"{forms} Tensor", (p, h, torch.ones(3))

@@ -203,11 +203,11 @@ def bad_calls():
     feature_map, head = torch.ones(2, 5, 3, 3), ok.Head(torch.ones(4, 5), torch.ones(4))
     dual = ok.DualTensors(torch.ones(6, 4), torch.ones(6, 5), torch.ones(6, 3), torch.ones(3))
     yield (
-        "feature_map: expected a floating point [N, D, H, W], got torch.uint8 [2, 5, 3, 3]",
+        "feature_map: expected a floating point [N, D, H, W], or tokens [N, T, D], got torch.uint8 [2, 5, 3, 3]",
         (feature_map.byte(), head, dual),
     )
     yield (
-        "feature_map: expected a floating point [N, D, H, W], got torch.float32 [2, 5, 0, 3]",
+        "feature_map: expected a floating point [N, D, H, W], or tokens [N, T, D], got torch.float32 [2, 5, 0, 3]",
         (feature_map[:, :, :0], head, dual),
     )
     yield (
@@ -219,7 +219,7 @@ def bad_calls():
         (feature_map, head._replace(bias=torch.ones(3)), dual),
     )
     yield (
-        "weight_mask: expected bool [4, 5], got torch.bool [5, 4]",
+        "weight_mask: expected bool [4, 5], or int32 [4, 1] of pack_mask, got torch.bool [5, 4]",
         (feature_map, head._replace(weight_mask=torch.ones(5, 4, dtype=torch.bool)), dual),
     )
     yield (
@@ -227,15 +227,15 @@ def bad_calls():
         (feature_map, head._replace(neuron_mask=torch.ones(4, dtype=torch.bool)), dual),
     )
     yield (
-        "p: expected softmax [N, 7], got torch.float32 [2, 4]",
+        "head.weight: expected the basis's [C, D] = [7, 5], got torch.float32 [4, 5]",
         (feature_map, head, dual._replace(anchor_cotangents=torch.ones(6, 7))),
     )
     yield (
-        "h: expected features [2, 8], got torch.float32 [2, 5]",
+        "head.weight: expected the basis's [C, D] = [4, 8], got torch.float32 [4, 5]",
         (feature_map, head, dual._replace(anchor_features=torch.ones(6, 8))),
     )
     yield (
-        "basis: expected DualTensors, ExplicitTensors or an object with .tensors(), got str",
+        "basis: expected DualTensors, ExplicitTensors, FactoredTensors or an object with .tensors(), got str",
         (feature_map, head, "pca"),
     )
 

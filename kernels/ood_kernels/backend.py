@@ -1,0 +1,66 @@
+"""Which implementation answers: the Triton kernels or plain torch.
+
+torch's dispatcher has already chosen by device when this is asked; here come the wishes of the caller (an argument
+`backend`) and of the environment (`OOD_ENGINE_BACKEND`), and what is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from functools import cache
+from types import ModuleType
+
+from torch import Tensor
+
+__all__ = ["BACKENDS", "kernels"]
+
+BACKENDS = ("reference", "triton")
+_VARIABLE = "OOD_ENGINE_BACKEND"
+
+
+def kernels(family: str, tensor: Tensor, requested: str, *, preferred: bool) -> ModuleType | None:
+    """The module of a Triton kernel family, or None where plain torch shall answer.
+
+    Args:
+        family: name of a module in `ood_kernels.triton_kernels`.
+        tensor: one of the arguments.
+        requested: "reference", "triton", or "" for the environment variable and then `preferred`.
+        preferred: whether Triton answers where nothing was requested.
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: Triton was requested and cannot run here.
+    """
+    source, name = ("backend", requested) if requested else (_VARIABLE, os.environ.get(_VARIABLE, ""))
+    if name and name not in BACKENDS:
+        raise ValueError(f"{source}={name!r}: expected one of {', '.join(BACKENDS)}")
+    if name == "reference" or (not name and not preferred):
+        return None
+    if not _is_installed():
+        if not name:
+            _warn_once()
+            return None
+        raise RuntimeError(f"{source}='triton': Triton is not installed; pip install triton, or use 'reference'")
+    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        raise RuntimeError(
+            f"{source}='triton' for a tensor on {tensor.device}: Triton needs a GPU; to interpret its kernels on the CPU set"
+            " TRITON_INTERPRET=1 before Python starts"
+        )
+    return importlib.import_module(f"{__package__}.triton_kernels.{family}")
+
+
+@cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _warn_once() -> None:
+    warnings.warn(
+        "Triton is not installed, so tensors on the GPU are scored in plain torch, slower and with more memory; pip install triton,"
+        " or set OOD_ENGINE_BACKEND=reference to accept this",
+        RuntimeWarning,
+        stacklevel=3,
+    )

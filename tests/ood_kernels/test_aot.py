@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import ood_kernels
+from ood_kernels import aot, compiled
+from ood_kernels.aot import Planned, Row
+from ood_kernels.compiled import TARGETS, Job, Resources
+
+# Not importorskip: Triton must not be imported before the tests of its kernels have said whether to interpret them.
+pytestmark = pytest.mark.skipif(
+    find_spec("triton") is None, reason="Triton is not installed (it exists for Linux only)"
+)
+
+GOOD = Resources(
+    registers=64, stack=0, shared=1024, tensor_core="wgmma", reduced_dot=True, load_bytes=16, file_bytes=9000
+)
+ROW = {"shape": {"precision": "bf16", "mask": "bits", "classes": 12}, "config": {"num_warps": 8}}
+
+
+def row(target: str = "sm_90", wide: bool = True, **changes) -> Row:
+    job = Job("module", "kernel", target, {"x_ptr": "*fp32", "BLOCK": "constexpr"}, {(1,): 64}, {}, {"num_warps": 4})
+    return Row(Planned("case", job, wide, ""), GOOD._replace(**changes), "")
+
+
+def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python with kernels compiled, not interpreted, and nothing compiled earlier at hand."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(ood_kernels.__file__).parents[1])
+    environment["TRITON_CACHE_DIR"] = str(cwd / "cache")
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_kernel_within_its_bounds_breaks_none():
+    assert aot.violations(row()) == []
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "expected"),
+    [
+        ("sm_90", {"stack": 8}, "kernel on sm_90 (case): 8 bytes of stack, expected none: registers spill"),
+        ("gfx942", {"stack": 4}, "kernel on gfx942 (case): 4 bytes of stack"),
+        ("sm_80", {"shared": 163 * 1024 + 1}, "166913 bytes of shared memory, expected at most 166912"),
+        ("gfx942", {"shared": 65537}, "65537 bytes of shared memory, expected at most 65536"),
+        ("sm_90", {"tensor_core": "mma"}, "no wgmma"),
+        ("sm_90", {"load_bytes": 8}, "widest load 8 bytes, expected 16"),
+    ],
+)
+def test_each_bound_is_held(target, changes, expected):
+    (line,) = aot.violations(row(target, **changes))
+    assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("target", "wide", "changes"),
+    [
+        ("sm_90", False, {"load_bytes": 2}),
+        ("sm_80", True, {"tensor_core": "mma"}),
+        ("sm_90", True, {"tensor_core": "", "reduced_dot": False}),
+        ("sm_90", True, {"shared": 227 * 1024}),
+    ],
+)
+def test_bounds_hold_only_where_they_mean_something(target, wide, changes):
+    assert aot.violations(row(target, wide, **changes)) == []
+
+
+def test_a_smaller_limit_of_shared_memory_counts_and_a_larger_one_does_not():
+    assert "expected at most 1023" in aot.violations(row(), 1023)[0]
+    assert aot.violations(row("gfx942", shared=65537), 10**6) != []
+
+
+def test_a_kernel_that_does_not_compile_is_a_violation():
+    failed = row()._replace(resources=None, error="CompilationError: no such thing")
+    assert aot.violations(failed) == ["kernel on sm_90 (case): does not compile: CompilationError: no such thing"]
+    assert failed.as_json()["registers"] is None
+    assert "-" in aot.table([failed])
+
+
+def test_a_row_for_machines_has_the_promised_keys():
+    found = row().as_json()
+    assert {"kernel", "target", "config", "registers", "stack", "shared", "wgmma", "load_bytes"} <= found.keys()
+    assert found["wgmma"] is True
+    assert found["config"] == {"BLOCK": 64, "num_warps": 4}
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("listing", "expected"),
+    [
+        ("ld.global.b32 %r1, [%rd1];", 4),
+        ("ld.global.L1::evict_last.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1];", 16),
+        ("ld.global.L2::cache_hint.v2.b64 {%rd1, %rd2}, [%rd3], %rd4;", 16),
+        ("ld.global.v8.b32 {%r1}, [%rd1];", 32),
+        ("ld.global.u8 %rs1, [%rd1];\n ld.global.v2.b16 {%rs1, %rs2}, [%rd1];", 4),
+        ("cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;", 16),
+        ("cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x4, %r2;", 4),
+        ("ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r5];\n st.global.v4.b32 [%rd1], {%r1};", 0),
+        ("global_load_dwordx4 v[0:3], v[4:5], off", 16),
+        ("buffer_load_dwordx2 v[0:1], v2, s[0:3], 0 offen\nbuffer_load_ushort v0, v2, s[0:3]", 8),
+        ("global_load_lds_dword v[0:1], off", 4),
+        ("s_load_dwordx4 s[0:3], s[4:5], 0x0\nds_read_b128 v[0:3], v4", 0),
+    ],
+)
+def test_widest_global_load(listing, expected):
+    assert compiled.load_bytes(listing) == expected
+
+
+@pytest.mark.parametrize(
+    ("listing", "expected"),
+    [
+        ("wgmma.mma_async.sync.aligned.m64n32k8.f32.tf32.tf32 {", "wgmma"),
+        ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "mma"),
+        ("tcgen05.mma.cta_group::1.kind::f16 [", "tcgen05"),
+        ("v_mfma_f32_32x32x8_bf16_1k a[0:15]", "mfma"),
+        ("fma.rn.f32 %f1, %f2, %f3, %f4;", ""),
+    ],
+)
+def test_tensor_core_instruction(listing, expected):
+    assert compiled.tensor_core(listing) == expected
+
+
+@pytest.mark.parametrize(
+    ("operands", "expected"),
+    [
+        ("inputPrecision = tf32 : tensor<64x32xf32> * tensor<32x64xf32> -> tensor<64x64xf32>", True),
+        ("inputPrecision = tf32x3 : tensor<64x32xf32> * tensor<32x64xf32> -> tensor<64x64xf32>", True),
+        (": tensor<64x32xbf16> * tensor<32x64xbf16> -> tensor<64x64xf32>", True),
+        (": tensor<64x32xf16> * tensor<32x64xf16> -> tensor<64x64xf32>", True),
+        (": tensor<64x32xf32> * tensor<32x64xf32> -> tensor<64x64xf32>", False),
+    ],
+)
+def test_products_in_less_than_fp32_are_seen(operands, expected):
+    assert compiled.has_reduced_dot(f"    %1 = tt.dot %a, %b, %c {operands} loc(#loc)") is expected
+
+
+def test_usage_of_a_cubin_and_of_amd_assembly():
+    text = " Function kernel:\n  REG:168 STACK:24 SHARED:0 LOCAL:0 CONSTANT[0]:596 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
+    assert compiled.usage(text) == (168, 24)
+    metadata = "    .private_segment_fixed_size: 12\n    .sgpr_count:     30\n    .vgpr_count:     98\n"
+    assert compiled.amdgcn_usage(metadata) == (98, 12)
+
+
+TOYS = """
+import contextlib, io, json
+import torch, triton, triton.language as tl
+from ood_kernels import aot, cases, compiled
+from ood_kernels.triton_kernels.launch import launch, record
+from ood_kernels.workloads import WORKLOADS
+
+@triton.jit
+def spilling(x_ptr, rows, one, flag, nothing, scale, WIDTH: tl.constexpr):
+    places = tl.arange(0, WIDTH)
+    x = tl.load(x_ptr + places * rows, mask=places < one * rows, other=0.0)
+    tl.store(x_ptr + places, x * scale * tl.sum(x))
+
+@triton.jit
+def product(x_ptr, stride, SAMPLES: tl.constexpr, PRECISION: tl.constexpr):
+    rows, columns = tl.arange(0, SAMPLES), tl.arange(0, 64)
+    left = tl.load(x_ptr + rows[:, None] * stride + columns[None, :])
+    right = tl.load(x_ptr + columns[:, None] * 64 + columns[None, :])
+    out = tl.dot(left, right, input_precision=PRECISION)
+    tl.store(x_ptr + rows[:, None] * 64 + columns[None, :], out)
+
+x = torch.empty(9, device="meta")
+more = dict(num_warps=1, num_stages=1)
+with record() as launches:
+    launch(spilling, (1,), wide=True, x_ptr=x, rows=4800, one=1, flag=True, nothing=None, scale=0.5, WIDTH=16384, **more)
+    launch(product, (1,), wide=True, x_ptr=x, stride=64, SAMPLES=64, PRECISION="tf32", num_warps=4, num_stages=1)
+    launch(product, (1,), wide=True, x_ptr=x, stride=63, SAMPLES=16, PRECISION="tf32", num_warps=4, num_stages=1)
+    launch(product, (1,), x_ptr=x, stride=64, SAMPLES=16, PRECISION="ieee", num_warps=4, num_stages=1)
+jobs = [compiled.specialise(one, "sm_90") for one in launches]
+lines = []
+for job, one in zip(jobs, launches):
+    planned = aot.Planned("toy", job, one.wide, "")
+    lines.append(aot.violations(aot.Row(planned, compiled.compile_job(job), "")))
+amd = [compiled.compile_job(compiled.specialise(one, "gfx942")) for one in launches[1:2]]
+types = [jobs[0].signature, list(map(list, jobs[0].constants.items())), [path[0] for path in jobs[0].attributes]]
+case = cases.Case("masked_energy", WORKLOADS["R18"])
+once, twice = (aot.plan([case] * times, ["sm_90", "gfx942"]) for times in (1, 2))
+assert once == twice and len({repr(one.job) for one in once}) == len(once)
+assert {one.job.target for one in once} == {"sm_90", "gfx942"}
+assert {one.job.kernel for one in aot.plan([case], ["sm_90"], ["head"])} == {"head_kernel"}
+assert not aot.plan([case], ["sm_90"], ["nothing"])
+
+with contextlib.redirect_stdout(io.StringIO()) as table:
+    command = ["--kernel", "finalise", "--target", "gfx942", "--processes", "1"]
+    status = aot.main(command, [case])
+print(json.dumps({"lines": lines, "types": types, "amd": amd, "status": status, "table": table.getvalue()}))
+"""
+
+
+def test_real_kernels_are_specialised_compiled_and_held_to_their_bounds(tmp_path):
+    (tmp_path / "toys.py").write_text(TOYS)
+    done = run_python("toys.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    spilling, wide_product, narrow_product, exact_product = found["lines"]
+    assert [line.split(": ", 1)[1].split(", ")[1] for line in spilling] == [
+        "expected none: registers spill",
+        "expected 16",
+    ]
+    assert wide_product == exact_product == []
+    assert len(narrow_product) == 1
+    assert "no wgmma" in narrow_product[0]
+    signature, constants, known = found["types"]
+    assert signature == {
+        "x_ptr": "*fp32",
+        "rows": "i32",
+        "one": "constexpr",
+        "flag": "u1",
+        "nothing": "constexpr",
+        "scale": "fp32",
+        "WIDTH": "constexpr",
+    }
+    assert constants == [[[2], 1], [[4], None], [[6], 16384]]
+    assert known == [0, 1], "a pointer and a multiple of 16 are known to be divisible"
+    ((registers, stack, _, tensor_core, reduced, load_bytes, size),) = found["amd"]
+    assert registers > 0
+    assert (stack, tensor_core, reduced, load_bytes) == (0, "mfma", True, 16)
+    assert size > 1000
+    assert found["status"] == 0, done.stderr
+    header, line = found["table"].splitlines()
+    assert header.split()[:4] == ["kernel", "case", "target", "config"]
+    assert line.startswith("finalise_kernel")
+    assert " gfx942 " in line
+
+
+def test_the_command_compiles_defaults_and_shipped_configurations_and_reports_a_broken_bound(tmp_path):
+    (tmp_path / "some_gpu.json").write_text(json.dumps({"families": {"masked_energy": [ROW], "unknown": [ROW]}}))
+    command = [
+        "-m",
+        "ood_kernels.aot",
+        "--configs",
+        ".",
+        "--case",
+        "masked_energy R18 bfloat16",
+        "--kernel",
+        "head_kernel",
+    ]
+    done = run_python(*command, "--target", "sm_90", "--json", "--shared", "4", "--processes", "2", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    rows = json.loads(done.stdout)
+    assert sorted((row["target"], row["tuned"], row["config"]["num_warps"]) for row in rows) == [
+        ("sm_90", "", 4),
+        ("sm_90", "some_gpu.json", 8),
+    ]
+    assert all(row["kernel"] == "head_kernel" and row["registers"] > 0 and row["load_bytes"] == 16 for row in rows)
+    assert all(row["wgmma"] is True for row in rows)
+    broken = [line for line in done.stderr.splitlines() if "expected at most 4096" in line]
+    assert len(broken) == 2
+    assert "2 compiled, 2 bounds broken" in done.stderr
+
+
+def test_refusals_are_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert aot.main([]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+    monkeypatch.setattr(aot, "find_spec", lambda name: None)
+    assert aot.main([]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.undo()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert aot.main(["--case", "no such case"]) == 2
+    assert "--case ['no such case']" in capsys.readouterr().err
+
+
+def test_the_limits_are_those_of_the_devices():
+    limits = {name: target.shared_bytes // 1024 for name, target in TARGETS.items()}
+    assert limits == {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
