@@ -9,6 +9,7 @@ from . import detectors, metrics, subspace
 from .detectors import available_detectors
 from .engine import Engine
 from .errors import OodEngineError, OodEngineWarning
+from .runtime import Runtime
 from .scores import Scores
 from .version import __version__
 
@@ -16,6 +17,7 @@ __all__ = [
     "Engine",
     "OodEngineError",
     "OodEngineWarning",
+    "Runtime",
     "Scores",
     "__version__",
     "available_detectors",

@@ -18,6 +18,7 @@ from .detectors import Detector, changed_settings, create_detector
 from .errors import CalibrationError, DetectorUnavailableError, InputError, NotFittedError, OodEngineWarning
 from .fitting import FitData
 from .pipeline import Pipeline, full_precision
+from .runtime import Kernels, Runtime
 from .scores import Scores
 from .tap import Tap
 
@@ -39,6 +40,7 @@ class Engine(Pipeline):
         feature_map: name of the module whose output is the map, where it is not to be found by proof.
         rectify: let NAP see ReLU(map), for models whose map has negative values.
         seed: of everything drawn while fitting.
+        runtime: precision, backend and CUDA graphs of scoring; see `Runtime`.
 
     Attributes:
         detectors: name → detector.
@@ -64,6 +66,7 @@ class Engine(Pipeline):
         feature_map: str | None = None,
         rectify: bool = False,
         seed: int = 0,
+        runtime: Runtime | None = None,
     ) -> None:
         if isinstance(detectors, str):
             raise InputError(f"detectors={detectors!r}: expected a sequence of names, such as ({detectors!r},)")
@@ -76,6 +79,7 @@ class Engine(Pipeline):
             raise InputError(f"settings for {stray[0]!r}: expected one of this engine's detectors, {', '.join(names)}")
         self.tap = Tap(model, head=head, feature_map=feature_map)
         self.rectify = rectify
+        self.kernels = Kernels(runtime)
         self.image_shape: tuple[int, ...] | None = None
         self.seed = seed
         self.detectors = {name: create_detector(name, **(settings or {}).get(name, {})) for name in names}
@@ -252,7 +256,10 @@ class Engine(Pipeline):
                     f" {list(features.shape)}"
                 )
         with torch.no_grad():
-            return self.score_signals(self.signals(feature_map, features))
+            given = feature_map if features is None else features
+            assert given is not None
+            valid = torch.ones(len(given), dtype=torch.bool, device=given.device)
+            return self.score_inputs((feature_map, features, valid))
 
     def score_loader(self, loader: Loader, *, progress: bool = False) -> Scores:
         """Scores of everything a loader yields, on the CPU, in its order; warns about inputs without a sound score.
@@ -295,8 +302,13 @@ class Engine(Pipeline):
         save(self, Path(path))
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module) -> Engine:
+    def load(cls, path: str | Path, model: nn.Module, *, runtime: Runtime | None = None) -> Engine:
         """An engine from a state file, for the model it was fitted to.
+
+        Args:
+            path: of the state file.
+            model: the classifier.
+            runtime: how scores are computed, which the file does not hold; see `Runtime`.
 
         Raises:
             StateError: the file is damaged, of another version, or was fitted to another head.
@@ -304,7 +316,7 @@ class Engine(Pipeline):
         """
         from .storage import load
 
-        return load(Path(path), model)
+        return load(Path(path), model, runtime)
 
     def _leave_out_unavailable(self, images: Tensor) -> None:
         """Drop default detectors that need a map the model does not offer; refuse those that were named."""

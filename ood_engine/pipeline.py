@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,10 @@ from .cache import CacheRows, CacheWriter, FeatureCache, fingerprint
 from .detectors import Detector
 from .errors import DetectorUnavailableError, InputError
 from .fitting import signals_from_rows
+from .graphs import LARGEST_BUCKET, Inputs, ScoringGraphs
+from .runtime import Kernels, Runtime
 from .scores import Scores
-from .signals import Signals
+from .signals import GradientBasis, Masks, Signals
 from .tap import Captured, Tap, TapPlan
 
 __all__ = ["Pipeline"]
@@ -26,6 +30,16 @@ class Pipeline:
     rectify: bool
     image_shape: tuple[int, ...] | None
     detectors: dict[str, Detector]
+    kernels: Kernels
+
+    @property
+    def runtime(self) -> Runtime:
+        """Precision, backend and CUDA graphs of scoring; set it to change them."""
+        return self.kernels.runtime
+
+    @runtime.setter
+    def runtime(self, runtime: Runtime) -> None:
+        self.kernels = Kernels(runtime)
 
     @property
     def head(self) -> ok.Head:
@@ -65,7 +79,7 @@ class Pipeline:
             reason = self.check_map(captured.feature_map)
             if reason is not None:
                 raise DetectorUnavailableError(reason)
-            statistics = ok.pool_statistics(captured.feature_map, rectify=self.rectify)
+            statistics = self.kernels.pool_statistics(captured.feature_map, self.rectify)
             maximum = statistics.maximum
             if self.plan.proven:
                 features = wide(self.tap.features(statistics.h))
@@ -110,25 +124,63 @@ class Pipeline:
     def score_captured(self, images: Tensor, captured: Captured) -> Scores:
         """Scores of a forward pass; NaN for images with NaN or Inf."""
         valid = finite_rows(images).to(captured.head_input.device)
-        return self.score_signals(self.signals(captured.feature_map, captured.head_input), valid)
+        return self.score_inputs((captured.feature_map if self.reads_map else None, captured.head_input, valid))
+
+    def score_inputs(self, inputs: Inputs) -> Scores:
+        """Scores from a map and what the head received, replayed as a CUDA graph where the runtime says so."""
+        valid = inputs[2]
+        if self.kernels.runtime.cuda_graph and valid.is_cuda and 0 < len(valid) <= LARGEST_BUCKET:
+            fitted = tuple((id(detector), detector.revision) for detector in self.detectors.values())
+            return self._graphs(inputs, (*fitted, self.head.weight.data_ptr(), self.kernels))
+        return self._score_eagerly(inputs)
+
+    def _score_eagerly(self, inputs: Inputs) -> Scores:
+        feature_map, head_input, valid = inputs
+        return self.score_signals(self.signals(feature_map, head_input), valid)
+
+    @cached_property
+    def _graphs(self) -> ScoringGraphs:
+        return ScoringGraphs(self._score_eagerly)
 
     def signals(self, feature_map: Tensor | None, head_input: Tensor | None) -> Signals:
         """What the detectors read: from one read of the map, or none where no detector needs it and the head's input is there."""
-        nap: dict[float, Tensor] = {}
-        statistics = None
-        features = head_input
         wanted = sorted({detector.eps for detector in self.detectors.values() if detector.eps is not None})
-        if feature_map is not None and (wanted or head_input is None):
-            if len(wanted) == 1:
-                pooled, nap[wanted[0]] = ok.pool_nap(feature_map, wanted[0], rectify=self.rectify)
-            else:
-                statistics = ok.pool_statistics(feature_map, rectify=self.rectify)
-                pooled = statistics.h
-            if self.plan.proven:
-                features = self.tap.features(pooled)
+        if feature_map is None or not (wanted or head_input is None):
+            assert head_input is not None
+            return self._signals(wide(head_input))
+        pools_what_the_head_reads = self.plan.proven and self.plan.tail is None
+        if len(wanted) != 1:
+            statistics = self.kernels.pool_statistics(feature_map, self.rectify)
+            features = wide(self.tap.features(statistics.h)) if self.plan.proven else head_input
+            assert features is not None
+            return self._signals(wide(features), statistics)
+        eps, basis = wanted[0], self._basis
+        if pools_what_the_head_reads and (basis is not None or self._masks is not None):
+            masks = self._masks or (None, None)
+            outputs = self.kernels.score(feature_map, self.head, masks, basis, eps, self.rectify)
+            signals = self._signals(outputs.h, nap={eps: outputs.nap})
+            signals.adopt(outputs, basis)
+            return signals
+        pooled, nap = self.kernels.pool_nap(feature_map, eps, self.rectify)
+        features = self.tap.features(pooled) if self.plan.proven else head_input
         assert features is not None
-        masks = [detector.masks for detector in self.detectors.values() if detector.masks is not None]
-        return Signals(wide(features), self.head, statistics, nap, masks[0] if masks else None)
+        return self._signals(wide(features), nap={eps: nap})
+
+    def _signals(
+        self, features: Tensor, statistics: ok.PoolStatistics | None = None, nap: dict[float, Tensor] | None = None
+    ) -> Signals:
+        return Signals(features, self.head, statistics, nap, self._masks, self.kernels)
+
+    @property
+    def _masks(self) -> Masks | None:
+        """Those of the first detector with a pruned head: their energy comes from the same pass as the plain one."""
+        return next((detector.masks for detector in self.detectors.values() if detector.masks is not None), None)
+
+    @property
+    def _basis(self) -> GradientBasis | None:
+        """That of the first detector that reads gradient coordinates."""
+        bases = (detector.gradient_basis for detector in self.detectors.values())
+        return next((basis for basis in bases if basis is not None), None)
 
     def score_signals(self, signals: Signals, valid: Tensor | None = None) -> Scores:
         """Every detector's score; NaN in rows that are not sound."""

@@ -9,6 +9,7 @@ from torch import Tensor
 import ood_kernels as ok
 
 from .errors import DetectorUnavailableError
+from .runtime import Kernels
 
 __all__ = ["GradientBasis", "Masks", "Signals"]
 
@@ -33,6 +34,7 @@ class Signals:
         statistics: per-channel statistics of the feature map; None for a model without one.
         nap: NAP that a single pass over the map already gave, by eps.
         fuse: masks of one pruned head whose energy is computed in the same pass as the plain one.
+        kernels: the functions that compute; None takes those of a default runtime.
     """
 
     def __init__(
@@ -42,12 +44,14 @@ class Signals:
         statistics: ok.PoolStatistics | None = None,
         nap: dict[float, Tensor] | None = None,
         fuse: Masks | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         self.features = features
         self.head = head
         self._statistics = statistics
         self._nap = dict(nap or {})
         self._fuse = fuse
+        self._kernels = kernels or Kernels()
         self._energy: tuple[Tensor, Tensor, Tensor] | None = None
         self._coordinates: dict[tuple[int | str | None, ...], Tensor] = {}
         self.clamped: dict[str, Tensor] = {}
@@ -79,16 +83,20 @@ class Signals:
         """[N] logsumexp of the logits of the head pruned by `masks`."""
         if self._fuse is not None and all(ours is theirs for ours, theirs in zip(self._fuse, masks, strict=True)):
             return self._energies()[1]
-        return ok.masked_energy(self.features, self.head.weight, self.head.bias, *masks)[1]
+        return self._kernels.masked_energy(self.features, self.head, masks)[1]
 
     def coordinates(self, basis: GradientBasis) -> Tensor:
         """[N, K] centred coordinates of the last-layer gradient in `basis`."""
-        tensors = basis.tensors()
-        # Detectors loaded from one state hold bases of their own over the same tensors.
-        key = tuple(id(part) if isinstance(part, Tensor) else part for part in tensors)
+        key = _basis_key(basis)
         if key not in self._coordinates:
-            self._coordinates[key] = ok.project_gradients(self.probabilities, self.features, tensors)
+            self._coordinates[key] = self._kernels.project_gradients(self.probabilities, self.features, basis)
         return self._coordinates[key]
+
+    def adopt(self, outputs: ok.ScoreOutputs, basis: GradientBasis | None) -> None:
+        """Take energies and coordinates from a single pass that computed them with the masks of `fuse`."""
+        self._energy = (outputs.lse, outputs.pruned_lse, outputs.p)
+        if basis is not None:
+            self._coordinates[_basis_key(basis)] = outputs.g_low
 
     def count_clamped(self, name: str, rows: Tensor) -> None:
         """Note on the device, without waiting for it, how many rows a detector had to clamp."""
@@ -97,5 +105,10 @@ class Signals:
     def _energies(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._energy is None:
             masks = self._fuse or (None, None)
-            self._energy = ok.masked_energy(self.features, self.head.weight, self.head.bias, *masks)
+            self._energy = self._kernels.masked_energy(self.features, self.head, masks)
         return self._energy
+
+
+def _basis_key(basis: GradientBasis) -> tuple[int | str | None, ...]:
+    # Detectors loaded from one state hold bases of their own over the same tensors.
+    return tuple(id(part) if isinstance(part, Tensor) else part for part in basis.tensors())

@@ -33,6 +33,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .runtime import Runtime
 
 __all__ = ["FORMAT", "head_digests", "load", "read_header", "save"]
 
@@ -75,7 +76,7 @@ def read_header(path: Path) -> dict[str, Any]:
     return _open(path, with_tensors=False)[0]
 
 
-def load(path: Path, model: nn.Module) -> Engine:
+def load(path: Path, model: nn.Module, runtime: Runtime | None = None) -> Engine:
     """See `Engine.load`."""
     from .engine import Engine
 
@@ -83,7 +84,9 @@ def load(path: Path, model: nn.Module) -> Engine:
     plan = TapPlan(**{**header["plan"], "tail_shape": tuple(header["plan"]["tail_shape"])})
     names = [entry["name"] for entry in header["detectors"]]
     named_map = None if plan.proven else plan.feature_map
-    engine = Engine(model, names, feature_map=named_map, rectify=header["rectify"], seed=header["seed"])
+    engine = Engine(
+        model, names, feature_map=named_map, rectify=header["rectify"], seed=header["seed"], runtime=runtime
+    )
     engine.tap.adopt(plan)
     engine.image_shape = tuple(header["image_shape"]) if header["image_shape"] else None
     _check_head(engine.head, header["head"], path)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..fitted import FittedModule
 from ..fitting import FitData
-from ..signals import Masks, Signals
+from ..signals import GradientBasis, Masks, Signals
 
 __all__ = ["Detector", "available_detectors", "changed_settings", "create_detector", "default_settings", "register"]
 
@@ -23,6 +23,7 @@ class Detector(FittedModule):
         name: the registered name it was made under.
         settings: every constructor argument with its value, enough to make it again.
         needs_map: whether it reads the feature map; a model without one cannot have it.
+        revision: how often its settings were changed since it was made.
     """
 
     needs_map: ClassVar[bool] = False
@@ -31,6 +32,7 @@ class Detector(FittedModule):
         super().__init__(*fitted)
         self.name = type(self).__name__
         self.settings: dict[str, Any] = {}
+        self.revision = 0
 
     def fit(self, data: FitData) -> None:
         """Fit the buffers from cached ID samples; a detector without any needs nothing."""
@@ -49,6 +51,11 @@ class Detector(FittedModule):
         """The masks of the pruned head that its score needs; None where it prunes nothing."""
         return None
 
+    @property
+    def gradient_basis(self) -> GradientBasis | None:
+        """The subspace whose coordinates its score needs; None where it needs none."""
+        return None
+
     def grid(self) -> Sequence[dict[str, Any]]:
         """Settings worth trying on pseudo-OOD data that `configure` takes without a refit; empty where there are none."""
         return ()
@@ -56,6 +63,7 @@ class Detector(FittedModule):
     def configure(self, **settings: Any) -> None:
         """Change settings that need no refit."""
         self.settings.update(settings)
+        self.revision += 1
 
 
 _DetectorType = TypeVar("_DetectorType", bound=type[Detector])

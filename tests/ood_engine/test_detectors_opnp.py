@@ -142,11 +142,23 @@ def test_ranges_are_two_fractions(name, part, keep):
         create_detector(name, **{part: keep})
 
 
-def test_masks_are_computed_in_the_pass_of_the_plain_energy(engine, test_images, monkeypatch):
+def test_masks_are_computed_in_the_single_pass(engine, test_images, monkeypatch):
+    calls = []
+    for name in ("score", "masked_energy", "pool_nap", "project_gradients"):
+        original = getattr(ok, name)
+        count = lambda *a, name=name, original=original, **k: calls.append(name) or original(*a, **k)  # noqa: E731
+        monkeypatch.setattr(ok, name, count)
+    signals = engine.signals(engine.run(test_images).feature_map, None)
+    assert signals._fuse is not None
+    signals.lse, signals.probabilities, signals.pruned_lse(signals._fuse)
+    assert calls == ["score"]
+
+
+def test_masks_are_computed_in_the_pass_of_the_plain_energy_without_a_map(engine, test_images, monkeypatch):
     calls = []
     original = ok.masked_energy
-    monkeypatch.setattr(ok, "masked_energy", lambda *a: calls.append(1) or original(*a))
-    signals = engine.signals(engine.run(test_images).feature_map, None)
+    monkeypatch.setattr(ok, "masked_energy", lambda *a, **k: calls.append(1) or original(*a, **k))
+    signals = engine.signals(None, engine.run(test_images).head_input)
     assert signals._fuse is not None
     signals.lse, signals.probabilities, signals.pruned_lse(signals._fuse)
     assert calls == [1]

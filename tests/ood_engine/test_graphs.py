@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ood_engine as oe
+from ood_engine.graphs import LARGEST_BUCKET, ScoringGraphs
+from ood_engine.models import SmallCNN
+from ood_engine.runtime import Kernels
+from ood_engine.scores import Scores
+
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "item", "unique", "equal.")
+
+
+class _NoHostRoundTrip(TorchDispatchMode):
+    """Refuses what would wait for the device, and so could not be captured."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        assert not any(word in name for word in WAITS), f"{name} waits for the device"
+        is_index = name.startswith("aten.index") and any(
+            isinstance(part, torch.Tensor) and part.dtype == torch.bool
+            for part in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
+        )
+        assert not is_index, "indexing by a mask waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+class FakeGraph:
+    """Stands in for a CUDA graph: replaying runs the function again on the static inputs, into the same output memory."""
+
+    def __init__(self):
+        self.captured, self.replayed = 0, 0
+
+    def __call__(self, function):
+        self.captured += 1
+        outputs = function()
+
+        def replay():
+            self.replayed += 1
+            outputs.copy_(function())
+
+        return replay, outputs
+
+
+def score(inputs):
+    feature_map, features, valid = inputs
+    total = feature_map.sum((1, 2, 3)) if feature_map is not None else features.sum(1)
+    scores = Scores({"total": torch.where(valid, total, torch.nan), "twice": 2 * total})
+    scores.clamped = {"twice": (total <= 0).sum()}
+    return scores
+
+
+def batch(samples, seed=0):
+    return (torch.randn(samples, 3, 2, 2, generator=torch.Generator().manual_seed(seed)), None, torch.ones(samples) > 0)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 5, 33, LARGEST_BUCKET])
+def test_replay_scores_as_the_function_does(samples):
+    graph = FakeGraph()
+    graphs = ScoringGraphs(score, graph)
+    for seed in range(3):
+        inputs = batch(samples, seed)
+        inputs[2][0] = seed != 1
+        ours, right = graphs(inputs, "fitted"), score(inputs)
+        for name in right:
+            assert ours[name].dtype == torch.float32
+            assert torch.equal(ours[name].nan_to_num(nan=7.5), right[name].nan_to_num(nan=7.5))
+        assert int(ours.bad_rows) == (seed == 1)
+        assert ours.clamped == {"twice": right.clamped["twice"]}
+    assert (graph.captured, graph.replayed) == (1, 3)
+
+
+def test_a_smaller_batch_of_the_same_bucket_sees_nothing_of_the_one_before():
+    graphs = ScoringGraphs(score, FakeGraph())
+    graphs(batch(8, seed=1), "fitted")
+    ours = graphs(batch(5, seed=2), "fitted")
+    assert len(ours["total"]) == 5
+    assert int(ours.clamped["twice"]) == int(score(batch(5, seed=2)).clamped["twice"])
+    assert int(ours.bad_rows) == 0
+
+
+def test_one_graph_a_bucket_and_kind_of_input():
+    graph = FakeGraph()
+    graphs = ScoringGraphs(score, graph)
+    features = (None, torch.randn(4, 3), torch.ones(4) > 0)
+    channels_last = (batch(4)[0].to(memory_format=torch.channels_last), None, torch.ones(4) > 0)
+    for inputs in (batch(3), batch(4), batch(5), batch(4), features, channels_last):
+        graphs(inputs, "fitted")
+    assert graph.captured == 4  # buckets 4 and 8, features, channels_last
+    graphs(batch(4), "fitted anew")
+    assert graph.captured == 5
+
+
+def test_outputs_do_not_change_with_the_next_batch():
+    graphs = ScoringGraphs(score, FakeGraph())
+    first = graphs(batch(4, seed=1), "fitted")
+    kept = {name: value.clone() for name, value in first.items()}
+    graphs(batch(4, seed=2), "fitted")
+    assert all(torch.equal(first[name], kept[name]) for name in kept)
+
+
+def test_threads_share_the_buffers_one_at_a_time():
+    graphs = ScoringGraphs(score, FakeGraph())
+    inputs = [batch(samples, seed) for seed, samples in enumerate((1, 2, 3, 4, 5, 6, 7, 8) * 8)]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda one: graphs(one, "fitted"), inputs))
+    assert all(torch.equal(ours["total"], score(one)["total"]) for ours, one in zip(results, inputs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    torch.manual_seed(0)
+    model = SmallCNN(classes=4).eval()
+    names = [name for name in oe.available_detectors()]
+    engine = oe.Engine(model, names)
+    images = torch.rand(160, 1, 8, 8)
+    labels = torch.arange(160) % 4
+    return engine.fit([(images, labels)]), torch.rand(6, 1, 8, 8)
+
+
+def test_scoring_never_waits_for_the_device(fitted):
+    engine, images = fitted
+    captured = engine.run(images)
+    inputs = (captured.feature_map, captured.head_input, torch.ones(6) > 0)
+    with torch.no_grad(), _NoHostRoundTrip():
+        engine._score_eagerly(inputs)
+
+
+def test_an_engine_replays_what_it_computes(fitted):
+    engine, images = fitted
+    graph = FakeGraph()
+    graphs = ScoringGraphs(engine._score_eagerly, graph)
+    captured = engine.run(images)
+    inputs = (captured.feature_map, captured.head_input, torch.ones(6) > 0)
+    with torch.no_grad():
+        ours = graphs(inputs, "fitted")
+    right = engine.score(images)
+    assert graph.replayed == 1
+    assert set(ours) == set(right)
+    for name, value in right.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_the_runtime_is_checked_and_can_be_changed(fitted):
+    engine, images = fitted
+    for wrong, message in (
+        ({"precision": "fp8"}, "precision='fp8': expected one of ieee"),
+        ({"backend": "cuda"}, "backend='cuda': expected one of reference, triton, or None"),
+    ):
+        with pytest.raises(oe.OodEngineError, match=message):
+            oe.Runtime(**wrong)
+    before = engine.score(images)
+    engine.runtime = oe.Runtime(precision="bf16", backend="reference", cuda_graph=True)
+    try:
+        after = engine.score(images)  # on the CPU a graph and a kernel's precision change nothing
+    finally:
+        engine.runtime = oe.Runtime()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_functions_of_an_engine_can_be_copied():
+    kernels = Kernels(oe.Runtime(precision="tf32"))
+    for other in (copy.deepcopy(kernels), pickle.loads(pickle.dumps(kernels))):
+        assert other.runtime == kernels.runtime
