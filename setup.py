@@ -8,7 +8,9 @@ ROOT = Path(__file__).parent
 VERSION = "0.1.0"
 
 CLI = ["click>=8.1", "rich>=13", "tqdm>=4.66", "pyarrow>=15", "pillow>=10", "matplotlib>=3.8", "jinja2>=3.1"]
-TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11"]
+# torch's own builds for a GPU bring the Triton they were made for; alone it is needed to interpret and to compile kernels.
+TRITON = ["triton>=3.4; platform_system == 'Linux'"]
+TEST = [*TRITON, "pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11"]
 
 setup(
     name="ood-engine",
@@ -22,16 +24,23 @@ setup(
     package_dir={"ood_kernels": "kernels/ood_kernels", "ood_engine": "ood_engine"},
     packages=[
         "ood_kernels",
+        "ood_kernels.triton_kernels",
         "ood_engine",
         "ood_engine.cli",
         "ood_engine.corruptions",
         "ood_engine.detectors",
         "ood_engine.report",
+        "ood_engine.subspace",
     ],
-    package_data={"ood_kernels": ["py.typed"], "ood_engine": ["py.typed", "templates/*.j2"]},
+    package_data={
+        "ood_kernels": ["py.typed", "pooling.cpp"],
+        "ood_kernels.triton_kernels": ["configs/*.json"],
+        "ood_engine": ["py.typed", "templates/*.j2"],
+    },
     install_requires=["torch>=2.8", "numpy>=1.26", "scikit-learn>=1.4", "safetensors>=0.4.3"],
     extras_require={
         "cli": CLI,
+        "triton": TRITON,
         "test": [*CLI, *TEST],
         "bench": [*CLI, "pytest-benchmark>=4"],
         "docs": [*CLI, "pdoc>=14"],

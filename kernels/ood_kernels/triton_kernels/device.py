@@ -1,0 +1,94 @@
+"""Functions that several kernels inline: products in a chosen precision, maxima that keep NaN, the cotangent."""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+__all__ = ["INTERPRETED", "cotangent", "greatest", "matmul", "maximum", "multiple", "rounded", "sound"]
+
+# Read once, as @triton.jit does: the interpreter holds bf16 as storage only and must multiply in fp32.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+@triton.jit
+def maximum(left, right):
+    """Elementwise maximum in which NaN wins, as in torch; the hardware's own would drop it."""
+    return tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def sound(value):
+    """The value where it is finite, else NaN: from a bad feature, +Inf would read as certainly in-distribution."""
+    return tl.where(tl.abs(value) < float("inf"), value, float("nan"))
+
+
+@triton.jit
+def rounded(value, PRECISION: tl.constexpr):
+    """Return the operand of a product in the type that PRECISION says; interpreted, in fp32 with the values of that type."""
+    if PRECISION == "fp16":
+        value = value.to(tl.float16)
+    elif PRECISION == "bf16":
+        if INTERPRETED:
+            # The interpreter's own cast truncates.
+            bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+            value = tl.where(value == value, nearest.to(tl.float32, bitcast=True), float("nan"))
+        else:
+            value = value.to(tl.bfloat16)
+    return value.to(tl.float32) if INTERPRETED or (PRECISION != "fp16" and PRECISION != "bf16") else value
+
+
+@triton.jit
+def matmul(left, right, accumulator, PRECISION: tl.constexpr):
+    """Return accumulator + left @ right in fp32, the operands first rounded to what PRECISION says.
+
+    "ieee" multiplies fp32 exactly, "tf32x3" splits each operand in two tf32 parts (about fp32's accuracy), "tf32" keeps 10
+    bits of mantissa, "fp16" and "bf16" round to those types.
+    """
+    left = rounded(left, PRECISION)
+    right = rounded(right, PRECISION)
+    if PRECISION == "tf32" or PRECISION == "tf32x3":
+        return tl.dot(left, right, accumulator, input_precision=PRECISION)
+    else:
+        return tl.dot(left, right, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def cotangent(p, classes, predicted, class_count, KIND: tl.constexpr):
+    """Return the factor a of the gradient a ⊗ h̃ from the softmax p, see `reference.cotangent`; "given" leaves p as it is.
+
+    p [samples, classes] with `classes` [1, classes] their numbers and `predicted` [samples, 1] the predicted one.
+    """
+    if KIND == "uniform":
+        return p - 1.0 / class_count
+    elif KIND == "sum_logits":
+        return p * 0 + 1
+    elif KIND == "max_logit":
+        return tl.where(classes == predicted, 1.0, 0.0) + p * 0
+    elif KIND == "predicted":
+        return p - tl.where(classes == predicted, 1.0, 0.0)
+    else:
+        return p
+
+
+@triton.jit
+def multiple(value, UNIT: tl.constexpr):
+    """Return value, which is a multiple of UNIT, so that the compiler knows.
+
+    Triton looks for multiples of 16 only: rows of 1000 classes would be read 2 bytes at a time though they are aligned to 16.
+    """
+    return value // UNIT * UNIT
+
+
+@triton.jit
+def greatest(values, AXIS: tl.constexpr):
+    """Maximum along an axis in which NaN wins; `tl.max` would drop it."""
+    if INTERPRETED:
+        # The interpreter walks a reduction of ours element by element.
+        known = tl.max(tl.where(values == values, values, float("-inf")), AXIS)
+        return tl.where(tl.sum((values != values).to(tl.int32), AXIS) > 0, float("nan"), known)
+    else:
+        return tl.reduce(values, AXIS, maximum)

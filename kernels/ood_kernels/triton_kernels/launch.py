@@ -1,0 +1,163 @@
+"""How kernels start: every launch goes through `launch`, with tiles from `choose`.
+
+A tile decides in which order a sum is taken. It therefore follows from the shape without the batch size N, so that a sample's
+score is bitwise the same alone and in any batch; a tuned configuration may change the tile of a shape, never with N.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["PRECISIONS", "Choice", "Launch", "choose", "forced", "launch", "record"]
+
+PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16", "fp16")
+"""What the operands of a product are rounded to; it is always accumulated in fp32. See `device.matmul`."""
+
+_CONFIGS = Path(__file__).parent / "configs"
+
+Setting = Mapping[str, int | str]
+
+
+class Launch(NamedTuple):
+    """One recorded launch.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        grid: number of programs along each axis.
+        arguments: its arguments by name, tiles, `num_warps` and `num_stages` among them.
+        wide: whether its loads of large tensors should be 16 bytes wide, because their contiguous runs allow it.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    wide: bool
+
+
+class Choice(NamedTuple):
+    """One look-up by `choose` under `forced`: the family, its shape, and its default for any GPU."""
+
+    family: str
+    shape: dict[str, int | str]
+    default: dict[str, int | str]
+
+
+_RECORDER: ContextVar[list[Launch] | None] = ContextVar("ood_kernels_launches", default=None)
+_FORCED: ContextVar[tuple[Mapping[str, Setting], list[Choice]] | None] = ContextVar("ood_kernels_forced", default=None)
+
+
+@contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Collect the launches made inside; kernels given tensors on the "meta" device are recorded and not run."""
+    launches: list[Launch] = []
+    token = _RECORDER.set(launches)
+    try:
+        yield launches
+    finally:
+        _RECORDER.reset(token)
+
+
+@contextmanager
+def forced(configs: Mapping[str, Setting]) -> Iterator[list[Choice]]:
+    """Let `choose` lay these configurations over the defaults of their families, and collect what it was asked for.
+
+    For tuning and for checking configurations ahead of time: what is tuned for this GPU does not count inside.
+    """
+    choices: list[Choice] = []
+    token = _FORCED.set((configs, choices))
+    try:
+        yield choices
+    finally:
+        _FORCED.reset(token)
+
+
+def launch(kernel: Any, grid: Sequence[int], wide: bool = False, **arguments: Any) -> None:
+    """Start a kernel on the device and the current stream of its first tensor; an empty grid starts nothing."""
+    if 0 in grid:
+        return
+    tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
+    launches = _RECORDER.get()
+    if launches is not None:
+        launches.append(Launch(kernel, tuple(grid), arguments, wide))
+    if tensor.is_meta:
+        return
+    # Triton takes the current device, which need not be the tensor's.
+    with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+        kernel[tuple(grid)](**arguments_for("cuda" if torch.version.hip is None else "hip", arguments))
+
+
+def arguments_for(backend: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A launch's arguments as the backend, "cuda" or "hip", takes them.
+
+    AMD's matrix cores multiply fp32 itself, so nothing there splits it in tf32 parts, and its compiler takes no limit of
+    registers; its warps have 64 threads, so a tile made for a number of threads, each with VEC elements, takes half as many.
+    The fusion of products and sums is asked for because its default differs between versions of Triton.
+    """
+    if backend == "hip":
+        exact = {"PRECISION": "ieee"} if arguments.get("PRECISION") == "tf32x3" else {}
+        arguments = {name: value for name, value in (arguments | exact).items() if name != "maxnreg"}
+        if "VEC" in arguments:
+            arguments["num_warps"] = max(1, arguments["num_warps"] // 2)
+    return arguments | {"enable_fp_fusion": True}
+
+
+def choose(family: str, shape: Setting, default: Setting, device: torch.device) -> dict[str, Any]:
+    """The configuration of a kernel family for a shape: the nearest tuned one for this GPU, else the default.
+
+    Args:
+        family: name of the kernel family in configs/<device>.json.
+        shape: what decides the tile, such as {"layout": "rows", "spatial": 49, "channels": 2048, "itemsize": 2}; never N.
+            Words must match, numbers may be near.
+        default: constexpr arguments, `num_warps` and `num_stages`, right for any GPU.
+        device: of the tensors.
+    """
+    forcing = _FORCED.get()
+    if forcing is not None:
+        configs, choices = forcing
+        choices.append(Choice(family, dict(shape), dict(default)))
+        return dict(default) | dict(configs.get(family, {}))
+    tuned = _tuned(_device_name(device)).get(family, ()) if device.type == "cuda" else ()
+    near = [row for row in tuned if alike(row["shape"], shape)]
+    if not near:
+        return dict(default)
+    return dict(default) | min(near, key=lambda row: distance(row["shape"], shape))["config"]
+
+
+def alike(tuned: Setting, shape: Setting) -> bool:
+    """Whether a tuned shape has the same words as a shape."""
+    return {name: value for name, value in shape.items() if isinstance(value, str)}.items() <= tuned.items()
+
+
+def distance(left: Setting, right: Setting) -> float:
+    """Between shapes: sum of squared log-ratios of their numbers."""
+    pairs = [(left.get(name, 0), value) for name, value in right.items() if not isinstance(value, str)]
+    return sum(math.log((1 + int(one)) / (1 + other)) ** 2 for one, other in pairs)
+
+
+@cache
+def _tuned(device_name: str) -> dict[str, list[dict[str, Any]]]:
+    path = _CONFIGS / f"{device_name}.json"
+    if not path.exists():
+        return {}
+    families: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())["families"]
+    return families
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    return file_name(torch.cuda.get_device_name(device))
+
+
+def file_name(device_name: str) -> str:
+    """A GPU's name as a file name: "NVIDIA H100 80GB HBM3" → "nvidia_h100_80gb_hbm3"."""
+    return "".join(letter if letter.isalnum() else "_" for letter in device_name.lower())

@@ -1,0 +1,281 @@
+"""Projection on an explicit basis: coordinates Σ_cd a_c · h̃_d · V_kcd with V streamed once for every tile of samples.
+
+For one class c the sum over d is a matrix product of h and V[:, c, :]ᵀ, and a_c scales it for each sample. So a stays in fp32,
+h is read once for all classes, and V goes from memory to the tensor cores as it is; a ⊗ h̃ as an operand would have to be
+formed in registers for every class, and be rounded. The bias column of V is where the sum over d starts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import matmul, multiple, rounded
+from .launch import choose, launch
+from .project_dual import combine, cotangent_tile, matrix_tile, samples_at_once
+from .softmax import row_argmax, row_softmax
+
+__all__ = ["ExplicitPlan", "add_class", "explicit_plan", "explicit_program", "project_explicit", "row_statistics"]
+
+_PROGRAMS = 512
+_ELEMENTS = 512
+
+
+@triton.jit
+def row_statistics(partials_ptr, argmaxima_ptr, rows, valid, class_tiles, KIND: tl.constexpr):
+    """Return (largest logit, Σ exp(z - largest), predicted class) of each row; without use where the cotangents are given."""
+    largest = tl.zeros(rows.shape, tl.float32)
+    total = tl.zeros(rows.shape, tl.float32)
+    predicted = tl.zeros(rows.shape, tl.int32)
+    # Read 64 tiles at a time, they would take more registers than everything that follows.
+    WIDTH: tl.constexpr = 8
+    if KIND != "given":
+        largest, total = row_softmax(partials_ptr, rows, valid, class_tiles, 0, WIDTH)
+    if KIND == "predicted" or KIND == "max_logit":
+        predicted = row_argmax(partials_ptr, argmaxima_ptr, rows, valid, class_tiles, WIDTH)
+    return largest, total, predicted
+
+
+@triton.jit
+def add_class(
+    accumulator, a, h, of_class, component_start, feature_start, component_count, features,
+    stride_component, stride_feature,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, FAR: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return accumulator + a · (h Vᵀ) for one class and one tile of features: a [BLOCK_N, 1], h [BLOCK_N, BLOCK_D].
+
+    `of_class` points to the class in the first vector. Where BIAS, the first tile of features adds the column after the last.
+    """
+    stride_component = multiple(stride_component, UNIT)
+    first = of_class + tl.cast(component_start, tl.int64) * stride_component
+    # 32 bits span a tile of all but giant bases, in half the registers.
+    OFFSET: tl.constexpr = tl.int64 if FAR else tl.int32
+    components = tl.arange(0, BLOCK_K).to(OFFSET)[None, :]
+    columns = feature_start + tl.arange(0, BLOCK_D).to(OFFSET)[:, None]
+    is_component = components < component_count - component_start
+    inside = is_component & (columns < multiple(features, UNIT))
+    vectors = tl.load(first + (components * stride_component + columns * stride_feature), mask=inside, other=0.0)
+    product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    if BIAS:
+        last = first + (components * stride_component + tl.cast(features, OFFSET) * stride_feature)
+        product += tl.load(last, mask=is_component & (feature_start == 0), other=0.0).to(tl.float32)
+    return accumulator + a * matmul(h, vectors, product, PRECISION)
+
+
+@triton.jit
+def store_partial(
+    partial_ptr, value, sample_tile, component_tile, split, samples, component_count,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Write a tile [BLOCK_N, BLOCK_K] at its place in `partial` [S, N, K]."""
+    rows = sample_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    components = component_tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    places = (tl.cast(split, tl.int64) * samples + rows)[:, None] * component_count + components[None, :]
+    tl.store(partial_ptr + places, value, mask=(rows < samples)[:, None] & (components < component_count)[None, :])
+
+
+@triton.jit
+def explicit_program(
+    sample_tile, component_tile, split,
+    a_ptr, partials_ptr, argmaxima_ptr, h_ptr, components_ptr, partial_ptr,
+    samples, classes, features, component_count, class_tiles, class_step, feature_step,
+    stride_component, stride_class, stride_feature,
+    KIND: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    H_UNIT: tl.constexpr, UNIT: tl.constexpr, FAR: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write one tile of `partial` [S, N, K]: the sum over `class_step` classes and `feature_step` features that `split` names.
+
+    Splits go through the features first. The contiguous a [N, C] is at `a_ptr` where KIND is "given", else the logits are there,
+    with what `head_program` leaves of them; h [N, D] is contiguous. `features` is D, also where BIAS says that V has a column
+    more. UNIT divides D and all strides of V but the last, H_UNIT divides D.
+    """
+    row_start, component_start = sample_tile * BLOCK_N, component_tile * BLOCK_K
+    rows = row_start + tl.arange(0, BLOCK_N)
+    largest, total, predicted = row_statistics(partials_ptr, argmaxima_ptr, rows, rows < samples, class_tiles, KIND)
+    feature_splits = tl.cdiv(features, feature_step)
+    first_class = split // feature_splits * class_step
+    first_feature = split % feature_splits * feature_step
+    accumulator = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for feature in range(first_feature, tl.minimum(first_feature + feature_step, features), BLOCK_D):
+        h = matrix_tile(h_ptr, row_start, feature, samples, features, features, 1, H_UNIT, BLOCK_N, BLOCK_D)
+        h = rounded(h, PRECISION)
+        for one in range(first_class, tl.minimum(first_class + class_step, classes)):
+            a = cotangent_tile(
+                a_ptr, row_start, one, samples, classes, largest, total, predicted, KIND, 1, BLOCK_N, 1
+            ).to(tl.float32)
+            accumulator = add_class(
+                accumulator, a, h, components_ptr + tl.cast(one, tl.int64) * multiple(stride_class, UNIT),
+                component_start, feature, component_count, features, stride_component, stride_feature,
+                BIAS, PRECISION, UNIT, FAR, BLOCK_N, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
+    store_partial(
+        partial_ptr, accumulator, sample_tile, component_tile, split, samples, component_count, BLOCK_N, BLOCK_K
+    )
+
+
+@triton.jit(do_not_specialize=["samples"])
+def explicit_kernel(
+    a_ptr, partials_ptr, argmaxima_ptr, h_ptr, components_ptr, partial_ptr,
+    samples, classes, features, component_count, class_tiles, class_step, feature_step,
+    stride_component, stride_class, stride_feature,
+    KIND: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    H_UNIT: tl.constexpr, UNIT: tl.constexpr, FAR: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Run `explicit_program` for every tile and split, the tiles of samples side by side so that they share V in L2."""
+    explicit_program(
+        tl.program_id(0), tl.program_id(1), tl.program_id(2),
+        a_ptr, partials_ptr, argmaxima_ptr, h_ptr, components_ptr, partial_ptr,
+        samples, classes, features, component_count, class_tiles, class_step, feature_step,
+        stride_component, stride_class, stride_feature,
+        KIND, BIAS, PRECISION, H_UNIT, UNIT, FAR, BLOCK_N, BLOCK_K, BLOCK_D,
+    )  # fmt: skip
+
+
+class ExplicitPlan(NamedTuple):
+    """How the sum over classes and features is taken apart; it never depends on the number of samples.
+
+    Attributes:
+        arguments: what `explicit_kernel` takes by these names, tile included, apart from the samples' own tensors and sizes.
+        component_tiles: programs along K.
+        splits: number of partial results S.
+        wide: whether every row of V is aligned to 16 bytes.
+    """
+
+    arguments: dict[str, Any]
+    component_tiles: int
+    splits: int
+    wide: bool
+
+
+def explicit_plan(components: Tensor, bias: bool, precision: str) -> ExplicitPlan:
+    """The tile, the splits and the arguments for a basis; arguments as for `project_explicit`."""
+    component_count, classes, features = *components.shape[:2], components.shape[2] - bias
+    itemsize = components.element_size()
+    unit = row_unit(components, features)
+    wide = unit * itemsize >= 16
+    shape: dict[str, int | str] = {"precision": precision, "rows": "aligned" if wide else "unaligned"}
+    shape |= {"itemsize": itemsize, "classes": classes, "features": features, "components": component_count}
+    tile = choose("project_explicit", shape, _default_tile(itemsize, precision, wide), components.device)
+    component_tiles = triton.cdiv(component_count, tile["BLOCK_K"])
+    # So their partial results of one tile of samples take 4 MiB at most, for any K up to 16384.
+    most = max(1, _PROGRAMS // component_tiles)
+    class_step, feature_tiles = splitting(classes, features, tile["BLOCK_D"], most)
+    feature_step = feature_tiles * tile["BLOCK_D"]
+    splits = triton.cdiv(classes, class_step) * triton.cdiv(features, feature_step)
+    arguments = {
+        "components_ptr": components,
+        "classes": classes,
+        "features": features,
+        "component_count": component_count,
+        "class_step": class_step,
+        "feature_step": feature_step,
+        "stride_component": components.stride(0),
+        "stride_class": components.stride(1),
+        "stride_feature": components.stride(2),
+        "BIAS": bias,
+        "PRECISION": precision,
+        "H_UNIT": math.gcd(features, 16),
+        "UNIT": unit,
+        "FAR": is_far(components, tile["BLOCK_K"]),
+    }
+    return ExplicitPlan(arguments | tile, component_tiles, splits, wide)
+
+
+def splitting(classes: int, features: int, block: int, most: int) -> tuple[int, int]:
+    """(classes, tiles of `block` features) in a split, for no more than `most` splits that are each worth a partial result.
+
+    Features are split first, so that a program needs one tile of h. Reading V takes longer than writing and reading a partial
+    result where a split holds some 512 elements of every component.
+    """
+    feature_tiles = triton.cdiv(features, block)
+    most = min(most, max(1, classes * features // _ELEMENTS))
+    tiles = triton.cdiv(feature_tiles, min(most, feature_tiles))
+    class_splits = max(1, most // triton.cdiv(feature_tiles, tiles))
+    return triton.cdiv(classes, min(classes, class_splits)), tiles
+
+
+def row_unit(tensor: Tensor, width: int) -> int:
+    """The power of two, 16 at most, that divides the width of the rows of a tensor and where they start."""
+    return math.gcd(*tensor.stride()[:-1], width, 16) if tensor.stride(-1) == 1 else 1
+
+
+def is_far(vectors: Tensor, block: int) -> bool:
+    """Whether places within `block` vectors of V [K, C, D̃] need 64 bits."""
+    return block * vectors.stride(0) + vectors.shape[2] * vectors.stride(2) >= 2**31
+
+
+def _default_tile(itemsize: int, precision: str, wide: bool) -> dict[str, Any]:
+    """Tensor cores need 64 samples for wgmma; ordinary cores, which "ieee" runs on, do not.
+
+    Registers bound the rest: rows that are not aligned, as those of D + 1 columns, need an address for every element, so that
+    only one tile of V is on its way while another is worked on; "tf32x3" holds every operand twice.
+    """
+    return {
+        "BLOCK_N": 16 if precision == "ieee" else 64,
+        "BLOCK_K": 32,
+        "BLOCK_D": (64 if precision == "tf32x3" else 128) // itemsize,
+        "num_warps": 4,
+        "num_stages": 4 if wide else 2,
+    }
+
+
+def project_explicit(
+    a: Tensor,
+    h: Tensor,
+    components: Tensor,
+    constants: Tensor,
+    bias: bool = True,
+    precision: str = "ieee",
+    *,
+    kind: str = "given",
+    partials: Tensor | None = None,
+    argmaxima: Tensor | None = None,
+) -> Tensor:
+    """Centred coordinates [N, K] in an explicit basis in fp32, see `reference.project_explicit`; all in fp32, fp16 or bf16.
+
+    Two launches, or as many pairs of them as keep the workspace under 32 MiB.
+
+    Args:
+        a: [N, C], the cotangents; where `kind` names one (see `reference.cotangent`), the logits in fp32 instead.
+        h: [N, D] penultimate features.
+        components: V [K, C, D̃] with D̃ = D + 1 where `bias`, else D; any strides. Rows are read 16 bytes at a time where all of
+            them start on such a boundary, as with bias only those do that are padded.
+        constants: [K].
+        bias: whether the last column of V belongs to the bias.
+        precision: one of `launch.PRECISIONS`, to which h and V are rounded; a and the bias column never are.
+        kind: "given", or the name of the cotangent to be formed.
+        partials: [N, T, 4] of the logits, from `masked_energy.head_partials`, unless a is given.
+        argmaxima: int32 [N, T], likewise.
+    """
+    samples, component_count = h.shape[0], components.shape[0]
+    output = h.new_empty((samples, component_count), dtype=torch.float32)
+    if output.numel() == 0:
+        return output
+    plan = explicit_plan(components, bias, precision)
+    block = plan.arguments["BLOCK_N"]
+    at_once = samples_at_once(samples, plan.splits, component_count, block)
+    partial = h.new_empty((plan.splits * at_once * component_count,), dtype=torch.float32)
+    for start in range(0, samples, at_once):
+        rows = slice(start, start + at_once)
+        own = {
+            "a_ptr": a[rows].contiguous(),
+            "h_ptr": h[rows].contiguous(),
+            "partials_ptr": a if partials is None else partials[rows],
+            "argmaxima_ptr": a if argmaxima is None else argmaxima[rows],
+            "partial_ptr": partial,
+            "samples": min(at_once, samples - start),
+            "class_tiles": 0 if partials is None else partials.shape[1],
+            "KIND": kind,
+        }
+        grid = (triton.cdiv(own["samples"], block), plan.component_tiles, plan.splits)
+        launch(explicit_kernel, grid, wide=plan.wide, **plan.arguments, **own)
+        combine(partial, constants, output[rows], plan.splits)
+    return output

@@ -1,0 +1,301 @@
+"""Projection on a factored basis: coordinates tᵀ core_k s of t = U_pᵀ a [R] and s = U_hᵀ h̃ [Q], each sample's two factors.
+
+s is a product on its own, [N, D̃] by [D̃, Q], which `score` runs beside the head pass. A program of the projection takes some
+class factors for itself: it forms their t on chip, from cotangents or logits, and goes on as on an explicit basis with the
+core for V. Nothing of t is written; programs of other components form it again, at far less than the core costs to read.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import matmul, multiple, rounded
+from .launch import choose, launch
+from .project_dual import combine, cotangent_tile, matrix_tile, samples_at_once
+from .project_explicit import add_class, is_far, row_statistics, row_unit, store_partial
+
+__all__ = [
+    "FactoredPlan",
+    "factored_plan",
+    "factored_program",
+    "product_program",
+    "project_factored",
+    "reduce_features",
+]
+
+_WORKSPACE_BYTES = 32 * 2**20
+
+
+@triton.jit
+def product_program(
+    sample_tile, factor_tile,
+    h_ptr, factors_ptr, reduced_ptr, samples, features, rank, stride_row, stride_column,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr, H_UNIT: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write one tile of s [N, Q] = h @ feature_factors, to which the last row, of the bias, is added where BIAS.
+
+    h [N, D] is contiguous; H_UNIT divides D, UNIT divides Q and where the rows of the factors start.
+    """
+    row_start, factor_start = sample_tile * BLOCK_N, factor_tile * BLOCK_Q
+    rows, factors = row_start + tl.arange(0, BLOCK_N), factor_start + tl.arange(0, BLOCK_Q)
+    reduced = tl.zeros((BLOCK_N, BLOCK_Q), tl.float32)
+    if BIAS:
+        reduced += matrix_tile(
+            factors_ptr, features, factor_start, features + 1, rank, stride_row, stride_column, UNIT, 1, BLOCK_Q
+        ).to(tl.float32)
+    for start in range(0, features, BLOCK_D):
+        left = matrix_tile(h_ptr, row_start, start, samples, features, features, 1, H_UNIT, BLOCK_N, BLOCK_D)
+        right = matrix_tile(
+            factors_ptr, start, factor_start, features, rank, stride_row, stride_column, UNIT, BLOCK_D, BLOCK_Q
+        )
+        reduced = matmul(left, right, reduced, PRECISION)
+    places = rows.to(tl.int64)[:, None] * rank + factors[None, :]
+    tl.store(reduced_ptr + places, reduced, mask=(rows < samples)[:, None] & (factors < rank)[None, :])
+
+
+@triton.jit(do_not_specialize=["samples"])
+def product_kernel(
+    h_ptr, factors_ptr, reduced_ptr, samples, features, rank, stride_row, stride_column,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr, H_UNIT: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Run `product_program` for every tile."""
+    product_program(
+        tl.program_id(0), tl.program_id(1),
+        h_ptr, factors_ptr, reduced_ptr, samples, features, rank, stride_row, stride_column,
+        BIAS, PRECISION, H_UNIT, UNIT, BLOCK_N, BLOCK_Q, BLOCK_D,
+    )  # fmt: skip
+
+
+@triton.jit
+def factored_program(
+    sample_tile, component_tile, split,
+    a_ptr, partials_ptr, argmaxima_ptr, reduced_ptr, class_factors_ptr, core_ptr, partial_ptr,
+    samples, classes, class_rank, feature_rank, component_count, class_tiles,
+    stride_class, stride_class_factor, stride_component, stride_core_row, stride_core_column,
+    KIND: tl.constexpr, PRECISION: tl.constexpr,
+    A_UNIT: tl.constexpr, CLASS_UNIT: tl.constexpr, S_UNIT: tl.constexpr, UNIT: tl.constexpr, FAR: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Write one tile of `partial` [S, N, K]: the sum over the BLOCK_R class factors that `split` names.
+
+    The contiguous a [N, C] is at `a_ptr` where KIND is "given", else the logits are there, with what `head_program` leaves of
+    them; s [N, Q] is at `reduced_ptr`. The units divide C, R, Q, Q and where the rows of a, class_factors, s and core start.
+    """
+    row_start, component_start = sample_tile * BLOCK_N, component_tile * BLOCK_K
+    rows = row_start + tl.arange(0, BLOCK_N)
+    largest, total, predicted = row_statistics(partials_ptr, argmaxima_ptr, rows, rows < samples, class_tiles, KIND)
+    # A loop around both would make Triton 3.9 fail for sm_100.
+    factor = split * BLOCK_R
+    t = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for start in range(0, classes, BLOCK_C):
+        left = cotangent_tile(
+            a_ptr, row_start, start, samples, classes, largest, total, predicted, KIND, A_UNIT, BLOCK_N, BLOCK_C
+        )
+        right = matrix_tile(
+            class_factors_ptr, start, factor, classes, class_rank, stride_class, stride_class_factor,
+            CLASS_UNIT, BLOCK_C, BLOCK_R,
+        )  # fmt: skip
+        t = matmul(left, right, t, PRECISION)
+    accumulator = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in range(0, feature_rank, BLOCK_Q):
+        s = matrix_tile(reduced_ptr, row_start, start, samples, feature_rank, feature_rank, 1, S_UNIT, BLOCK_N, BLOCK_Q)
+        s = rounded(s, PRECISION)
+        for one in range(tl.minimum(BLOCK_R, class_rank - factor)):
+            column = tl.sum(tl.where(tl.arange(0, BLOCK_R)[None, :] == one, t, 0.0), 1)
+            accumulator = add_class(
+                accumulator, column[:, None], s,
+                core_ptr + tl.cast(factor + one, tl.int64) * multiple(stride_core_row, UNIT),
+                component_start, start, component_count, feature_rank, stride_component, stride_core_column,
+                False, PRECISION, UNIT, FAR, BLOCK_N, BLOCK_K, BLOCK_Q,
+            )  # fmt: skip
+    store_partial(
+        partial_ptr, accumulator, sample_tile, component_tile, split, samples, component_count, BLOCK_N, BLOCK_K
+    )
+
+
+@triton.jit(do_not_specialize=["samples"])
+def factored_kernel(
+    a_ptr, partials_ptr, argmaxima_ptr, reduced_ptr, class_factors_ptr, core_ptr, partial_ptr,
+    samples, classes, class_rank, feature_rank, component_count, class_tiles,
+    stride_class, stride_class_factor, stride_component, stride_core_row, stride_core_column,
+    KIND: tl.constexpr, PRECISION: tl.constexpr,
+    A_UNIT: tl.constexpr, CLASS_UNIT: tl.constexpr, S_UNIT: tl.constexpr, UNIT: tl.constexpr, FAR: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Run `factored_program` for every tile and split, the tiles of samples side by side so that they share the core in L2."""
+    factored_program(
+        tl.program_id(0), tl.program_id(1), tl.program_id(2),
+        a_ptr, partials_ptr, argmaxima_ptr, reduced_ptr, class_factors_ptr, core_ptr, partial_ptr,
+        samples, classes, class_rank, feature_rank, component_count, class_tiles,
+        stride_class, stride_class_factor, stride_component, stride_core_row, stride_core_column,
+        KIND, PRECISION, A_UNIT, CLASS_UNIT, S_UNIT, UNIT, FAR, BLOCK_N, BLOCK_K, BLOCK_Q, BLOCK_R, BLOCK_C,
+    )  # fmt: skip
+
+
+class FactoredPlan(NamedTuple):
+    """How both launches are taken apart; it never depends on the number of samples.
+
+    Attributes:
+        product: what `product_kernel` takes by these names, tile included, apart from the samples' own tensors and sizes.
+        projection: the same for `factored_kernel`.
+        factor_tiles: programs of the product along Q.
+        component_tiles: programs of the projection along K.
+        splits: number of partial results S.
+        wide: whether every row of the factors and the core is aligned to 16 bytes.
+    """
+
+    product: dict[str, Any]
+    projection: dict[str, Any]
+    factor_tiles: int
+    component_tiles: int
+    splits: int
+    wide: bool
+
+
+def factored_plan(
+    class_factors: Tensor, feature_factors: Tensor, core: Tensor, bias: bool, precision: str
+) -> FactoredPlan:
+    """The tiles, the splits and the arguments for a basis; arguments as for `project_factored`."""
+    component_count, class_rank, feature_rank = core.shape
+    classes, features = class_factors.shape[0], feature_factors.shape[0] - bias
+    itemsize = core.element_size()
+    shape: dict[str, int | str] = {"precision": precision, "itemsize": itemsize, "classes": classes}
+    shape |= {"components": component_count, "class_rank": class_rank, "feature_rank": feature_rank}
+    tile = choose("project_factored", shape, _default_tile(itemsize, precision), core.device)
+    # More class factors a split only where the partial results of one tile of samples would not fit the workspace.
+    most = max(1, _WORKSPACE_BYTES // (4 * tile["BLOCK_N"] * component_count))
+    tile["BLOCK_R"] = max(tile["BLOCK_R"], min(64, triton.next_power_of_2(triton.cdiv(class_rank, most))))
+    widths = ((class_factors, class_rank), (feature_factors, feature_rank), (core, feature_rank))
+    units = [row_unit(part, width) for part, width in widths]
+    common = {name: tile.pop(name) for name in ("BLOCK_N", "num_warps", "num_stages")} | {"PRECISION": precision}
+    product = {
+        "factors_ptr": feature_factors,
+        "features": features,
+        "rank": feature_rank,
+        "stride_row": feature_factors.stride(0),
+        "stride_column": feature_factors.stride(1),
+        "BIAS": bias,
+        "H_UNIT": math.gcd(features, 16),
+        "UNIT": units[1],
+        "BLOCK_Q": 16,
+        "BLOCK_D": tile.pop("BLOCK_D"),
+    }
+    projection = {
+        "class_factors_ptr": class_factors,
+        "core_ptr": core,
+        "classes": classes,
+        "class_rank": class_rank,
+        "feature_rank": feature_rank,
+        "component_count": component_count,
+        "stride_class": class_factors.stride(0),
+        "stride_class_factor": class_factors.stride(1),
+        "stride_component": core.stride(0),
+        "stride_core_row": core.stride(1),
+        "stride_core_column": core.stride(2),
+        "A_UNIT": math.gcd(classes, 16),
+        "CLASS_UNIT": units[0],
+        "S_UNIT": math.gcd(feature_rank, 16),
+        "UNIT": units[2],
+        "FAR": is_far(core, tile["BLOCK_K"]),
+    }
+    return FactoredPlan(
+        product | common,
+        projection | common | tile,
+        triton.cdiv(feature_rank, product["BLOCK_Q"]),
+        triton.cdiv(component_count, tile["BLOCK_K"]),
+        triton.cdiv(class_rank, tile["BLOCK_R"]),
+        all(unit * part.element_size() >= 16 for unit, (part, _) in zip(units, widths, strict=True)),
+    )
+
+
+def _default_tile(itemsize: int, precision: str) -> dict[str, Any]:
+    """As for an explicit basis, with 16 class factors a program: the fewest that a matrix product forms."""
+    return {
+        "BLOCK_N": 16 if precision == "ieee" else 64,
+        "BLOCK_K": 32,
+        "BLOCK_Q": (64 if precision == "tf32x3" else 128) // itemsize,
+        "BLOCK_R": 16,
+        "BLOCK_C": 32,
+        "BLOCK_D": 64,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+def reduce_features(h: Tensor, plan: FactoredPlan) -> Tensor:
+    """First launch: s [N, Q] in fp32."""
+    samples = h.shape[0]
+    reduced = h.new_empty((samples, plan.product["rank"]), dtype=torch.float32)
+    grid = (triton.cdiv(samples, plan.product["BLOCK_N"]), plan.factor_tiles)
+    launch(
+        product_kernel, grid, wide=plan.wide, h_ptr=h.contiguous(), reduced_ptr=reduced, samples=samples, **plan.product
+    )
+    return reduced
+
+
+def project_factored(
+    a: Tensor,
+    h: Tensor,
+    class_factors: Tensor,
+    feature_factors: Tensor,
+    core: Tensor,
+    constants: Tensor,
+    bias: bool = True,
+    precision: str = "ieee",
+    *,
+    kind: str = "given",
+    partials: Tensor | None = None,
+    argmaxima: Tensor | None = None,
+) -> Tensor:
+    """Centred coordinates [N, K] in a factored basis in fp32, see `reference.project_factored`; all in fp32, fp16 or bf16.
+
+    Three launches, or as many threes as keep the workspace under 32 MiB.
+
+    Args:
+        a: [N, C], the cotangents; where `kind` names one (see `reference.cotangent`), the logits in fp32 instead.
+        h: [N, D] penultimate features.
+        class_factors: U_p [C, R], any strides, as of the next two; contiguous rows of a multiple of 16 bytes are fast.
+        feature_factors: U_h [D̃, Q] with D̃ = D + 1 where `bias`, else D.
+        core: [K, R, Q].
+        constants: [K].
+        bias: whether the last row of U_h belongs to the bias.
+        precision: one of `launch.PRECISIONS`, to which the operands of each product are rounded: a, U_p, h, U_h, s and core;
+            t and the row of the bias never are. fp16 loses cotangents below 6e-8, and features must be within its range.
+        kind: "given", or the name of the cotangent to be formed.
+        partials: [N, T, 4] of the logits, from `masked_energy.head_partials`, unless a is given.
+        argmaxima: int32 [N, T], likewise.
+    """
+    samples, component_count = h.shape[0], core.shape[0]
+    output = h.new_empty((samples, component_count), dtype=torch.float32)
+    if output.numel() == 0:
+        return output
+    plan = factored_plan(class_factors, feature_factors, core, bias, precision)
+    block = plan.projection["BLOCK_N"]
+    at_once = samples_at_once(samples, 1, plan.splits * component_count + core.shape[2], block)
+    partial = h.new_empty((plan.splits * at_once * component_count,), dtype=torch.float32)
+    for start in range(0, samples, at_once):
+        rows = slice(start, start + at_once)
+        own = {
+            "a_ptr": a[rows].contiguous(),
+            "partials_ptr": a if partials is None else partials[rows],
+            "argmaxima_ptr": a if argmaxima is None else argmaxima[rows],
+            "reduced_ptr": reduce_features(h[rows], plan),
+            "partial_ptr": partial,
+            "samples": min(at_once, samples - start),
+            "class_tiles": 0 if partials is None else partials.shape[1],
+            "KIND": kind,
+        }
+        grid = (triton.cdiv(own["samples"], block), plan.component_tiles, plan.splits)
+        launch(factored_kernel, grid, wide=plan.wide, **plan.projection, **own)
+        combine(partial, constants, output[rows], plan.splits)
+    return output

@@ -1,0 +1,186 @@
+"""The single pass: NAP, energies, softmax and gradient coordinates of a batch, its feature map read once.
+
+Large heads take three launches: `pool_partials`; the head pass, which for a factored basis forms s = U_hᵀ h̃ beside the logits;
+and one in which programs project while others finish what the first two left (`score_kernels`). Small heads take one launch
+(`score_small`), in which a program streams head and basis alone. One multiprocessor reads less than 100 bytes a nanosecond,
+and multiplies fp32 on ordinary cores slower than that, so head and basis must be small for it to be quicker than two launches
+more: 64 KiB in fp32, 256 KiB on tensor cores. These are estimates; a tuned configuration of the family "score" replaces them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..types import Head, ScoreOutputs
+from .launch import choose
+from .pool_nap import pool_partials
+from .project_dual import dual_plan
+from .project_explicit import explicit_plan
+from .project_factored import factored_plan
+from .score_launch import Projection, score_large, score_small
+
+__all__ = ["candidates", "score"]
+
+_WORKSPACE_BYTES = 64 * 2**20
+_SMALL_CLASSES = 128
+
+
+def score(
+    feature_map: Tensor,
+    eps: float,
+    rectify: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_mask: Tensor | None,
+    neuron_mask: Tensor | None,
+    basis: Sequence[Tensor | None],
+    kind: str,
+    cotangent: str,
+    basis_bias: bool,
+    *,
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(h, nap, lse, pruned lse, p, g_low) in fp32, as `reference.score`; everything in fp32, fp16 or bf16.
+
+    One launch for small heads and three for large ones. Where logits and partial results of the batch would take more than
+    64 MiB, the last two, or the only one, are repeated for parts of it, so that the map is still read once.
+
+    Args:
+        feature_map: [N, D, H, W], any strides.
+        eps: of NAP.
+        rectify: NAP of the map's positive part.
+        weight: [C, D].
+        bias: [C] or None.
+        weight_mask: bool [C, D], or int32 [C, ceil(D / 32)] from `pack_mask`; or None.
+        neuron_mask: bool [D], or int32 [ceil(D / 32)]; or None.
+        basis: the tensors of the basis in the order of its type; those of a dual one's shift last, None where there is none.
+        kind: "dual", "explicit" or "factored"; "" without a basis, which leaves g_low [N, 0].
+        cotangent: of the gradients, see `reference.cotangent`.
+        basis_bias: whether the gradient of the bias is part of the space.
+        precision: of the products, one of `launch.PRECISIONS`.
+    """
+    (samples, channels), classes = feature_map.shape[:2], weight.shape[0]
+    head = Head(weight, bias, weight_mask, neuron_mask)
+    projection = _projection(kind, basis, cotangent, basis_bias, precision)
+
+    def empty(*shape: int) -> Tensor:
+        return feature_map.new_empty(shape, dtype=torch.float32)
+
+    g_low = empty(samples, projection.components)
+    if samples == 0:
+        return empty(0, channels), empty(0), empty(0), empty(0), empty(0, classes), g_low
+    streamed = sum(part.nbytes for part in (*head, *basis) if part is not None)
+    tile = _small_tile(feature_map, head, streamed, projection, precision)
+    if streamed <= 1024 * tile.pop("LIMIT_KIB") and classes <= _SMALL_CLASSES:
+        nap, h = empty(samples), empty(samples, channels)
+        outputs = ScoreOutputs(h, nap, empty(samples), empty(samples), empty(samples, classes), g_low)
+        rows = _rows_at_once(samples, classes, projection, tile["SAMPLES"], with_logits=False)
+        score_small(feature_map, eps, rectify, head, projection, precision, tile, outputs, rows)
+    else:
+        rows = _rows_at_once(samples, classes, projection, projection.block, with_logits=bool(projection.kind))
+        parts = triton.cdiv(samples, rows)
+        counters = 1 + triton.cdiv(rows, projection.block) * projection.component_tiles
+        tickets = feature_map.new_empty((parts, counters), dtype=torch.int32) if projection.kind else None
+        h, squares = pool_partials(feature_map, eps, rectify, tickets)
+        outputs = ScoreOutputs(h, empty(samples), empty(samples), empty(samples), empty(samples, classes), g_low)
+        score_large(head, projection, precision, squares, tickets, outputs, rows)
+    return tuple(outputs)  # type: ignore[return-value]
+
+
+def _projection(kind: str, basis: Sequence[Any], cotangent: str, bias: bool, precision: str) -> Projection:
+    none = Projection("", {}, {}, None, 0, 1, 0, True)
+    if kind == "dual" and basis[2].shape[1]:
+        cotangents, features, coefficients, constants, shift, linear = basis
+        dual = dual_plan(cotangents, features, coefficients, bias, shift, linear, precision)
+        plan = none._replace(arguments=dual.arguments, programs=dual.splits, wide=dual.wide)
+    elif kind == "explicit" and basis[0].shape[0]:
+        components, constants = basis
+        explicit = explicit_plan(components, bias, precision)
+        plan = none._replace(
+            arguments=explicit.arguments,
+            component_tiles=explicit.component_tiles,
+            programs=explicit.splits,
+            wide=explicit.wide,
+        )
+    elif kind == "factored" and basis[2].shape[0]:
+        class_factors, feature_factors, core, constants = basis
+        factored = factored_plan(class_factors, feature_factors, core, bias, precision)
+        plan = none._replace(
+            arguments=factored.projection,
+            product=_product_arguments(factored.product),
+            rank=core.shape[2],
+            component_tiles=factored.component_tiles,
+            programs=factored.splits,
+            wide=factored.wide,
+        )
+    else:
+        return none
+    arguments = plan.arguments | {"KIND": cotangent}
+    return plan._replace(kind=kind, arguments=arguments, constants=constants.contiguous())
+
+
+def _product_arguments(product: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `product_program` under the names that they have beside those of `head_program`."""
+    names = {
+        "factors_ptr": "factors_ptr",
+        "stride_row": "factor_row",
+        "stride_column": "factor_column",
+        "BIAS": "FACTOR_BIAS",
+        "H_UNIT": "H_UNIT",
+        "UNIT": "FACTOR_UNIT",
+        "BLOCK_N": "FACTOR_N",
+        "BLOCK_Q": "FACTOR_Q",
+        "BLOCK_D": "FACTOR_D",
+    }
+    return {ours: product[theirs] for theirs, ours in names.items()}
+
+
+def _rows_at_once(samples: int, classes: int, projection: Projection, block: int, with_logits: bool) -> int:
+    """Samples, whole tiles of `block` unless all fit, whose workspace takes no more than 64 MiB; at least one tile."""
+    numbers = projection.programs * projection.components + projection.rank
+    # What the head pass leaves of tiles of 16 classes or more: five numbers each.
+    numbers += 5 * triton.cdiv(classes, 16) + (classes if with_logits else 0)
+    tiles = max(1, _WORKSPACE_BYTES // (4 * numbers * block))
+    return min(samples, tiles * block)
+
+
+def _small_tile(
+    feature_map: Tensor, head: Head, streamed: int, projection: Projection, precision: str
+) -> dict[str, Any]:
+    """Tile of the small plan, with LIMIT_KIB, up to which the bytes of head and basis count as small."""
+    classes, channels = head.weight.shape
+    height, width = feature_map.shape[2:]
+    shape: dict[str, int | str] = {
+        "basis": projection.kind,
+        "precision": precision,
+        "classes": classes,
+        "channels": channels,
+        "components": projection.components,
+        "streamed_kib": streamed // 1024,
+        "spatial": height * width,
+        "itemsize": head.weight.element_size(),
+        "map_itemsize": feature_map.element_size(),
+    }
+    default = {
+        "LIMIT_KIB": 64 if precision == "ieee" else 256,
+        "SAMPLES": 4,
+        "POOL_D": 32,
+        "POOL_S": min(32 // feature_map.element_size(), triton.next_power_of_2(height * width)),
+        "num_warps": projection.arguments.get("num_warps", 4),
+        "num_stages": 3,
+    }
+    return choose("score", shape, default, feature_map.device)
+
+
+def candidates(shape: Mapping[str, int | str]) -> Iterator[dict[str, int | str]]:
+    """Configurations worth timing for a shape of `choose`, laid over the default: the large plan, and tiles of the small one."""
+    yield {"LIMIT_KIB": 0}
+    if int(shape["classes"]) <= _SMALL_CLASSES:
+        for samples, warps in itertools.product((2, 4, 8, 16), (4, 8)):
+            yield {"LIMIT_KIB": 2**20, "SAMPLES": samples, "num_warps": warps}

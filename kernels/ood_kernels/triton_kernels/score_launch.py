@@ -1,0 +1,316 @@
+"""How the kernels of the single pass are launched: their arguments, and the parts that a large batch is worked off in."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..types import Head, ScoreOutputs
+from .launch import choose, launch
+from .masked_energy import head_arguments, head_partials
+from .score_kernels import (
+    dual_score_kernel,
+    explicit_score_kernel,
+    factored_score_kernel,
+    finish_kernel,
+    head_product_kernel,
+)
+from .score_small import small_dual_kernel, small_explicit_kernel, small_factored_kernel, small_kernel
+
+__all__ = ["Projection", "score_large", "score_small"]
+
+_SMALL_ROWS = 16
+
+_LARGE = {"dual": dual_score_kernel, "explicit": explicit_score_kernel, "factored": factored_score_kernel}
+_SMALL = {
+    "": small_kernel,
+    "dual": small_dual_kernel,
+    "explicit": small_explicit_kernel,
+    "factored": small_factored_kernel,
+}
+
+
+class Projection(NamedTuple):
+    """A basis as the kernels of every kind take it.
+
+    Attributes:
+        kind: "dual", "explicit" or "factored"; "" for none.
+        arguments: of the family's program, by name, tile included, apart from the samples' own tensors and sizes.
+        product: of `product_program`, for a factored basis only.
+        constants: [K].
+        rank: Q of a factored basis, else 0.
+        component_tiles: of K, that programs share out among them.
+        programs: for each tile of samples and of components; as many partial results are added.
+        wide: whether every row of the basis is aligned to 16 bytes.
+    """
+
+    kind: str
+    arguments: dict[str, Any]
+    product: dict[str, Any]
+    constants: Tensor | None
+    rank: int
+    component_tiles: int
+    programs: int
+    wide: bool
+
+    @property
+    def components(self) -> int:
+        """K."""
+        return 0 if self.constants is None else self.constants.shape[0]
+
+    @property
+    def block(self) -> int:
+        """Samples in a tile."""
+        return int(self.arguments.get("BLOCK_N", 1))
+
+
+def score_small(
+    feature_map: Tensor,
+    eps: float,
+    rectify: bool,
+    head: Head,
+    projection: Projection,
+    precision: str,
+    tile: dict[str, Any],
+    outputs: ScoreOutputs,
+    rows: int,
+) -> None:
+    """One launch, for every part of the batch, `rows` samples whose partial results fit the workspace."""
+    samples, classes = outputs.p.shape
+    partial, reduced = _workspace(projection, rows, outputs.h)
+    for start in range(0, samples, rows):
+        part = slice(start, start + rows)
+        own = ScoreOutputs(*(output[part] for output in outputs))
+        launch(
+            _SMALL[projection.kind],
+            (triton.cdiv(own.h.shape[0], tile["SAMPLES"]),),
+            wide=projection.wide and _map_is_wide(feature_map),
+            **_map_arguments(feature_map[part], eps, rectify),
+            **_small_head(own, head, precision),
+            **_small_projection(projection, own, partial, reduced),
+            lse_ptr=own.lse,
+            pruned_lse_ptr=own.pruned_lse,
+            PRECISION=precision,
+            FINAL_C=min(128, triton.next_power_of_2(classes)),
+            # Else NVIDIA's compiler spills a few, so that more programs fit on a multiprocessor than there ever are.
+            maxnreg=min(255, 2048 // tile["num_warps"]),
+            **tile,
+        )
+
+
+def _map_arguments(feature_map: Tensor, eps: float, rectify: bool) -> dict[str, Any]:
+    _, _, height, width = feature_map.shape
+    stride_n, stride_d, stride_h, stride_w = feature_map.stride()
+    if width == 1:
+        stride_w = stride_h
+    return {
+        "feature_map_ptr": feature_map,
+        "spatial": height * width,
+        "width": width,
+        "stride_n": stride_n,
+        "stride_d": stride_d,
+        "stride_h": stride_h,
+        "stride_w": stride_w,
+        "eps": float(eps),
+        "RECTIFY": rectify,
+        "FLAT": height == 1 or width == 1 or stride_h == width * stride_w,
+    }
+
+
+def _map_is_wide(feature_map: Tensor) -> bool:
+    """Whether channels, or positions of one channel, lie in runs of 16 elements."""
+    _, channels, height, width = feature_map.shape
+    stride_n, stride_d, stride_h, stride_w = feature_map.stride()
+    if stride_d == 1:
+        return all(size % 16 == 0 for size in (channels, stride_n, stride_h, stride_w))
+    return stride_w == 1 and stride_h == width and all(size % 16 == 0 for size in (height * width, stride_n, stride_d))
+
+
+def _small_head(own: ScoreOutputs, head: Head, precision: str) -> dict[str, Any]:
+    """Arguments of `head_program`, which leaves the logits where p will be."""
+    arguments = head_arguments(own.h, *head, precision, own.p)
+    names = {
+        "logits_ptr": "p_ptr",
+        "tiles": "class_tiles",
+        "BIAS": "HEAD_BIAS",
+        "UNIT": "HEAD_UNIT",
+        "BLOCK_N": "HEAD_N",
+        "BLOCK_C": "HEAD_C",
+        "BLOCK_D": "HEAD_D",
+    }
+    left_out = ("channels", "h_row", "h_column", "LOGITS", "PRECISION", "GROUP", "num_warps", "num_stages")
+    renamed = {names.get(name, name): value for name, value in arguments.items() if name not in left_out}
+    return renamed | {"nap_ptr": own.nap, "SOFTMAX_UNIT": math.gcd(head.weight.shape[0], 4)}
+
+
+def _small_projection(projection: Projection, own: ScoreOutputs, partial: Tensor, reduced: Tensor) -> dict[str, Any]:
+    """The other arguments of a small kernel."""
+    channels = own.h.shape[1]
+    if not projection.kind:
+        return {"channels": channels}
+    given = ("classes", "PRECISION", "num_warps", "num_stages")
+    arguments = {name: value for name, value in projection.arguments.items() if name not in given} | projection.product
+    # For so few samples the 64 rows that wgmma takes would only cost registers.
+    arguments["BLOCK_N"] = _SMALL_ROWS
+    if projection.kind != "explicit":
+        arguments["channels"] = channels
+    if projection.kind != "dual":
+        arguments["component_tiles"] = projection.component_tiles
+    if projection.kind == "factored":
+        arguments |= {"reduced_ptr": reduced, "FACTOR_N": _SMALL_ROWS}
+    return arguments | {
+        "partial_ptr": partial,
+        "constants_ptr": projection.constants,
+        "output_ptr": own.g_low,
+        "programs": projection.programs,
+        "OUTPUT_UNIT": math.gcd(projection.components, 16),
+        "COMBINE_K": min(128, max(16, triton.next_power_of_2(projection.components))),
+    }
+
+
+def _workspace(projection: Projection, rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(partial results, s [rows, Q])."""
+    partial = like.new_empty((projection.programs * rows * projection.components,), dtype=torch.float32)
+    return partial, like.new_empty((rows * projection.rank,), dtype=torch.float32)
+
+
+def score_large(
+    head: Head,
+    projection: Projection,
+    precision: str,
+    squares: Tensor,
+    tickets: Tensor | None,
+    outputs: ScoreOutputs,
+    rows: int,
+) -> None:
+    """What follows the activation pass: two launches for every part of the batch, `rows` samples that fit the workspace."""
+    samples, classes = outputs.p.shape
+    if tickets is None:
+        for start in range(0, samples, rows):
+            part = slice(start, start + rows)
+            own = ScoreOutputs(*(output[part] for output in outputs))
+            partials, _ = head_partials(own.h, *head, precision, own.p)
+            _finish(own, partials, squares[part])
+        return
+    logits = outputs.h.new_empty((rows, classes), dtype=torch.float32)
+    partial, reduced = _workspace(projection, rows, outputs.h)
+    for index, start in enumerate(range(0, samples, rows)):
+        part = slice(start, start + rows)
+        own = ScoreOutputs(*(output[part] for output in outputs))
+        here = logits[: own.h.shape[0]]
+        if projection.kind == "factored":
+            partials, argmaxima = _head_and_product(own.h, head, precision, here, projection, reduced)
+        else:
+            partials, argmaxima = head_partials(own.h, *head, precision, here)
+        _project(own, here, partials, argmaxima, squares[part], tickets[index], projection, partial, reduced)
+
+
+def _final_tile(classes: int, device: torch.device) -> dict[str, Any]:
+    default = {"FINAL_N": 4, "FINAL_C": min(512, triton.next_power_of_2(classes)), "num_warps": 4, "num_stages": 2}
+    return choose("score_finish", {"classes": classes}, default, device)
+
+
+def _finish(own: ScoreOutputs, partials: Tensor, squares: Tensor) -> None:
+    samples, classes = own.p.shape
+    tile = _final_tile(classes, partials.device)
+    launch(
+        finish_kernel,
+        (triton.cdiv(samples, tile["FINAL_N"]), triton.cdiv(classes, tile["FINAL_C"])),
+        wide=classes % 4 == 0,
+        **_finish_arguments(own, partials, squares),
+        classes=classes,
+        channels=own.h.shape[1],
+        **tile,
+    )
+
+
+def _finish_arguments(own: ScoreOutputs, partials: Tensor, squares: Tensor) -> dict[str, Any]:
+    return {
+        "p_ptr": own.p,
+        "partials_ptr": partials,
+        "lse_ptr": own.lse,
+        "pruned_lse_ptr": own.pruned_lse,
+        "partial_squares_ptr": squares,
+        "nap_ptr": own.nap,
+        "samples": own.h.shape[0],
+        "class_tiles": partials.shape[1],
+        "square_blocks": squares.shape[1],
+        "SOFTMAX_UNIT": math.gcd(own.p.shape[1], 4),
+    }
+
+
+def _head_and_product(
+    h: Tensor, head: Head, precision: str, logits: Tensor, projection: Projection, reduced: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The head pass, and s beside it."""
+    arguments = head_arguments(h, *head, precision, logits)
+    arguments.pop("GROUP")
+    # With more, the two kinds of programs together spill.
+    arguments["num_stages"] = min(3, arguments["num_stages"])
+    product = projection.product
+    programs = triton.cdiv(h.shape[0], arguments["BLOCK_N"]) * arguments["tiles"]
+    programs += triton.cdiv(h.shape[0], product["FACTOR_N"]) * triton.cdiv(projection.rank, product["FACTOR_Q"])
+    launch(
+        head_product_kernel,
+        (programs,),
+        wide=projection.wide and arguments["UNIT"] * head.weight.element_size() >= 16,
+        **arguments,
+        **product,
+        reduced_ptr=reduced,
+        rank=projection.rank,
+    )
+    return arguments["partials_ptr"], arguments["argmaxima_ptr"]
+
+
+def _project(
+    own: ScoreOutputs,
+    logits: Tensor,
+    partials: Tensor,
+    argmaxima: Tensor,
+    squares: Tensor,
+    tickets: Tensor,
+    projection: Projection,
+    partial: Tensor,
+    reduced: Tensor,
+) -> None:
+    """Project the gradients of logits, and finish everything else."""
+    (samples, classes), arguments = own.p.shape, projection.arguments
+    final = _final_tile(classes, logits.device)
+    across = min(128, arguments["BLOCK_K"], max(16, triton.next_power_of_2(projection.components)))
+    down = min(arguments["BLOCK_N"], 512 // across)
+    programs = triton.cdiv(samples, arguments["BLOCK_N"]) * projection.component_tiles * projection.programs
+    programs += triton.cdiv(samples, final["FINAL_N"]) * triton.cdiv(classes, final["FINAL_C"])
+    programs += triton.cdiv(samples, down) * triton.cdiv(projection.components, across)
+    if projection.kind == "factored":
+        extra = {"reduced_ptr": reduced, "channels": own.h.shape[1]}
+        if arguments["PRECISION"] == "ieee":
+            # Else NVIDIA's compiler spills a few at 72, for one more program on a multiprocessor.
+            extra["maxnreg"] = 128
+    else:
+        extra = {"h_ptr": own.h}
+    launch(
+        _LARGE[projection.kind],
+        (programs,),
+        wide=projection.wide,
+        **_finish_arguments(own, partials, squares),
+        **arguments,
+        **extra,
+        tickets_ptr=tickets,
+        a_ptr=logits,
+        argmaxima_ptr=argmaxima,
+        partial_ptr=partial,
+        constants_ptr=projection.constants,
+        output_ptr=own.g_low,
+        component_tiles=projection.component_tiles,
+        programs=projection.programs,
+        OUTPUT_UNIT=math.gcd(projection.components, 16),
+        WARPS=arguments["num_warps"],
+        FINAL_N=final["FINAL_N"],
+        FINAL_C=final["FINAL_C"],
+        COMBINE_N=down,
+        COMBINE_K=across,
+    )

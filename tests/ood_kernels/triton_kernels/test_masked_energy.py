@@ -1,0 +1,400 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ood_kernels import reference
+from ood_kernels.masks import pack_mask
+from ood_kernels.triton_kernels import masked_energy as family
+from ood_kernels.triton_kernels.launch import PRECISIONS, forced, record
+from ood_kernels.triton_kernels.masked_energy import energies, head_partials, masked_energy, row_argmax, row_lse
+
+# numpy, which interprets, warns of Inf - Inf where a NaN is what shall come out.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:invalid value encountered:RuntimeWarning", "ignore:All-NaN slice:RuntimeWarning"
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture
+def make(device):
+    """Features, weight, bias and both masks as bools, from a seed."""
+
+    def build(samples, channels, classes, dtype=torch.float32, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        h = torch.randn(samples, channels, generator=generator).relu().to(dtype)
+        weight = (torch.randn(classes, channels, generator=generator) * 2 / channels**0.5).to(dtype)
+        bias = torch.randn(classes, generator=generator).to(dtype)
+        weight_mask = torch.rand(classes, channels, generator=generator) > 0.3
+        neuron_mask = torch.rand(channels, generator=generator) > 0.2
+        return [tensor.to(device) for tensor in (h, weight, bias, weight_mask, neuron_mask)]
+
+    return build
+
+
+def truth(h, weight, bias, weight_mask=None, neuron_mask=None):
+    bias = None if bias is None else bias.double()
+    return reference.masked_energy(h.double(), weight.double(), bias, weight_mask, neuron_mask)
+
+
+def in_dtype(h, weight, bias, weight_mask, neuron_mask, dtype):
+    """(lse, pruned lse, p) as torch computes them with its matrix products in a dtype."""
+    pruned = weight * weight_mask
+    plain = F.linear(h.to(dtype), weight.to(dtype)).float() + bias.float()
+    kept = F.linear((h * neuron_mask).to(dtype), pruned.to(dtype)).float() + bias.float()
+    return plain.logsumexp(1), kept.logsumexp(1), plain.softmax(1)
+
+
+SHAPES = [(1, 1, 2), (3, 5, 7), (17, 33, 16), (2, 100, 17), (33, 64, 70), (1, 512, 20)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_as_close_to_fp64_as_torch(make, poisoned, assert_as_good_as_torch, shape, precision):
+    h, weight, bias, weight_mask, neuron_mask = arguments = make(*shape)
+    ours = masked_energy(h, weight, bias, pack_mask(weight_mask), neuron_mask, precision)
+    assert [tuple(tensor.shape) for tensor in ours] == [shape[:1], shape[:1], (shape[0], shape[2])]
+    right = truth(*arguments)
+    if precision in ROUNDED:
+        dtype = ROUNDED[precision]
+        theirs = in_dtype(*arguments, dtype)
+        operands = [h.to(dtype).float(), weight.to(dtype).float(), *arguments[2:]]
+        for value, exact, plain in zip(ours, truth(*operands), reference.masked_energy(*operands), strict=True):
+            assert_as_good_as_torch(value, exact, plain, hair=2e-6)
+        hair = 2e-3 if dtype == torch.bfloat16 else 3e-4
+    else:
+        theirs, hair = reference.masked_energy(*arguments), 1e-3 if precision == "tf32" else 2e-6
+    for value, exact, plain in zip(ours, right, theirs, strict=True):
+        assert_as_good_as_torch(value, exact, plain, hair)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 2100), (1, 4100, 3)], ids=str)
+def test_many_classes_and_many_channels(make, assert_as_good_as_torch, shape):
+    h, weight, bias, weight_mask, neuron_mask = arguments = make(*shape)
+    ours = masked_energy(h, weight, bias, pack_mask(weight_mask), neuron_mask)
+    for value, exact, plain in zip(ours, truth(*arguments), reference.masked_energy(*arguments), strict=True):
+        assert_as_good_as_torch(value, exact, plain, hair=2e-6)
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=str)
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+def test_every_dtype_of_features_and_weight(make, poisoned, assert_as_good_as_torch, dtypes, precision):
+    h, weight, bias, weight_mask, neuron_mask = make(5, 37, 21)
+    h, weight, bias = h.to(dtypes[0]), weight.to(dtypes[1]), bias.to(dtypes[1])
+    ours = masked_energy(h, weight, bias, weight_mask, neuron_mask, precision)
+    assert {tensor.dtype for tensor in ours} == {torch.float32}
+    dtype = ROUNDED.get(precision, torch.float32)
+    operands = (h.to(dtype).float(), weight.to(dtype).float(), bias.float(), weight_mask, neuron_mask)
+    for value, exact, plain in zip(ours, truth(*operands), reference.masked_energy(*operands), strict=True):
+        assert_as_good_as_torch(value, exact, plain, hair=2e-6)
+
+
+@pytest.mark.parametrize("kinds", list(itertools.product(("none", "bits", "bytes"), repeat=2)), ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_every_kind_of_mask(make, poisoned, assert_as_good_as_torch, kinds, with_bias):
+    h, weight, bias, weight_mask, neuron_mask = make(3, 75, 19)
+    bias = bias if with_bias else None
+    store = {"none": lambda mask: None, "bits": pack_mask, "bytes": lambda mask: mask}
+    stored = [store[kind](mask) for kind, mask in zip(kinds, (weight_mask, neuron_mask), strict=True)]
+    plain = [None if kind == "none" else mask for kind, mask in zip(kinds, (weight_mask, neuron_mask), strict=True)]
+    ours = masked_energy(h, weight, bias, *stored)
+    theirs = reference.masked_energy(h, weight, bias, *plain)
+    for value, exact, other in zip(ours, truth(h, weight, bias, *plain), theirs, strict=True):
+        assert_as_good_as_torch(value, exact, other, hair=2e-6)
+    if kinds == ("none", "none"):
+        assert torch.equal(ours[0], ours[1])
+        assert ours[0].data_ptr() != ours[1].data_ptr()
+
+
+def test_the_mask_is_of_the_kind_that_it_is_stored_in(make):
+    h, weight, bias, weight_mask, neuron_mask = make(3, 75, 19)
+    packed = masked_energy(h, weight, bias, pack_mask(weight_mask), pack_mask(neuron_mask))
+    for ours, other in zip(masked_energy(h, weight, bias, weight_mask, neuron_mask), packed, strict=True):
+        assert torch.equal(ours, other)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_masks_that_keep_everything_change_no_bit(make, precision):
+    h, weight, bias, weight_mask, neuron_mask = make(3, 70, 37)
+    every_weight, every_neuron = torch.ones_like(weight_mask), torch.ones_like(neuron_mask)
+    plain = masked_energy(h, weight, bias, None, None, precision)
+    masked = masked_energy(h, weight, bias, pack_mask(every_weight), every_neuron, precision)
+    assert torch.equal(plain[0], plain[1])
+    assert all(torch.equal(one, other) for one, other in zip(plain, masked, strict=True))
+
+
+@pytest.mark.parametrize("which", ["weights", "neurons"])
+def test_a_head_pruned_away_scores_its_bias(make, which):
+    h, weight, bias, weight_mask, neuron_mask = make(4, 40, 21)
+    masks = (torch.zeros_like(weight_mask), None) if which == "weights" else (None, torch.zeros_like(neuron_mask))
+    expected = bias.double().logsumexp(0).expand(4).float()
+    torch.testing.assert_close(masked_energy(h, weight, bias, *masks)[1], expected, rtol=1e-6, atol=1e-6)
+    unbiased = masked_energy(h, weight, None, *masks)[1]
+    torch.testing.assert_close(unbiased, torch.full_like(unbiased, math.log(21)), rtol=1e-6, atol=0)
+
+
+def test_a_class_without_weights_keeps_its_bias(make, assert_as_good_as_torch):
+    h, weight, bias, weight_mask, neuron_mask = make(4, 40, 35)
+    weight_mask[2] = weight_mask[33] = False
+    bias[2] = 9
+    ours = masked_energy(h, weight, bias, pack_mask(weight_mask), neuron_mask)
+    assert_as_good_as_torch(ours[1], truth(h, weight, bias, weight_mask, neuron_mask)[1], hair=1e-6)
+    assert (ours[1] > 9).all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_extreme_logits_are_stable(device, precision, size):
+    h = torch.tensor([[1.0], [0.5]], device=device)
+    weight = torch.full((40, 1), size, device=device)
+    weight[::2] /= 2
+    every = torch.ones(40, 1, dtype=torch.bool, device=device)
+    ours = masked_energy(h, weight, None, pack_mask(every), None, precision)
+    rounded = weight.to(ROUNDED.get(precision, torch.float32)).float()
+    for value, exact in zip(ours, truth(h, rounded, None, every), strict=True):
+        # tf32 keeps 10 bits, which 1e4 and its half do not need more than.
+        torch.testing.assert_close(value, exact.float(), rtol=1e-3 if precision == "tf32" else 1e-6, atol=1e-6)
+    torch.testing.assert_close(ours[2].sum(1), torch.ones(2, device=device), rtol=1e-6, atol=0)
+
+
+def test_classes_ruled_out_by_an_infinite_bias(make):
+    h, weight, bias, *_ = make(3, 9, 70)
+    bias[:40] = -torch.inf
+    lse, _, p = masked_energy(h, weight, bias, None, None)
+    torch.testing.assert_close(lse, truth(h, weight[40:], bias[40:])[0].float(), rtol=1e-5, atol=1e-6)
+    assert (p[:, :40] == 0).all()
+    bias[:] = -torch.inf
+    for output in masked_energy(h, weight, bias, None, None):
+        assert output.isnan().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kind", ["kept", "pruned neuron", "pruned weight"])
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+def test_a_bad_feature_is_nan_in_its_row_alone_even_where_it_is_pruned(make, poisoned, bad, kind, precision):
+    h, weight, bias, weight_mask, neuron_mask = make(4, 40, 21)
+    neuron_mask[3] = kind != "pruned neuron"
+    weight_mask[:, 3] = kind != "pruned weight"
+    masks = (pack_mask(weight_mask), neuron_mask)
+    clean = masked_energy(h, weight, bias, *masks, precision)
+    h[2, 3] = bad
+    others = [0, 1, 3]
+    for ours, before in zip(masked_energy(h, weight, bias, *masks, precision), clean, strict=True):
+        assert ours[2].isnan().all()
+        assert torch.equal(ours[others], before[others])
+
+
+@pytest.mark.parametrize("where", ["weight", "bias"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bad_head_gives_no_score_even_where_it_is_pruned(make, where, value):
+    h, weight, bias, weight_mask, neuron_mask = make(3, 40, 21)
+    h += 1
+    weight_mask[1, 2] = neuron_mask[2] = False
+    if where == "weight":
+        weight[1, 2] = value
+    else:
+        bias[1] = value
+    for output in masked_energy(h, weight, bias, pack_mask(weight_mask), neuron_mask):
+        assert output.isnan().all()
+
+
+LAYOUTS = {
+    "transposed": lambda tensor: tensor.T.contiguous().T,
+    "offset": lambda tensor: torch.cat([tensor.new_zeros(3), tensor.flatten()])[3:].view(tensor.shape),
+    "columns apart": lambda tensor: torch.stack([tensor, tensor], -1)[..., 0],
+    "expanded rows": lambda tensor: tensor[:1].expand(tensor.shape),
+    "expanded columns": lambda tensor: tensor[:, :1].expand(tensor.shape),
+    "reversed order of a larger one": lambda tensor: torch.cat([tensor, tensor], 1)[:, : tensor.shape[1]],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stored", ["bits", "bytes"])
+def test_any_strides(make, poisoned, layout, stored):
+    h, weight, bias, weight_mask, neuron_mask = make(5, 48, 21)
+    move = LAYOUTS[layout]
+    mask = move(pack_mask(weight_mask) if stored == "bits" else weight_mask)
+    vectors = (move(bias[None])[0], move(neuron_mask[None])[0])
+    moved = (move(h), move(weight), vectors[0], mask, vectors[1])
+    still = tuple(tensor.contiguous() for tensor in moved)
+    for ours, other in zip(masked_energy(*moved), masked_energy(*still), strict=True):
+        assert torch.equal(ours, other)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+def test_a_sample_scores_bitwise_the_same_alone_and_anywhere(make, precision):
+    h, weight, bias, weight_mask, neuron_mask = make(70, 33, 20)
+    head = (weight, bias, pack_mask(weight_mask), neuron_mask, precision)
+    batch = masked_energy(h, *head)
+    again = masked_energy(h, *head)
+    turned = masked_energy(h.flip(0), *head)
+    for one, same, back in zip(batch, again, turned, strict=True):
+        assert torch.equal(one, same)
+        assert torch.equal(one, back.flip(0))
+    for index in (15, 69):
+        for one, alone in zip(batch, masked_energy(h[index : index + 1], *head), strict=True):
+            assert torch.equal(one[index : index + 1], alone)
+
+
+@pytest.mark.parametrize("tile", [{"GROUP": 1}, {"GROUP": 2}])
+def test_the_order_of_programs_changes_no_bit(make, tile):
+    h, weight, bias, weight_mask, neuron_mask = make(40, 20, 40)
+    default = masked_energy(h, weight, bias, pack_mask(weight_mask), neuron_mask)
+    with forced({"masked_energy": tile}):
+        other = masked_energy(h, weight, bias, pack_mask(weight_mask), neuron_mask)
+    assert all(torch.equal(one, two) for one, two in zip(default, other, strict=True))
+
+
+@pytest.mark.parametrize("channels", [16, 32, 64])
+@pytest.mark.parametrize("stored", ["bits", "bytes"])
+def test_any_tile_gives_the_right_result(make, assert_as_good_as_torch, channels, stored):
+    h, weight, bias, weight_mask, neuron_mask = arguments = make(18, 150, 40)
+    masks = (pack_mask(weight_mask), pack_mask(neuron_mask)) if stored == "bits" else (weight_mask, neuron_mask)
+    with forced({"masked_energy": {"BLOCK_C": 64, "BLOCK_D": channels}}):
+        ours = masked_energy(h, weight, bias, *masks)
+    for value, exact, plain in zip(ours, truth(*arguments), reference.masked_energy(*arguments), strict=True):
+        assert_as_good_as_torch(value, exact, plain, hair=2e-6)
+
+
+def test_candidates_differ_and_leave_the_sample_tile_alone():
+    for precision, classes in itertools.product(PRECISIONS, (10, 1000)):
+        found = list(family.candidates({"precision": precision, "classes": classes}))
+        assert len({tuple(config.items()) for config in found}) == len(found) > 3
+        assert all(config.keys() == {"BLOCK_C", "BLOCK_D", "num_warps", "num_stages"} for config in found)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+def test_energies_alone_are_the_same_bits(make, poisoned, precision):
+    h, weight, bias, weight_mask, neuron_mask = make(20, 33, 40)
+    head = (weight, bias, pack_mask(weight_mask), neuron_mask, precision)
+    for alone, together in zip(energies(h, *head), masked_energy(h, *head), strict=False):
+        assert torch.equal(alone, together)
+
+
+def test_batches_whose_partial_results_take_too_much_memory_go_in_parts(make, poisoned, monkeypatch):
+    h, weight, bias, weight_mask, neuron_mask = make(20, 20, 40)
+    head = (weight, bias, weight_mask, neuron_mask)
+    whole = masked_energy(h, *head)
+    monkeypatch.setattr(family, "_PARTIAL_BYTES", 7 * 20 * 2)
+    with record() as launches:
+        parts = masked_energy(h, *head)
+    assert len(launches) == 6
+    assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
+
+
+def test_two_launches_and_none_for_an_empty_batch(make):
+    h, *head = make(20, 33, 40)
+    with record() as launches:
+        masked_energy(h, *head)
+    assert [launch.kernel.__name__ for launch in launches] == ["head_kernel", "finalise_kernel"]
+    with record() as launches:
+        outputs = masked_energy(h[:0], *head)
+    assert launches == []
+    assert [tuple(tensor.shape) for tensor in outputs] == [(0,), (0,), (0, 40)]
+
+
+def test_is_recorded_on_tensors_without_memory():
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    head = (meta(1000, 2048), meta(1000), meta(1000, 64, dtype=torch.int32), meta(2048, dtype=torch.bool))
+    with record() as launches:
+        outputs = masked_energy(meta(256, 2048), *head, "tf32")
+    assert [launch.wide for launch in launches] == [True, True]
+    assert launches[0].grid == (4 * 32,)
+    assert [tuple(tensor.shape) for tensor in outputs] == [(256,), (256,), (256, 1000)]
+    with record() as launches:
+        masked_energy(meta(256, 2049)[:, :-1], *head, "tf32")
+    assert [launch.wide for launch in launches] == [False, True]
+
+
+@pytest.mark.parametrize("samples", [1, 64, 1024])
+def test_tiles_do_not_follow_from_the_batch(samples):
+    with forced({}) as choices:
+        masked_energy(
+            *(torch.empty(shape, device="meta") for shape in ((samples, 512), (100, 512), (100,))), None, None
+        )
+    with forced({}) as alone:
+        masked_energy(*(torch.empty(shape, device="meta") for shape in ((7, 512), (100, 512), (100,))), None, None)
+    assert choices == alone
+
+
+@triton.jit
+def rows_kernel(
+    partials_ptr, argmaxima_ptr, lse_ptr, argmax_ptr, samples, tiles, SLOT: tl.constexpr, BLOCK: tl.constexpr
+):
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = rows < samples
+    tl.store(lse_ptr + rows, row_lse(partials_ptr, rows, valid, tiles, SLOT), mask=valid)
+    tl.store(argmax_ptr + rows, row_argmax(partials_ptr, argmaxima_ptr, rows, valid, tiles), mask=valid)
+
+
+@pytest.mark.parametrize("classes", [5, 70, 2100])
+def test_rows_of_partials_give_energy_and_first_largest_class(make, poisoned, classes):
+    h, weight, bias, weight_mask, neuron_mask = make(5, 16, classes)
+    h[1] = 0
+    bias[:] = 0
+    h[2], weight[3], weight[classes - 1] = 1, 9, 9
+    h[4, 0] = torch.nan
+    logits = h.new_empty((5, classes))
+    partials, argmaxima = head_partials(h, weight, bias, weight_mask, neuron_mask, "ieee", logits)
+    torch.testing.assert_close(logits[:4], F.linear(h, weight, bias)[:4], rtol=1e-5, atol=1e-4)
+    for slot in (0, 2):
+        lse, argmax = h.new_empty((5,)), argmaxima.new_empty((5,))
+        rows_kernel[(2,)](partials, argmaxima, lse, argmax, 5, partials.shape[1], SLOT=slot, BLOCK=4)
+        expected = truth(h, weight, bias, weight_mask, neuron_mask)[slot // 2]
+        torch.testing.assert_close(lse.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert argmax[:4].tolist() == logits[:4].argmax(1).tolist()
+        assert argmax[1:3].tolist() == [0, 3]
+        assert 0 <= int(argmax[4]) < classes
+
+
+def test_many_tiles_without_any_class_are_passed_over(device):
+    partials = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0], device=device).repeat(2, 150, 1)
+    partials[0, 140, 0], partials[0, 140, 1] = 2.0, 3.0
+    argmaxima = torch.arange(150, dtype=torch.int32, device=device).repeat(2, 1)
+    lse, argmax = torch.empty(2, device=device), torch.empty(2, dtype=torch.int32, device=device)
+    rows_kernel[(1,)](partials, argmaxima, lse, argmax, 2, 150, SLOT=0, BLOCK=2)
+    assert lse[0].item() == pytest.approx(2 + math.log(3), rel=1e-6)
+    assert lse[1].isnan()
+    assert argmax[0] == 140
+
+
+@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.tuples(st.integers(1, 20), st.integers(1, 70), st.integers(2, 40)),
+    seed=st.integers(0, 99),
+    shift=st.floats(-50, 50),
+)
+def test_adding_a_constant_to_the_bias_shifts_the_energy(make, sizes, seed, shift):
+    h, weight, bias, weight_mask, neuron_mask = make(*sizes, seed=seed)
+    lse, pruned_lse, p = masked_energy(h, weight, bias, pack_mask(weight_mask), neuron_mask)
+    shifted = masked_energy(h, weight, bias + shift, pack_mask(weight_mask), neuron_mask)
+    torch.testing.assert_close(shifted[0], lse + shift, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(shifted[1], pruned_lse + shift, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(shifted[2], p, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(p.sum(1), torch.ones_like(lse), rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offsets beyond 2^31 elements need a GPU's memory")
+@pytest.mark.parametrize("where", ["features", "softmax"])
+def test_more_than_two_to_the_31_elements(device, where):
+    samples, channels, classes = (
+        (2**31 // 16384 + 3, 16384, 10) if where == "features" else (2**31 // 21841 + 3, 16, 21841)
+    )
+    h = torch.zeros(samples, channels, dtype=torch.float16, device=device)
+    h[-2:] = torch.rand(2, channels, device=device)
+    weight = torch.randn(classes, channels, device=device)
+    outputs = masked_energy(h, weight, None, None, None)
+    for ours, expected in zip(outputs, masked_energy(h[-2:], weight, None, None, None), strict=True):
+        assert torch.equal(ours[-2:], expected)

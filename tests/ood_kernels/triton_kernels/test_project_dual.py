@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ood_kernels import reference
+from ood_kernels.triton_kernels import project_dual as family
+from ood_kernels.triton_kernels.launch import PRECISIONS, forced, record
+from ood_kernels.triton_kernels.project_dual import dual_plan, project_dual
+
+ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# What a product may lose in each precision: operands keep 24, 21, 11, 11 and 8 bits.
+HAIR = {"ieee": 1e-6, "tf32x3": 2e-6, "tf32": 2e-3, "fp16": 2e-3, "bf16": 1e-2}
+# NumPy, which interprets, warns of Inf - Inf.
+BAD_NUMBERS = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def make(device, samples=5, anchors=7, classes=4, channels=33, components=3, *, shifted=False, dtype=torch.float32):
+    """a, h, anchors, coefficients, constants, bias, shift and linear; the samples in fp32, the rest in `dtype`."""
+    a, anchor_cotangents = normal(samples, classes).softmax(1), normal(anchors, classes, seed=1).softmax(1)
+    h, anchor_features = normal(samples, channels, seed=2).relu(), normal(anchors, channels, seed=3).relu()
+    coefficients, constants = normal(anchors, components, seed=4), normal(components, seed=5)
+    shift = anchor_features.mean(0) if shifted else None
+    parts = anchor_cotangents, anchor_features, coefficients
+    linear = reference.linear_part(*parts, shift) if shifted else None
+    stored = (None if part is None else part.to(dtype) for part in (*parts, constants))
+    tensors = (a, h, *stored, shift, linear)
+    placed = [None if part is None else part.to(device) for part in tensors]
+    return (*placed[:6], True, *placed[6:])
+
+
+def doubled(inputs):
+    return [part.double() if isinstance(part, torch.Tensor) else part for part in inputs]
+
+
+def truth(*inputs):
+    return reference.project_dual(*doubled(inputs))
+
+
+def partials_of(logits, width):
+    """What the head pass leaves of tiles of `width` classes."""
+    partials, argmaxima = [], []
+    for start in range(0, logits.shape[1], width):
+        tile = logits[:, start : start + width]
+        largest, position = tile.max(1)
+        total = (tile - largest[:, None]).exp().sum(1)
+        partials.append(torch.stack([largest, total, largest, total], 1))
+        argmaxima.append(start + position)
+    return torch.stack(partials, 1).contiguous(), torch.stack(argmaxima, 1).int().contiguous()
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize(
+    ("samples", "anchors", "classes", "channels", "components", "dtype"),
+    [
+        (1, 1, 1, 1, 1, torch.float32),
+        (5, 7, 10, 33, 3, torch.float32),
+        (17, 33, 3, 40, 35, torch.float32),
+        (3, 40, 70, 16, 16, torch.float32),
+        (5, 7, 10, 33, 3, torch.bfloat16),
+        (2, 40, 16, 32, 20, torch.float16),
+    ],
+)
+def test_equals_the_truth(
+    device, poisoned, assert_as_good_as_torch, samples, anchors, classes, channels, components, dtype, shifted
+):
+    inputs = make(device, samples, anchors, classes, channels, components, shifted=shifted, dtype=dtype)
+    ours = project_dual(*inputs)
+    assert ours.dtype == torch.float32
+    assert_as_good_as_torch(ours, truth(*inputs), reference.project_dual(*inputs))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("part", ["neither", "shift", "linear"])
+def test_bias_shift_and_linear_each_count(device, assert_as_good_as_torch, bias, part):
+    *inputs, shift, linear = make(device, shifted=True)
+    inputs[-1] = bias
+    inputs += [shift if part == "shift" else None, linear if part == "linear" else None]
+    assert_as_good_as_torch(project_dual(*inputs), truth(*inputs), reference.project_dual(*inputs))
+
+
+@pytest.mark.parametrize("variant", ["fused", "stored"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_precision_fused_and_stored(device, poisoned, assert_as_good_as_torch, precision, dtype, variant):
+    inputs = make(device, 6, 70, 5, 40, 33, shifted=True, dtype=dtype)
+    with forced({"project_dual": {"VARIANT": variant}}):
+        ours = project_dual(*inputs, precision)
+    assert_as_good_as_torch(ours, truth(*inputs), hair=HAIR[precision])
+
+
+@pytest.mark.parametrize("precision", ROUNDED)
+def test_low_precision_rounds_operands_after_the_shift_and_the_linear_part_hardly_at_all(
+    device, assert_as_good_as_torch, precision
+):
+    inputs = make(device, 5, 7, 4, 40, 3, shifted=True)
+    a, _, anchor_cotangents, anchor_features, coefficients, constants, _, _, linear = doubled(inputs)
+
+    def rounded(tensor):
+        # Through fp32, in which the kernel forms what it rounds: twice rounded is not once.
+        return tensor.float().to(ROUNDED[precision]).double()
+
+    features = rounded((inputs[1] - inputs[7]).double()) @ rounded(anchor_features).T
+    gram = (rounded(a) @ rounded(anchor_cotangents).T) * features
+    expected = gram @ rounded(coefficients) + a @ linear - constants
+    unrounded = (expected - truth(*inputs)).abs().max() / expected.abs().max()
+    ours = project_dual(*inputs, precision)
+    # Left over: the rounding of the Gram matrix itself.
+    assert_as_good_as_torch(ours, expected, hair={"bf16": 1e-3, "fp16": 1e-4}[precision])
+    assert unrounded > {"bf16": 1e-4, "fp16": 1e-5}[precision]
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+def test_a_sample_has_the_same_bits_alone_in_any_batch_and_place(device, precision):
+    inputs = make(device, 70, 40, 6, 20, 17, shifted=True)
+    together = project_dual(*inputs, precision)
+    for rows in (slice(0, 1), slice(63, 66), slice(69, 70)):
+        alone = project_dual(inputs[0][rows], inputs[1][rows], *inputs[2:], precision)
+        assert torch.equal(alone, together[rows])
+    order = torch.arange(70, device=device).flip(0)
+    assert torch.equal(project_dual(inputs[0][order], inputs[1][order], *inputs[2:], precision), together[order])
+    assert torch.equal(project_dual(*inputs, precision), together)
+
+
+@BAD_NUMBERS
+@pytest.mark.parametrize("variant", ["fused", "stored"])
+@pytest.mark.parametrize("where", ["a", "h"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_sample_surfaces_in_its_own_row_only(device, poisoned, variant, where, value):
+    inputs = make(device, 20, 7, 4, 9, 5)
+    clean = project_dual(*inputs, "fp16")
+    bad = [part.clone() if isinstance(part, torch.Tensor) else part for part in inputs]
+    bad["ah".index(where)][3, 2] = value
+    with forced({"project_dual": {"VARIANT": variant}}):
+        ours = project_dual(*bad, "fp16")
+    assert not ours[3].isfinite().any()
+    others = torch.arange(20) != 3
+    assert ours[others].isfinite().all()
+    if variant == "fused":
+        assert torch.equal(ours[others], clean[others])
+
+
+def test_any_strides_and_offsets(device, assert_as_good_as_torch):
+    inputs = list(make(device, 6, 9, 5, 20, 8, shifted=True))
+    expected = project_dual(*inputs)
+
+    def strided(tensor):
+        wide = tensor.new_full((tensor.shape[0] + 1, 2 * tensor.shape[1] + 3), torch.nan)
+        wide[1:, 3::2] = tensor
+        return wide[1:, 3::2]
+
+    for change in (strided, lambda tensor: tensor.T.contiguous().T):
+        for index in (0, 1, 2, 3, 4, 8):
+            changed = [*inputs]
+            changed[index] = change(inputs[index])
+            assert torch.equal(project_dual(*changed), expected), index
+    expanded = [*inputs]
+    for index in (0, 1, 2, 3, 4):
+        expanded[index] = inputs[index][:1].expand_as(inputs[index])
+    assert_as_good_as_torch(project_dual(*expanded), truth(*expanded), reference.project_dual(*expanded))
+
+
+def test_no_samples_and_no_components_launch_nothing(device):
+    with record() as launches:
+        assert project_dual(*make(device, samples=0)).shape == (0, 3)
+        assert project_dual(*make(device, components=0)).shape == (5, 0)
+    assert launches == []
+
+
+@pytest.mark.parametrize(("variant", "count"), [("fused", 2), ("stored", 3)])
+def test_launches(device, variant, count):
+    with forced({"project_dual": {"VARIANT": variant}}), record() as launches:
+        project_dual(*make("meta", 256, 4096, 1000, 2048, 512, dtype=torch.bfloat16), "bf16")
+    assert len(launches) == count
+    assert all(launch.wide for launch in launches)
+    if variant == "fused":
+        assert launches[0].grid == (4, 32)
+
+
+def test_splits_do_not_depend_on_the_batch_and_fit_the_workspace():
+    for anchors, components in [(1, 1), (4096, 512), (50_000, 1000), (300_000, 8192)]:
+        inputs = make("meta", 1, 1, 10, 16, 1)
+        basis = (inputs[2].new_empty((anchors, 10)), inputs[3].new_empty((anchors, 16)))
+        for precision in PRECISIONS:
+            plan = dual_plan(*basis, inputs[4].new_empty((anchors, components)), True, None, None, precision)
+            covered = plan.splits * plan.arguments["BLOCKS"] * plan.arguments["BLOCK_A"]
+            assert anchors <= covered < anchors + 2 * plan.splits * plan.arguments["BLOCK_A"]
+            assert 4 * plan.splits * plan.arguments["BLOCK_N"] * components <= 32 * 2**20
+
+
+@pytest.mark.parametrize("variant", ["fused", "stored"])
+def test_a_small_workspace_changes_the_pieces_and_not_the_numbers(
+    device, poisoned, monkeypatch, assert_as_good_as_torch, variant
+):
+    inputs = make(device, 40, 140, 5, 9, 6, shifted=True)
+    # Room for two blocks of anchors of one tile of 16 samples, so that 5 blocks make splits of 3 and the batch 3 parts.
+    monkeypatch.setattr(family, "_WORKSPACE_BYTES", 2 * 4 * 16 * 6)
+    with forced({"project_dual": {"VARIANT": variant}}), record() as launches:
+        ours = project_dual(*inputs)
+    assert len(launches) == 3 * (2 if variant == "fused" else 3)
+    assert launches[-2].arguments["BLOCKS"] == (3 if variant == "fused" else 4)
+    assert_as_good_as_torch(ours, truth(*inputs), reference.project_dual(*inputs))
+
+
+@BAD_NUMBERS
+@pytest.mark.parametrize("variant", ["fused", "stored"])
+@pytest.mark.parametrize("kind", reference.COTANGENTS)
+def test_cotangents_from_logits(device, poisoned, assert_as_good_as_torch, kind, variant):
+    inputs = make(device, 7, 9, 11, 12, 5, shifted=True)
+    logits = 3 * normal(7, 11, seed=9)
+    logits[1] = 2.0  # a tie: the first class is the predicted one
+    logits[2] *= 3000  # exp overflows without the largest subtracted
+    logits[5] -= 5000  # and so does exp(0 - largest), beyond the last class
+    logits[3, 4] = torch.nan
+    logits[4, 4] = torch.inf
+    logits = logits.to(device)
+    a = reference.cotangent(logits.double().softmax(1), kind)
+    partials, argmaxima = partials_of(logits, 4)
+    with forced({"project_dual": {"VARIANT": variant}}):
+        ours = project_dual(logits, *inputs[1:], kind=kind, partials=partials, argmaxima=argmaxima)
+    theirs = reference.project_dual(reference.cotangent(logits.softmax(1), kind), *inputs[1:])
+    assert ours[3:5].isnan().all()
+    assert_as_good_as_torch(ours, truth(a, *inputs[1:]), theirs)
+
+
+def test_cotangents_from_what_the_head_pass_leaves(device, assert_as_good_as_torch):
+    from ood_kernels.triton_kernels.masked_energy import head_partials
+
+    inputs = make(device, 5, 9, 40, 12, 5)
+    weight = normal(40, 12, seed=8).to(device)
+    logits = weight.new_empty((5, 40))
+    partials, argmaxima = head_partials(inputs[1], weight, None, None, None, "ieee", logits)
+    a = reference.cotangent((inputs[1].double() @ weight.double().T).softmax(1), "predicted")
+    ours = project_dual(logits, *inputs[1:], kind="predicted", partials=partials, argmaxima=argmaxima)
+    assert_as_good_as_torch(ours, truth(a, *inputs[1:]), hair=5e-6)
+
+
+@pytest.mark.parametrize("variant", ["fused", "stored"])
+def test_a_gram_matrix_beyond_the_range_of_fp16_is_scaled(device, assert_as_good_as_torch, variant):
+    inputs = list(make(device, 5, 7, 4, 64, 3))
+    inputs[1], inputs[3] = 1000 * inputs[1], 1000 * inputs[3]
+    inputs[1][0] = 0
+    with forced({"project_dual": {"VARIANT": variant}}):
+        assert_as_good_as_torch(project_dual(*inputs, "fp16"), truth(*inputs), hair=HAIR["fp16"])
+
+
+@settings(deadline=None, max_examples=5)
+@given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 20), st.integers(1, 40), st.integers(1, 20), st.booleans())
+def test_any_shape(device, samples, anchors, classes, channels, components, shifted):
+    inputs = make(device, samples, anchors, classes, channels, components, shifted=shifted)
+    expected = truth(*inputs)
+    error = (project_dual(*inputs) - expected).abs().max()
+    assert error <= 1e-5 * expected.abs().max() + 1e-5
+
+
+def relative_errors(device, precision, shifted):
+    """Root mean square error of each component, as a part of the component's own, where features share a large mean.
+
+    A PCA basis of n = 512 anchors, D = 512, C = 100, K = 64.
+    """
+    samples, anchors, classes, channels, components = 64, 512, 100, 512, 64
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    centres, mean = random(classes, channels), random(channels).abs() + 0.3
+    weight = 2 * random(classes, channels) / channels**0.5 + 0.05 * centres
+    labels = torch.randint(classes, (anchors + samples,), generator=generator)
+    features = (mean + 0.5 * centres[labels] + 0.4 * random(anchors + samples, channels)).relu()
+    anchor_features, h = features.split([anchors, samples])
+    cotangents = ((features - anchor_features.mean(0)) @ weight.T).softmax(1)
+    anchor_cotangents, a = cotangents.split([anchors, samples])
+    gram = (anchor_cotangents @ anchor_cotangents.T) * (anchor_features @ anchor_features.T + 1)
+    centring = torch.eye(anchors, dtype=torch.float64) - 1 / anchors
+    values, vectors = torch.linalg.eigh(centring @ gram @ centring)
+    coefficients = centring @ (vectors[:, -components:] / values[-components:].sqrt()).flip(1)
+    basis = (anchor_cotangents, anchor_features, coefficients)
+    shift = anchor_features.mean(0) if shifted else None
+    linear = reference.linear_part(*basis, shift) if shifted else None
+    inputs = (a, h, *basis, gram.mean(0) @ coefficients, True, shift, linear)
+    expected = reference.project_dual(*inputs)
+    placed = [part.float().to(device) if isinstance(part, torch.Tensor) else part for part in inputs]
+    # Interpreted, every operation costs the same and larger tiles are faster.
+    larger = {"BLOCK_A": 128, "BLOCK_R": 128} if device.type == "cpu" else {}
+    with forced({"project_dual": larger}):
+        error = project_dual(*placed, precision).cpu().double() - expected
+    return error.square().mean(0).sqrt() / expected.square().mean(0).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("precision", "plain", "shifted"), [("bf16", (2e-3, 6e-3), (3e-4, 8e-4)), ("fp16", (3e-4, 3e-3), (4e-5, 4e-4))]
+)
+def test_error_of_each_component_and_what_a_shift_saves(device, precision, plain, shifted):
+    for is_shifted, (median, largest) in enumerate((plain, shifted)):
+        errors = relative_errors(device, precision, bool(is_shifted))
+        assert errors.median() <= median
+        assert errors.max() <= largest
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="interpreted, addresses do not overflow")
+def test_anchors_beyond_two_to_the_31_elements(device):
+    anchors, channels = 131_200, 16_384
+    inputs = list(make(device, 2, 1, 3, channels, 2))
+    inputs[2] = torch.rand(anchors, 3, device=device).bfloat16()
+    inputs[3] = torch.zeros(anchors, channels, device=device, dtype=torch.bfloat16)
+    inputs[4] = torch.rand(anchors, 2, device=device).bfloat16()
+    inputs[3][-3:] = 1
+    own = [part[-3:] if index in (2, 3, 4) else part for index, part in enumerate(inputs)]
+    own[6] = inputs[6] = False
+    torch.testing.assert_close(project_dual(*inputs), project_dual(*own), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,525 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import ood_kernels as ok
+from ood_kernels import reference
+from ood_kernels.functional import _basis_parts
+from ood_kernels.masks import pack_mask
+from ood_kernels.triton_kernels import score as family
+from ood_kernels.triton_kernels.launch import forced, record
+from ood_kernels.triton_kernels.masked_energy import masked_energy
+from ood_kernels.triton_kernels.pool_nap import pool_nap
+from ood_kernels.triton_kernels.project_dual import project_dual
+from ood_kernels.triton_kernels.project_explicit import project_explicit
+from ood_kernels.triton_kernels.project_factored import project_factored
+from ood_kernels.workloads import WORKLOADS
+
+# numpy, which interprets, warns of Inf - Inf where a NaN is what shall come out.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:invalid value encountered:RuntimeWarning", "ignore:All-NaN slice:RuntimeWarning"
+)
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts loads in the interpreter")
+
+LIMITS = {"small": 2**30, "large": 0}
+BASES = ("none", "dual", "shifted", "explicit", "factored")
+SHARED = {"dual": "dual", "shifted": "dual", "explicit": "explicit", "factored": "factored"}
+META = torch.device("meta")
+
+
+@pytest.fixture(params=LIMITS)
+def plan(request) -> str:
+    """Both plans, whatever the size of head and basis."""
+    return request.param
+
+
+@pytest.fixture
+def make(device):
+    """A feature map, a pruned head and a basis, from a seed."""
+
+    def build(
+        samples=4, channels=33, classes=5, side=3, form="shifted", cotangent="energy", dtype=torch.float32, bias=True,
+        components=3, anchors=40,
+    ):  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+        head = ok.Head(
+            normal(classes, channels) * 2 / channels**0.5,
+            normal(classes),
+            pack_mask(normal(classes, channels) > -0.5),
+            normal(channels) > -1,
+        )
+        rest = (normal(components).float(), cotangent, bias)
+        basis: ok.BasisTensors | None = None
+        if form in ("dual", "shifted"):
+            anchor_features, coefficients = normal(anchors, channels).relu(), normal(anchors, components) / anchors
+            anchor_cotangents = reference.cotangent((2 * normal(anchors, classes)).softmax(1), cotangent).to(dtype)
+            basis = ok.DualTensors(anchor_cotangents, anchor_features, coefficients, *rest)
+            if form == "shifted":
+                shift = anchor_features.float().mean(0)
+                parts = (part.float() for part in basis[:3])
+                basis = basis._replace(shift=shift, linear=reference.linear_part(*parts, shift, bias))
+        elif form == "explicit":
+            basis = ok.ExplicitTensors(normal(components, classes, channels + bias) / channels, *rest)
+        elif form == "factored":
+            factors = normal(channels + bias, 6) / channels**0.5
+            basis = ok.FactoredTensors(normal(classes, 3), factors, normal(components, 3, 6), *rest)
+        return normal(samples, channels, side, side).relu(), head, basis
+
+    return build
+
+
+def run(plan, feature_map, head, basis, eps=1.0, rectify=False, precision="ieee", **settings):
+    """The launcher as the torch operator calls it, with a plan of our choice."""
+    kind, parts, cotangent, bias = "", [], "energy", True
+    if basis is not None:
+        (kind, parts), cotangent, bias = _basis_parts(basis), basis.cotangent, basis.bias
+    with forced({"score": {"LIMIT_KIB": LIMITS[plan], **settings}}):
+        outputs = family.score(
+            feature_map, eps, rectify, *head, parts, kind, cotangent, bias, precision=precision
+        )  # fmt: skip
+    return ok.ScoreOutputs(*outputs)
+
+
+def doubled(tensors):
+    """Head or basis in fp64, on the CPU."""
+    parts = (part.cpu() if isinstance(part, Tensor) else part for part in tensors)
+    return type(tensors)(
+        *(part.double() if isinstance(part, Tensor) and part.is_floating_point() else part for part in parts)
+    )
+
+
+def truth(feature_map, head, basis, eps=1.0, rectify=False):
+    basis = None if basis is None else doubled(basis)
+    return reference.score(feature_map.cpu().double(), doubled(head), basis, eps, rectify=rectify)
+
+
+def assert_close(ours, expected, theirs, check, hair=2e-6):
+    for name, value, right, other in zip(ours._fields, ours, expected, theirs, strict=True):
+        assert (value.dtype, value.shape) == (torch.float32, right.shape), name
+        if value.numel():
+            check(value, right, other, hair)
+
+
+@pytest.mark.parametrize("form", BASES)
+def test_equals_the_truth(make, poisoned, assert_as_good_as_torch, plan, form):
+    inputs = make(form=form)
+    assert_close(run(plan, *inputs), truth(*inputs), reference.score(*inputs), assert_as_good_as_torch)
+
+
+@pytest.mark.parametrize("form", ["shifted", "factored"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes(make, poisoned, assert_as_good_as_torch, plan, form, dtype):
+    inputs = make(form=form, dtype=dtype, side=4)
+    assert_close(run(plan, *inputs), truth(*inputs), reference.score(*inputs), assert_as_good_as_torch)
+
+
+@pytest.mark.parametrize("form", ["dual", "explicit"])
+def test_head_and_basis_in_other_dtypes_than_the_map(make, assert_as_good_as_torch, plan, form):
+    feature_map, head, basis = make(form=form)
+    inputs = (feature_map.bfloat16(), head._replace(weight=head.weight.half()), basis.to(torch.bfloat16))
+    assert_close(run(plan, *inputs), truth(*inputs), reference.score(*inputs), assert_as_good_as_torch)
+
+
+@pytest.mark.parametrize(
+    ("form", "cotangent"), [*(("shifted", kind) for kind in reference.COTANGENTS), ("factored", "predicted")]
+)
+def test_every_cotangent(make, poisoned, assert_as_good_as_torch, plan, form, cotangent):
+    inputs = make(form=form, cotangent=cotangent, classes=19, bias=cotangent != "uniform")
+    assert_close(run(plan, *inputs), truth(*inputs), reference.score(*inputs), assert_as_good_as_torch)
+
+
+def test_a_tie_goes_to_the_first_class(make, assert_as_good_as_torch, plan):
+    feature_map, head, basis = make(form="dual", cotangent="predicted", classes=40)
+    head.weight[23], head.bias[23], head.bias[4] = head.weight[4], 30.0, 30.0
+    inputs = feature_map, head, basis
+    assert_close(run(plan, *inputs), truth(*inputs), reference.score(*inputs), assert_as_good_as_torch)
+
+
+@pytest.mark.parametrize("precision", ["tf32x3", "tf32", "bf16", "fp16"])
+def test_every_precision(make, poisoned, assert_as_good_as_torch, plan, precision):
+    inputs = make(form="shifted")
+    hair = 1e-5 if precision == "tf32x3" else 2e-2
+    ours = run(plan, *inputs, precision=precision)
+    assert_close(ours, truth(*inputs), reference.score(*inputs), assert_as_good_as_torch, hair)
+    assert (ours.h.cpu() - truth(*inputs).h).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("masks", ["none", "weights", "neurons", "bytes", "all pruned"])
+def test_every_mask(make, poisoned, assert_as_good_as_torch, plan, masks):
+    feature_map, head, basis = make(form="none")
+    keep = torch.rand(head.weight.shape, generator=torch.Generator().manual_seed(3)).to(head.weight.device) > 0.4
+    head = {
+        "none": ok.Head(head.weight),
+        "weights": head._replace(neuron_mask=None),
+        "neurons": head._replace(weight_mask=None),
+        "bytes": head._replace(weight_mask=keep),
+        "all pruned": head._replace(neuron_mask=head.neuron_mask & False),
+    }[masks]
+    inputs = feature_map, head, basis
+    assert_close(run(plan, *inputs), truth(*inputs), reference.score(*inputs), assert_as_good_as_torch)
+
+
+def tokens(feature_map):
+    return feature_map.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).unsqueeze(-1)
+
+
+LAYOUTS = {
+    "channels last": lambda tensor: tensor.contiguous(memory_format=torch.channels_last),
+    "tokens": tokens,
+    "transposed": lambda tensor: tensor.transpose(0, 3).contiguous().transpose(0, 3),
+    "padded": lambda tensor: torch.nn.functional.pad(tensor, (1, 2, 2, 1), value=torch.nan)[:, :, 2:-1, 1:-2],
+    "offset": lambda tensor: torch.cat([tensor.new_zeros(3), tensor.flatten()])[3:].view(tensor.shape),
+    "expanded": lambda tensor: tensor[:1].expand(tensor.shape),
+    "one position": lambda tensor: tensor[..., :1, :1],
+    "one row": lambda tensor: tensor[..., :1, :],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "rectify"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+def test_any_layout_of_the_map(make, poisoned, assert_as_good_as_torch, layout, rectify, dtype):
+    feature_map, head, basis = make(form="none", side=6, dtype=dtype)
+    # Nothing but the map itself may reach a maximum below zero, nor a denominator that only the map makes positive.
+    signed, eps = (feature_map - 0.3, 0.0) if rectify else (-0.1 - feature_map, 10.0)
+    inputs = LAYOUTS[layout](signed), head, basis, eps, rectify
+    ours = run("small", *inputs, POOL_D=16)
+    assert_close(ours, truth(*inputs), reference.score(*inputs[:4], rectify=rectify), assert_as_good_as_torch)
+
+
+def test_large_plan_takes_other_layouts(make, poisoned, assert_as_good_as_torch):
+    feature_map, head, basis = make(form="shifted", channels=64, side=4)
+    for inputs in ((LAYOUTS[layout](feature_map), head, basis, 2.0, True) for layout in ("channels last", "tokens")):
+        theirs = reference.score(*inputs[:4], rectify=True)
+        assert_close(run("large", *inputs), truth(*inputs), theirs, assert_as_good_as_torch)
+
+
+@pytest.mark.parametrize(
+    ("form", "bad"),
+    [
+        *((form, torch.nan) for form in ("none", "shifted", "explicit", "factored")),
+        ("dual", torch.inf),
+        ("none", -torch.inf),
+    ],
+)
+def test_a_bad_sample_is_nan_in_its_row_alone(make, poisoned, plan, form, bad):
+    feature_map, head, basis = make(form=form)
+    clean = run(plan, feature_map, head, basis, rectify=True)
+    pruned_neuron = int(head.neuron_mask.logical_not().nonzero()[0])
+    feature_map[3, pruned_neuron, 1, 2] = bad
+    outputs = run(plan, feature_map, head, basis, rectify=True)
+    others = [0, 1, 2]
+    for name, value, right in zip(outputs._fields, outputs, clean, strict=True):
+        assert torch.equal(value[others], right[others]), name
+        if name == "h":
+            assert not value[3, pruned_neuron].isfinite()
+        else:
+            assert value[3].isnan().all(), name
+
+
+def test_a_denominator_that_is_not_positive_is_nan(make, plan):
+    feature_map, head, basis = make(form="none")
+    feature_map[2, 5] = -2.0
+    assert run(plan, feature_map, head, basis).nap.isnan().tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("form", "precision"), [("dual", "ieee"), ("explicit", "ieee"), ("factored", "ieee"), ("dual", "bf16")]
+)
+def test_a_sample_is_bitwise_the_same_in_any_batch(make, plan, form, precision):
+    # More than a tile where the interpreter is quick enough.
+    samples = 6 if plan == "small" or precision == "bf16" else 18
+    feature_map, head, basis = make(samples, channels=20, form=form, classes=3, side=2)
+    together = run(plan, feature_map, head, basis, precision=precision)
+    for value, again in zip(together, run(plan, feature_map, head, basis, precision=precision), strict=True):
+        assert torch.equal(value, again)
+    last = run(plan, feature_map[-1:], head, basis, precision=precision)
+    turned = run(plan, feature_map.flip(0)[:5].contiguous(), head, basis, precision=precision)
+    for value, alone, other in zip(together, last, turned, strict=True):
+        assert torch.equal(value[-1:], alone)
+        assert torch.equal(value.flip(0)[:5], other)
+
+
+def test_the_map_of_another_sample_may_be_anywhere(make, plan):
+    feature_map, head, basis = make(6, form="dual")
+    expected = run(plan, feature_map, head, basis)
+    far = torch.full((11, *feature_map.shape[1:]), torch.nan, device=feature_map.device)
+    far[::2] = feature_map
+    for value, right in zip(run(plan, far[::2], head, basis), expected, strict=True):
+        assert torch.equal(value, right)
+
+
+PARTS = {"dual": project_dual, "shifted": project_dual, "explicit": project_explicit, "factored": project_factored}
+
+
+@pytest.mark.parametrize("form", PARTS)
+def test_is_the_composition_of_its_parts(make, form):
+    # Several tiles of samples and of components.
+    feature_map, head, basis = make(18, channels=20, classes=2, side=2, form=form, components=40)
+    outputs = run("large", feature_map, head, basis, 0.5)
+    h, nap = pool_nap(feature_map, 0.5, False)
+    lse, pruned_lse, p = masked_energy(h, *head)
+    _, parts = _basis_parts(basis)
+    g_low = PARTS[form](p, h, *parts[:4], True, *parts[4:])
+    small = run("small", feature_map[:3], head, basis, 0.5)
+    for name, value, other, right in zip(
+        outputs._fields, outputs, small, (h, nap, lse, pruned_lse, p, g_low), strict=True
+    ):
+        # The same tiles, so the same bits, but a compiler may fuse other products and sums.
+        torch.testing.assert_close(value, right, rtol=0, atol=0 if h.device.type == "cpu" else 1e-6, msg=name)
+        torch.testing.assert_close(other, right[:3], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_empty_batch(make, plan):
+    feature_map, head, basis = make(form="factored")
+    with record() as launches:
+        outputs = run(plan, feature_map[:0], head, basis)
+        bare = run(plan, feature_map[:0], head, None)
+    assert not launches
+    assert [tuple(value.shape) for value in outputs] == [(0, 33), (0,), (0,), (0,), (0, 5), (0, 3)]
+    assert bare.g_low.shape == (0, 0)
+
+
+@pytest.mark.parametrize("form", ["dual", "explicit", "factored"])
+def test_a_basis_without_components(make, plan, form):
+    feature_map, head, basis = make(form=form, components=0)
+    outputs = run(plan, feature_map, head, basis)
+    assert outputs.g_low.shape == (4, 0)
+    for value, right in zip(outputs, run(plan, feature_map, head, None), strict=True):
+        assert torch.equal(value, right)
+
+
+def pointers(launch):
+    return [value.data_ptr() for value in launch.arguments.values() if isinstance(value, Tensor)]
+
+
+def names(launches):
+    return [launch.kernel.__name__ for launch in launches]
+
+
+@pytest.mark.parametrize("form", BASES)
+def test_launches_and_who_sees_the_map(make, plan, form):
+    feature_map, head, basis = make(form=form)
+    with record() as launches:
+        run(plan, feature_map, head, basis)
+    assert len(launches) == (1 if plan == "small" else 3)
+    seen = [launch for launch in launches if feature_map.data_ptr() in pointers(launch)]
+    assert [names(launches)[0]] == names(seen)
+
+
+def on_meta(workload, samples, form, dtype=torch.bfloat16):
+    """The launcher's inputs without memory, at the size of a workload."""
+    size = WORKLOADS[workload]
+
+    def empty(*shape, kind=dtype):
+        return torch.empty(shape, device=META, dtype=kind)
+
+    rest = (empty(size.components, kind=torch.float32),)
+    bases = {
+        "none": lambda: None,
+        "dual": lambda: ok.DualTensors(
+            empty(size.anchors, size.classes), empty(size.anchors, size.channels), empty(size.anchors, size.components), *rest
+        ),
+        "explicit": lambda: ok.ExplicitTensors(empty(size.components, size.classes, size.channels + 1), *rest),
+        "factored": lambda: ok.FactoredTensors(
+            empty(size.classes, size.class_rank),
+            empty(size.channels + 1, size.feature_rank),
+            empty(size.components, size.class_rank, size.feature_rank),
+            *rest,
+        ),
+    }  # fmt: skip
+    head = ok.Head(empty(size.classes, size.channels), empty(size.classes))
+    return empty(samples, size.channels, size.height, size.width), head, bases[form]()
+
+
+def default_launches(feature_map, head, basis, precision="bf16"):
+    (kind, parts), cotangent, bias = ("", []), "energy", True
+    if basis is not None:
+        (kind, parts), cotangent, bias = _basis_parts(basis), basis.cotangent, basis.bias
+    with record() as launches:
+        family.score(feature_map, 1.0, False, *head, parts, kind, cotangent, bias, precision=precision)
+    return launches
+
+
+@pytest.mark.parametrize("workload", ["R50", "R18", "ViT", "MobileNetV2"])
+@pytest.mark.parametrize("form", ["none", "dual", "explicit", "factored"])
+def test_at_most_three_launches_for_real_heads(workload, form):
+    for samples in (1, 256):
+        assert len(default_launches(*on_meta(workload, samples, form))) == (
+            1 if (workload, form) == ("R18", "none") else 3
+        )
+
+
+def test_the_plan_does_not_know_the_batch(monkeypatch):
+    for workload, form in (("R18", "none"), ("R50", "dual"), ("R50", "explicit"), ("R50", "factored")):
+        settings = []
+        for samples in (1, 7, 200):
+            launches = default_launches(*on_meta(workload, samples, form))
+            constants = [
+                {name: value for name, value in launch.arguments.items() if name.isupper() or name.startswith("num_")}
+                for launch in launches
+            ]
+            settings.append((names(launches), constants))
+        assert settings[0] == settings[1] == settings[2]
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    samples=st.integers(1, 6000),
+    workload=st.sampled_from(["R50", "W21k", "R18"]),
+    form=st.sampled_from(["none", "dual", "factored"]),
+)
+def test_workspace_stays_small_and_the_map_is_read_once(samples, workload, form):
+    inputs = on_meta(workload, samples, form)
+    sizes = []
+    new_empty = Tensor.new_empty
+
+    def counted(self, *size, **options):
+        result = new_empty(self, *size, **options)
+        sizes.append(result.nbytes)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", counted)
+        launches = default_launches(*inputs)
+    size = WORKLOADS[workload]
+    components = 0 if form == "none" else size.components
+    outputs = 4 * samples * (size.channels + 3 + size.classes + components)
+    pooled = 4 * samples * size.channels
+    assert sum("feature_map_ptr" in launch.arguments for launch in launches) == 1
+    # Workspace of one part of the batch, allocated anew for some of it, and what the pooling leaves for all.
+    parts = max(1, (len(launches) - 1) // 2)
+    assert sum(sizes) - outputs <= 64 * 2**20 + pooled + (parts - 1) * 20 * samples * size.classes / 16 / parts
+
+
+@pytest.mark.parametrize("form", ["none", "shifted", "factored"])
+def test_a_large_batch_is_worked_off_in_parts(make, poisoned, monkeypatch, plan, form):
+    feature_map, head, basis = make(
+        3 if form == "none" else 18 if plan == "large" else 6, channels=8, form=form, side=2
+    )
+    expected = run(plan, feature_map, head, basis)
+    monkeypatch.setattr(family, "_WORKSPACE_BYTES", 1)
+    with record() as launches:
+        outputs = run(plan, feature_map, head, basis)
+    parts = (3 if plan == "large" else 1) if form == "none" else 2
+    assert len(launches) == (parts if plan == "small" else 1 + 2 * parts)
+    for value, right in zip(outputs, expected, strict=True):
+        assert torch.equal(value, right)
+
+
+def addresses(tensor):
+    """Where every element lies."""
+    offsets = torch.zeros(tensor.shape, dtype=torch.int64)
+    for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        offsets += (torch.arange(size) * stride).view([-1 if axis == other else 1 for other in range(tensor.ndim)])
+    return np.sort((tensor.data_ptr() + offsets * tensor.element_size()).flatten().numpy())
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("layout", "form"),
+    [
+        ("contiguous", "none"),
+        ("channels last", "none"),
+        ("tokens", "none"),
+        ("padded", "none"),
+        ("contiguous", "shifted"),
+        ("contiguous", "factored"),
+    ],
+)
+def test_every_element_of_the_map_is_read_exactly_once(make, monkeypatch, plan, layout, form):
+    from triton.runtime import interpreter
+
+    feature_map, head, basis = make(2, 32, side=4, form=form) if plan == "large" else make(5, side=3, form=form)
+    feature_map = LAYOUTS.get(layout, Tensor.contiguous)(feature_map)
+    where = addresses(feature_map)
+    read = []
+    load = interpreter.InterpreterBuilder.create_masked_load
+
+    def counted(self, ptrs, mask, *rest):
+        taken = ptrs.data[mask.data].astype(np.int64)
+        read.append(taken[(taken >= where[0]) & (taken <= where[-1])])
+        return load(self, ptrs, mask, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", counted)
+    run(plan, feature_map, head, basis)
+    assert np.array_equal(np.sort(np.concatenate(read)), where)
+
+
+@interpreted
+@pytest.mark.parametrize("form", ["shifted", "explicit", "factored"])
+def test_who_adds_waits_for_all_who_write(make, monkeypatch, form):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    programs: list[list[tuple[str, np.ndarray]]] = []
+
+    def watch(name, note):
+        original = getattr(InterpreterBuilder, name)
+        monkeypatch.setattr(InterpreterBuilder, name, lambda self, *given: note(original(self, *given), *given))
+
+    def noted(result, key, ptrs, mask):
+        programs[-1].append((key, ptrs.data[mask.data].astype(np.int64).ravel()))
+        return result
+
+    def atomic(result, _, ptrs, value, mask, sem, scope):
+        key = str(sem).rpartition(".")[2].lower()
+        # As if the last had not arrived yet: the program must look again.
+        if key == "acquire" and not any(event == key for event, _ in programs[-1]):
+            result.data -= 1
+        return noted(result, key, ptrs, mask)
+
+    watch("set_grid_idx", lambda *_: programs.append([]))
+    watch("create_masked_store", lambda result, ptrs, value, mask, *_: noted(result, "write", ptrs, mask))
+    watch("create_masked_load", lambda result, ptrs, mask, *_: noted(result, "read", ptrs, mask))
+    watch("create_atomic_rmw", atomic)
+    # Several tiles of samples and of components.
+    with record() as launches:
+        run("large", *make(18, channels=20, classes=2, side=2, form=form, components=40))
+    partial, programs = launches[-1].arguments["partial_ptr"], programs[-launches[-1].grid[0] :]
+    span = partial.data_ptr(), partial.data_ptr() + partial.nbytes
+
+    def places(events, key):
+        found = np.concatenate([np.zeros(0, np.int64), *(places for event, places in events if event == key)])
+        return set(found if key in ("release", "acquire") else found[(found >= span[0]) & (found < span[1])])
+
+    released = {}
+    for events in programs:
+        counters, written = places(events, "release"), places(events, "write")
+        released |= dict.fromkeys(written, counters)
+        if counters:
+            assert [event for event, _ in events].index("release") == len(events) - 1
+            assert written
+    read = [place for events in programs for place in places(events, "read")]
+    assert sorted(read) == sorted(released)
+    assert len(read) == partial.numel()
+    for events in programs:
+        assert [event for event, _ in events].count("acquire") == (2 if places(events, "acquire") else 0)
+        assert all(released[place] == places(events, "acquire") for place in places(events, "read"))
+
+
+def test_public_function_reaches_the_kernels(make, monkeypatch):
+    monkeypatch.setenv("OOD_ENGINE_BACKEND", "triton")
+    inputs = make()
+    with record() as launches:
+        outputs = ok.score(*inputs)
+    assert len(launches) in (1, 3)
+    for value, right in zip(outputs, reference.score(*inputs), strict=True):
+        torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs memory for more than 2^31 elements: a GPU")
+def test_maps_beyond_two_to_the_31(device, plan):
+    base = torch.rand(1, 64, 4, 4, device=device, dtype=torch.bfloat16)
+    feature_map = torch.zeros(2**31 // 1024 + 3, 64, 4, 4, device=device, dtype=torch.bfloat16)
+    feature_map[-1] = base
+    head = ok.Head(torch.randn(3, 64, device=device))
+    for value, right in zip(run(plan, feature_map, head, None), run(plan, base, head, None), strict=True):
+        assert torch.equal(value[-1:], right)
