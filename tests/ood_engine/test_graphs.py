@@ -117,7 +117,7 @@ def test_threads_share_the_buffers_one_at_a_time():
 def fitted():
     torch.manual_seed(0)
     model = SmallCNN(classes=4).eval()
-    names = [name for name in oe.available_detectors()]
+    names = list(oe.available_detectors())
     engine = oe.Engine(model, names)
     images = torch.rand(160, 1, 8, 8)
     labels = torch.arange(160) % 4

@@ -283,10 +283,18 @@ BAD = {
     "bias: expected a floating point [4], got torch.float32 [1]": {"bias": torch.ones(1)},
     "bias: expected a floating point [4], got torch.float32 [4, 1]": {"bias": torch.ones(4, 1)},
     "bias: expected a floating point [4], got torch.int64 [4]": {"bias": torch.ones(4, dtype=torch.int64)},
-    "weight_mask: expected bool [4, 3], or int32 [4, 1] of pack_mask, got torch.bool [3, 4]": {"weight_mask": torch.ones(3, 4, dtype=torch.bool)},
-    "weight_mask: expected bool [4, 3], or int32 [4, 1] of pack_mask, got torch.bool [3]": {"weight_mask": torch.ones(3, dtype=torch.bool)},
-    "weight_mask: expected bool [4, 3], or int32 [4, 1] of pack_mask, got torch.float32 [4, 3]": {"weight_mask": torch.ones(4, 3)},
-    "weight_mask: expected bool [4, 3], or int32 [4, 1] of pack_mask, got torch.uint8 [4, 3]": {"weight_mask": torch.ones(4, 3, dtype=torch.uint8)},
+    "weight_mask: expected bool [4, 3], or int32 [4, 1] of pack_mask, got torch.bool [3, 4]": {
+        "weight_mask": torch.ones(3, 4, dtype=torch.bool)
+    },
+    "weight_mask: expected bool [4, 3], or int32 [4, 1] of pack_mask, got torch.bool [3]": {
+        "weight_mask": torch.ones(3, dtype=torch.bool)
+    },
+    "weight_mask: expected bool [4, 3], or int32 [4, 1] of pack_mask, got torch.float32 [4, 3]": {
+        "weight_mask": torch.ones(4, 3)
+    },
+    "weight_mask: expected bool [4, 3], or int32 [4, 1] of pack_mask, got torch.uint8 [4, 3]": {
+        "weight_mask": torch.ones(4, 3, dtype=torch.uint8)
+    },
     "neuron_mask: expected bool [3], got torch.bool [4]": {"neuron_mask": torch.ones(4, dtype=torch.bool)},
     "neuron_mask: expected bool [3], got torch.bool [1, 3]": {"neuron_mask": torch.ones(1, 3, dtype=torch.bool)},
     "neuron_mask: expected bool [3], got torch.float32 [3]": {"neuron_mask": torch.ones(3)},

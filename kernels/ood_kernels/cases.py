@@ -1,0 +1,242 @@
+"""The calls that are compiled ahead of time and tuned: launchers of Triton kernels with the sizes of real workloads.
+
+One list, from which `aot` takes tensors without memory and `tune` tensors on a GPU. A launcher's parameters are filled by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .masks import pack_mask, unpack_mask
+from .types import BasisTensors, DualTensors, ExplicitTensors, FactoredTensors, Head
+from .workloads import BASES, WORKLOADS, BasisKind, Workload
+
+__all__ = ["Case", "all_cases", "forced_by", "launcher", "operands", "run", "run_reference"]
+
+_LAUNCHERS = {
+    "pool_nap": "pool_nap",
+    "pool_statistics": "pool_nap",
+    "masked_energy": "masked_energy",
+    "project_dual": "project_dual",
+    "project_explicit": "project_explicit",
+    "project_factored": "project_factored",
+    "score": "score",
+}
+
+
+_BASIS_TYPES: dict[BasisKind, Callable[..., BasisTensors]] = {
+    "dual": DualTensors,
+    "explicit": ExplicitTensors,
+    "factored": FactoredTensors,
+}
+_BASIS_TENSORS: dict[BasisKind | None, tuple[str, ...]] = {
+    None: (),
+    "dual": ("anchor_cotangents", "anchor_features", "coefficients", "constants", "shift", "linear"),
+    "explicit": ("components", "constants"),
+    "factored": ("class_factors", "feature_factors", "core", "constants"),
+}
+
+
+class Case(NamedTuple):
+    """One call of a launcher.
+
+    Attributes:
+        function: the launcher, which has a twin of that name in `reference`.
+        workload: sizes.
+        dtype: of the feature map, or of head and basis where the function takes no map.
+        layout: of the feature map: "rows" (NCHW) or "channels_last".
+        precision: of the products, see `launch.PRECISIONS`.
+        mask: of the pruned head: "bits" (weights and neurons), "bytes" (the same) or "none".
+        basis: of `score`, which may have none.
+        cotangent: of `score`.
+        shifted: whether a dual basis takes a shift from the features.
+        samples: N.
+        forced: (family, constant, value) to compile what no default chooses but a tuned configuration may; not for tuning.
+    """
+
+    function: str
+    workload: Workload
+    dtype: torch.dtype = torch.float32
+    layout: str = "rows"
+    precision: str = "ieee"
+    mask: str = "bits"
+    basis: BasisKind | None = "dual"
+    cotangent: str = "energy"
+    shifted: bool = True
+    samples: int = 256
+    forced: tuple[tuple[str, str, int | str], ...] = ()
+
+    def __str__(self) -> str:
+        words = [self.workload.name, str(self.dtype).removeprefix("torch.")]
+        if self.function.startswith(("pool", "score")):
+            words.append("tokens" if self.workload.tokens else self.layout)
+        if not self.function.startswith("pool"):
+            words.append(self.precision)
+        if self.function in ("masked_energy", "score"):
+            words.append(f"mask={self.mask}")
+        if self.function == "score":
+            words += [self.basis or "no basis"] + [self.cotangent] * (self.cotangent != "energy")
+        if not self.shifted:
+            words.append("no shift")
+        words += [f"{name}={value}" for _, name, value in self.forced]
+        return f"{self.function} {' '.join(words)} N={self.samples}"
+
+
+def launcher(function: str) -> Callable[..., Any]:
+    """The host function of a Triton kernel."""
+    return getattr(import_module(f"{__package__}.triton_kernels.{_LAUNCHERS[function]}"), function)
+
+
+def forced_by(case: Case) -> dict[str, dict[str, int | str]]:
+    """The configurations that a case forces, by family, as `launch.forced` takes them."""
+    return {
+        family: {name: value for owner, name, value in case.forced if owner == family} for family, _, _ in case.forced
+    }
+
+
+def run(case: Case, values: Mapping[str, Any]) -> Any:
+    """Call the case's launcher with operands made by `operands`."""
+    return launcher(case.function)(**values)
+
+
+def run_reference(case: Case, values: Mapping[str, Any]) -> Any:
+    """What the launcher should return, in plain torch."""
+    channels = case.workload.channels
+    plain: dict[str, Any] = {
+        name: unpack_mask(value, channels) if isinstance(value, Tensor) and value.dtype == torch.int32 else value
+        for name, value in values.items()
+    }
+    if case.function == "score":
+        head = Head(*(plain[name] for name in Head._fields))
+        tensors = dict(zip(_BASIS_TENSORS[case.basis], values["basis"], strict=True))
+        basis = None if case.basis is None else _BASIS_TYPES[case.basis](**tensors, cotangent=case.cotangent)
+        return reference.score(plain["feature_map"], head, basis, plain["eps"], rectify=plain["rectify"])
+    function = getattr(reference, case.function)
+    known = inspect.signature(function).parameters
+    return function(**{name: value for name, value in plain.items() if name in known})
+
+
+def operands(case: Case, device: torch.device) -> dict[str, Any]:
+    """Random arguments for the case's launcher; on the "meta" device they take no memory.
+
+    Raises:
+        TypeError: the launcher has a parameter without a default that no operand is known for.
+    """
+    makers = _makers(case, device)
+    values = {}
+    for name, parameter in inspect.signature(launcher(case.function)).parameters.items():
+        if name in makers:
+            values[name] = makers[name]()
+        elif parameter.default is parameter.empty:
+            raise TypeError(f"{case.function}: no operand is known for its parameter {name}")
+    return values
+
+
+def _makers(case: Case, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """How each parameter that a launcher may have is made."""
+    size, count, dtype = case.workload, case.samples, case.dtype
+    classes, channels, anchors, components = size.classes, size.channels, size.anchors, size.components
+    kept = case.mask != "none"
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    def feature_map() -> Tensor:
+        if size.tokens:
+            return normal(count, size.height, size.width, channels).relu_().permute(0, 3, 1, 2)
+        value = normal(count, channels, size.height, size.width).relu_()
+        return value.contiguous(memory_format=torch.channels_last) if case.layout == "channels_last" else value
+
+    def features(rows: int) -> Tensor:
+        return torch.rand((rows, channels), device=device)
+
+    def softmax(rows: int) -> Tensor:
+        return (2 * torch.randn((rows, classes), device=device)).softmax(1)
+
+    def keep(*shape: int) -> Tensor | None:
+        mask = torch.rand(shape, device=device) < 0.9
+        return None if not kept else mask if case.mask == "bytes" else pack_mask(mask)
+
+    makers: dict[str, Callable[[], Any]] = {
+        "feature_map": feature_map,
+        "eps": lambda: 1.0,
+        "rectify": lambda: False,
+        "h": lambda: features(count),
+        "weight": lambda: normal(classes, channels).div_(channels**0.5),
+        "bias": lambda: normal(classes),
+        "weight_mask": lambda: keep(classes, channels),
+        "neuron_mask": lambda: keep(channels),
+        "a": lambda: softmax(count),
+        "anchor_cotangents": lambda: softmax(anchors).to(dtype),
+        "anchor_features": lambda: features(anchors).to(dtype),
+        "coefficients": lambda: normal(anchors, components).div_(anchors),
+        "shift": lambda: features(1)[0].to(dtype) if case.shifted else None,
+        "linear": lambda: normal(classes, components).div_(channels) if case.shifted else None,
+        "components": lambda: normal(components, classes, channels + 1).div_(channels),
+        "class_factors": lambda: normal(classes, size.class_rank),
+        "feature_factors": lambda: normal(channels + 1, size.feature_rank).div_(channels**0.5),
+        "core": lambda: normal(components, size.class_rank, size.feature_rank),
+        "constants": lambda: torch.randn(components, device=device),
+        "precision": lambda: case.precision,
+    }
+    # The same names mean something else to the projections.
+    if case.function != "score":
+        return makers | ({"bias": lambda: True} if case.function.startswith("project") else {})
+    return makers | {
+        "basis": lambda: [makers[name]() for name in _BASIS_TENSORS[case.basis]],
+        "kind": lambda: case.basis or "",
+        "cotangent": lambda: case.cotangent,
+        "basis_bias": lambda: True,
+    }
+
+
+_FP32, _BF16, _FP16 = torch.float32, torch.bfloat16, torch.float16
+_MAIN = ((_FP32, "ieee"), (_BF16, "bf16"))
+_EVERY = (*_MAIN, (_FP32, "tf32x3"), (_FP32, "tf32"), (_FP16, "fp16"))
+
+
+def all_cases() -> Iterator[Case]:
+    """Every case: all dtypes and precisions of the first workload, of the others those that are compiled differently."""
+    first = next(iter(WORKLOADS.values()))
+    for workload in WORKLOADS.values():
+        layouts = ("channels_last",) if workload.tokens else ("rows", "channels_last")
+        for dtype, layout in itertools.product((_FP32, _BF16, _FP16) if workload is first else (_FP32, _BF16), layouts):
+            yield Case("pool_nap", workload, dtype, layout)
+            if workload is first:
+                yield Case("pool_nap", workload, dtype, layout, samples=1)
+            if workload is first and dtype != _FP16:
+                yield Case("pool_statistics", workload, dtype, layout)
+        # Heads of the other maps differ from the first in sizes alone.
+        if workload.name in ("R50", "R18", "W21k", "tiny"):
+            for dtype, precision in _EVERY if workload is first else _MAIN:
+                yield from _product_cases(workload, dtype, precision)
+    for dtype, precision in _MAIN:
+        head = Case("masked_energy", first, dtype, precision=precision)
+        yield head._replace(mask="none" if dtype == _FP32 else "bytes")
+        yield head._replace(function="project_dual", shifted=False)
+        yield head._replace(function="project_dual", forced=(("project_dual", "VARIANT", "stored"),))
+        yield head._replace(function="score", layout="channels_last", cotangent="predicted")
+        # A tuned limit may make one launch of what takes three by default.
+        one_launch = (("score", "LIMIT_KIB", 1 << 20),)
+        yield head._replace(function="score", layout="channels_last", workload=WORKLOADS["R18"], forced=one_launch)
+
+
+def _product_cases(workload: Workload, dtype: torch.dtype, precision: str) -> Iterator[Case]:
+    yield Case("masked_energy", workload, dtype, precision=precision)
+    yield Case("project_dual", workload, dtype, precision=precision)
+    if workload.name == "W21k":
+        return
+    if precision in ("ieee", "tf32x3", "bf16"):
+        yield Case("project_explicit", workload, dtype, precision=precision)
+        yield Case("project_factored", workload, dtype, precision=precision)
+    whole = (dtype, precision) in _MAIN and workload.name != "R18"
+    for basis in (*BASES, None) if whole else ("dual",):
+        yield Case("score", workload, dtype, "channels_last", precision, basis=basis)
