@@ -1,0 +1,240 @@
+"""The class-average basis: the mean centred gradient of every class."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ood_kernels as ok
+from ood_kernels import reference
+
+from ..errors import InputError
+from . import nfk
+from .base import extend
+from .class_samples import ClassSamples
+from .dual import DualBasis
+from .explicit import ExplicitBasis
+from .factored import FactoredBasis
+from .metric import MetricBasis, whitening_of
+
+__all__ = ["ClassAverageBasis"]
+
+_EPSILON = torch.finfo(torch.float64).eps
+_GRAM_BLOCK = 1024
+_EXPLICIT = ("components", "mean_gradient")
+_DUAL = ("anchor_cotangents", "anchor_features", "coefficients", "shift", "linear", "mean_square", "weights")
+
+
+class ClassAverageBasis(MetricBasis):
+    """Column c is (Ḡ_c - Ḡ) / ‖Ḡ_c - Ḡ‖ over the samples of true class c: normalised, not orthogonalised, as in the paper's code.
+
+    Held in one of two forms, see `fit`: as the columns [K, C, D̃] themselves, or over anchors, V_c = Σ_i α_ic a_i ⊗ h̃_i with
+    α_ic = (1[y_i = c] / n_c - 1 / n) / ‖Ḡ_c - Ḡ‖. `explained` is (n_c / n) ‖Ḡ_c - Ḡ‖² as a share of the gradient variance: it sums
+    to the share that lies between classes. `residual_norm` allows for columns that overlap.
+
+    Args:
+        cotangent: the scalar that is differentiated, see `ood_kernels.reference.cotangent`.
+        bias: take the gradients of weight and bias together.
+    """
+
+    def __init__(self, *, cotangent: str = "energy", bias: bool = True) -> None:
+        super().__init__("classes", optional=(*_EXPLICIT, *_DUAL), cotangent=cotangent, bias=bias)
+
+    classes: Tensor
+    """[K] int64: the class of each column."""
+    components: Tensor | None
+
+    @classmethod
+    def fit(
+        cls,
+        p: Tensor,
+        h: Tensor,
+        *,
+        labels: Tensor | None = None,
+        n_components: int | float | None = None,
+        cotangent: str = "energy",
+        normalisation: str = "none",
+        max_anchors: int = 4096,
+        bias: bool = True,
+        max_bytes: int = 2 * 2**30,
+    ) -> ClassAverageBasis:
+        """Find the class means from all samples where they fit `max_bytes`, else from an equal number of anchors a class.
+
+        Args:
+            p: softmax [n, C].
+            h: features [n, D].
+            labels: true classes [n]; None lets predicted ones stand in, with a warning.
+            n_components: not used: there is a column for every class that is present.
+            cotangent: the scalar that is differentiated.
+            normalisation: "none", our default; "nfk", that of all runs in the paper's README, where the class means fit
+                `max_bytes`; "nfk-separable", see `DualBasis.fit`.
+            max_anchors: most anchors, in all, where the class means do not fit: the first max_anchors / K of every class, at least
+                one. The overall mean then weighs each class by its share of all samples.
+            bias: take the gradients of weight and bias together.
+            max_bytes: most memory for the class means; 2 GiB is ours.
+
+        Returns:
+            The fitted basis, in fp64 where p or h is, else fp32.
+
+        Raises:
+            InputError: one class only, class means that are all equal, labels that are no classes, values that are not finite, or
+                an unknown option.
+        """
+        basis = cls(cotangent=cotangent, bias=bias).to(p.device)
+        nfk.check_fit(p, h, normalisation, ("none", "nfk", "nfk-separable"), max_anchors)
+        samples = ClassSamples.of(p.detach(), h.detach(), labels, cotangent, bias)
+        number_bytes = torch.finfo(samples.dtype).bits // 8
+        required = len(samples.classes) * p.shape[1] * (h.shape[1] + bias) * number_bytes
+        if required <= max_bytes:
+            basis._fit_explicit(samples, normalisation)
+        elif normalisation == "nfk":
+            raise InputError(
+                f"normalisation='nfk' needs the class means themselves, {required} bytes: expected at most max_bytes={max_bytes};"
+                " raise it, or take 'nfk-separable'"
+            )
+        else:
+            basis._fit_dual(samples, normalisation, max_anchors)
+        return basis
+
+    def _fit_explicit(self, samples: ClassSamples, normalisation: str) -> None:
+        """Two passes over the samples: overall moments, then a class at a time."""
+        count, dtype = len(samples.p), samples.dtype
+        mean, second = samples.moment(samples.order), samples.moment(samples.order, 2)
+        scale = self._fit_scale(nfk.deviation(mean, second, count), normalisation, dtype)
+        moment = (scale.square() * second).sum()
+        components = torch.empty((len(samples.classes), *mean.shape), dtype=dtype, device=mean.device)
+        squares, constants = mean.new_zeros(len(components)), mean.new_zeros(len(components))
+        for column, rows in enumerate(samples.by_class()):
+            difference = scale * (samples.moment(rows) - mean)
+            squares[column] = difference.square().sum()
+            vector = scale * difference / squares[column].sqrt()
+            components[column], constants[column] = vector, (vector * mean).sum()
+        kept = samples.distinct(squares, (count * _EPSILON) ** 2 * moment)
+        components = components if bool(kept.all()) else components[kept]
+        nfk.check_finite(components)
+        variance = moment - (scale * mean).square().sum()
+        self.set_fitted(
+            components=components,
+            mean_gradient=mean.to(dtype),
+            constants=constants[kept].to(dtype),
+            explained=(samples.shares * squares / variance)[kept].to(dtype),
+            classes=samples.classes[kept],
+            whitening=whitening_of(_gram(components, scale), dtype),
+        )
+
+    def _fit_scale(self, spread: Tensor, normalisation: str, dtype: torch.dtype) -> Tensor:
+        """Set how gradients are measured; I [C, D̃] in fp64, 0 for constant entries, whose rounding it would make large."""
+        if normalisation == "none":
+            return torch.ones_like(spread)
+        if normalisation == "nfk":
+            scale = nfk.inverse(spread)
+            self.set_fitted(inverse_deviation=scale.to(dtype))
+        else:
+            self.set_separable(nfk.separate(spread, self.bias))
+            scale = torch.outer(*self.scales())
+        return torch.where(spread > 0, scale, 0)
+
+    def _fit_dual(self, samples: ClassSamples, normalisation: str, max_anchors: int) -> None:
+        """Over anchors, through the Gram matrix of the class means."""
+        each = max(1, max_anchors // len(samples.classes))
+        anchors = [rows[:each] for rows in samples.by_class()]
+        rows, dtype = torch.cat(anchors), samples.dtype
+        a, h = reference.cotangent(samples.p[rows].double(), self.cotangent), samples.h[rows].double()
+        column = torch.arange(len(anchors), device=a.device).repeat_interleave(
+            a.new_tensor(list(map(len, anchors))).long()
+        )
+        averages = F.one_hot(column, len(anchors)).double()
+        averages /= averages.sum(0)
+        weights = averages @ samples.shares
+        if normalisation == "nfk-separable":
+            spread = nfk.mean_and_deviation(a, extend(h, self.bias), weights)[1]
+            self.set_separable(nfk.separate(spread, self.bias))
+        differences = averages - weights[:, None]
+        inner = self._inner_products_of(torch.cat([differences, weights[:, None]], 1), a, h)
+        gram, along_mean, mean_square = inner[:-1, :-1], inner[-1, :-1], inner[-1, -1]
+        squares, norms = gram.diagonal(), self._square(a, h)
+        kept = samples.distinct(squares, len(rows) * _EPSILON * norms.max())
+        lengths = squares[kept].sqrt()
+        coefficients, shift = differences[:, kept] / lengths, (weights @ h).to(dtype)
+        a, h = self.scaled(a, h, power=2)
+        linear = reference.linear_part(a, h, coefficients, shift.double(), self.bias)
+        nfk.check_finite(a.to(dtype), h.to(dtype), linear.to(dtype))
+        self.set_fitted(
+            anchor_cotangents=a.to(dtype),
+            anchor_features=h.to(dtype),
+            coefficients=coefficients.to(dtype),
+            shift=shift,
+            linear=linear.to(dtype),
+            mean_square=mean_square,
+            weights=weights,
+            constants=(along_mean[kept] / lengths).to(dtype),
+            explained=(samples.shares * squares / (weights @ norms - mean_square))[kept].to(dtype),
+            classes=samples.classes[kept],
+            whitening=whitening_of(gram[kept][:, kept] / torch.outer(lengths, lengths), dtype),
+        )
+
+    def _inner_products_of(self, coefficients: Tensor, a: Tensor, h: Tensor) -> Tensor:
+        """[K, K] inner products of Σ_i coefficients_ik g̃_i, without the whole Gram matrix of the samples."""
+        a, h = self.scaled(a, h)
+        h = extend(h, self.bias)
+        blocks = zip(a.split(_GRAM_BLOCK), h.split(_GRAM_BLOCK), coefficients.split(_GRAM_BLOCK), strict=True)
+        parts = [part.T @ (((left @ a.T) * (right @ h.T)) @ coefficients) for left, right, part in blocks]
+        return torch.stack(parts).sum(0)
+
+    @property
+    def form(self) -> ExplicitBasis | DualBasis:
+        """The same columns as a basis of the form that they are held in; it shares their memory."""
+        place = self.fitted("classes").device
+        kind = _WeightedDualBasis if self.components is None else ExplicitBasis
+        basis = kind(cotangent=self.cotangent, bias=self.bias).to(place)
+        basis.set_fitted(**{name: value for name, value in self.state_dict().items() if name in basis._buffers})
+        return basis
+
+    @property
+    def mean(self) -> Tensor:
+        """[C, D̃] mean gradient."""
+        return self.form.mean
+
+    def flops(self, samples: int) -> int:
+        """Floating point operations of projecting `samples` gradients."""
+        return self.form.flops(samples)
+
+    def tensors(self) -> ok.BasisTensors:
+        """Those of the form that the columns are held in."""
+        return self.form.tensors()
+
+    def _norms(self, p: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return self.form._norms(p, h)
+
+    def to_explicit(self) -> ExplicitBasis:
+        """The columns themselves [K, C, D̃]."""
+        return self.form.to_explicit()
+
+    def to_dual(self) -> DualBasis:
+        """The columns over their anchors; InputError where the class means are held, and no anchors."""
+        return self.form.to_dual()
+
+    def to_factored(self, tolerance: float = 0.01) -> FactoredBasis:
+        """The same columns inside a product of two smaller spaces, see `DualBasis.to_factored`."""
+        return self.form.to_factored(tolerance)
+
+
+class _WeightedDualBasis(DualBasis):
+    """A dual basis whose mean weighs its anchors."""
+
+    def __init__(self, *, cotangent: str = "energy", bias: bool = True) -> None:
+        super().__init__(cotangent=cotangent, bias=bias)
+        self.register_buffer("weights", None)
+
+    def _mean_weights(self) -> Tensor:
+        return self.fitted("weights")
+
+
+def _gram(components: Tensor, scale: Tensor) -> Tensor:
+    """[K, K] inner products in fp64 of the normalised vectors, of which components are scale times; a class at a time."""
+    gram = scale.new_zeros((len(components), len(components)))
+    for each_class, scales in enumerate(scale):
+        part = torch.where(scales > 0, components[:, each_class].double() / scales, 0)
+        gram += part @ part.T
+    return gram

@@ -1,0 +1,119 @@
+"""ID samples, grouped by class."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ood_kernels import reference
+
+from ..errors import InputError, OodEngineWarning
+from .base import extend
+
+__all__ = ["ClassSamples"]
+
+_BLOCK = 4096
+_NAMED = 5
+
+
+class ClassSamples(NamedTuple):
+    """The samples of a class-average basis.
+
+    Attributes:
+        p: softmax [n, C].
+        h: features [n, D].
+        classes: [K] int64, those that are present.
+        counts: [K] samples of each.
+        order: [n] rows, class by class, in a class as they came.
+        cotangent: the scalar that is differentiated.
+        bias: whether h̃ = [h; 1].
+    """
+
+    p: Tensor
+    h: Tensor
+    classes: Tensor
+    counts: Tensor
+    order: Tensor
+    cotangent: str
+    bias: bool
+
+    @classmethod
+    def of(cls, p: Tensor, h: Tensor, labels: Tensor | None, cotangent: str, bias: bool) -> ClassSamples:
+        """Group by label, or by predicted class where there are no labels.
+
+        Raises:
+            InputError: labels that are no classes, or one class only.
+        """
+        if labels is None:
+            warnings.warn(
+                "a class-average basis without labels: predicted classes stand in; give labels=... for true ones",
+                OodEngineWarning,
+                stacklevel=4,
+            )
+            labels = p.argmax(1)
+        _check_labels(labels, *p.shape)
+        labels = labels.to(p.device, torch.int64)
+        classes, counts = labels.unique(return_counts=True)
+        if len(classes) < 2:
+            raise InputError(
+                f"all {len(p)} samples have class {int(classes[0])}: expected at least 2 classes, for a"
+                " class average is a difference from the overall mean; fit on samples of more classes, or take a PCA basis"
+            )
+        return cls(p, h, classes, counts, labels.argsort(stable=True), cotangent, bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the basis: fp64 where p or h is, else fp32."""
+        return reference.compute_dtype(self.p, self.h)
+
+    @property
+    def shares(self) -> Tensor:
+        """[K] share of the samples in each class, in fp64."""
+        return self.counts.double() / len(self.p)
+
+    def by_class(self) -> tuple[Tensor, ...]:
+        """The rows of each class."""
+        return self.order.split(self.counts.tolist())
+
+    def moment(self, rows: Tensor, power: int = 1) -> Tensor:
+        """Mean of G^power, entry by entry, over the rows: [C, D̃] in fp64."""
+        total = torch.zeros((), dtype=torch.float64, device=self.p.device)
+        for block in rows.split(_BLOCK):
+            a = reference.cotangent(self.p[block].double(), self.cotangent)
+            total = total + a.pow(power).T @ extend(self.h[block].double(), self.bias).pow(power)
+        return total / len(rows)
+
+    def distinct(self, squares: Tensor, floor: Tensor) -> Tensor:
+        """Which ‖Ḡ_c - Ḡ‖² [K] are above their rounding, with a warning that names the others.
+
+        Raises:
+            InputError: none is.
+        """
+        kept = squares > floor
+        left_out = self.classes[~kept].tolist()
+        if len(left_out) == len(kept):
+            raise InputError(
+                f"the mean gradients of all {len(kept)} classes are equal: expected classes that differ; fit on more varied ID data"
+            )
+        if left_out:
+            named = ", ".join(map(str, left_out[:_NAMED])) + (", ..." if len(left_out) > _NAMED else "")
+            warnings.warn(
+                f"{len(left_out)} of {len(kept)} classes have the overall mean gradient ({named}), so"
+                f" {int(kept.sum())} columns are kept",
+                OodEngineWarning,
+                stacklevel=5,
+            )
+        return kept
+
+
+def _check_labels(labels: Tensor, samples: int, classes: int) -> None:
+    if labels.shape != (samples,) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise InputError(f"labels: expected whole numbers [{samples}], got {labels.dtype} {list(labels.shape)}")
+    outside = int(((labels < 0) | (labels >= classes)).sum())
+    if outside:
+        raise InputError(
+            f"{outside} of {samples} labels are outside 0 to {classes - 1}: expected a class each; leave them out"
+        )

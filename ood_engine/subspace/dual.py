@@ -1,0 +1,192 @@
+"""PCA of gradients over anchor samples, without forming a gradient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import ood_kernels as ok
+from ood_kernels import reference
+
+from . import nfk
+from .base import extend
+from .metric import MetricBasis
+from .samples import check_n_components, count_components, fix_signs
+
+if TYPE_CHECKING:
+    from .explicit import ExplicitBasis
+    from .factored import FactoredBasis
+
+__all__ = ["DualBasis"]
+
+_ANCHOR_BLOCK = 256
+
+
+class DualBasis(MetricBasis):
+    """PCA of last-layer gradients, written over the n anchor samples it was found from: V_k = Σ_i α_ik (a_i ⊗ h̃_i).
+
+    Exact: coordinates equal those of PCA on the materialised gradients of the anchors up to sign, at 2·(n·(C + D + K) + C·K)
+    flops a sample instead of 2·K·C·D̃. The mean gradient is the anchors' own.
+
+    Args:
+        cotangent: the scalar that is differentiated, see `ood_kernels.reference.cotangent`.
+        bias: take the gradients of weight and bias together.
+    """
+
+    def __init__(self, *, cotangent: str = "energy", bias: bool = True) -> None:
+        names = ("anchor_cotangents", "anchor_features", "coefficients", "shift", "linear", "mean_square")
+        super().__init__(*names, cotangent=cotangent, bias=bias)
+
+    @classmethod
+    def fit(
+        cls,
+        p: Tensor,
+        h: Tensor,
+        *,
+        labels: Tensor | None = None,
+        n_components: int | float = 0.99,
+        cotangent: str = "energy",
+        normalisation: str = "none",
+        max_anchors: int = 4096,
+        bias: bool = True,
+    ) -> DualBasis:
+        """Find the subspace from ID samples; the first `max_anchors` of them become the anchors.
+
+        Args:
+            p: softmax [n, C].
+            h: features [n, D].
+            labels: not used by PCA.
+            n_components: K as a number, or the share of the gradient variance to explain, in (0, 1). The paper uses 200 for
+                CIFAR; 0.99 is ours.
+            cotangent: the scalar that is differentiated.
+            normalisation: "none", our default: centred only; "nfk-separable", the nearest that keeps rank one to the "nfk" of all
+                runs in the paper's README (exact in `ExplicitBasis`); `separable_error` is its relative error.
+            max_anchors: most samples to build the Gram matrix from.
+            bias: take the gradients of weight and bias together.
+
+        Returns:
+            The fitted basis, in fp64 where p or h is, else fp32.
+
+        Raises:
+            InputError: too few samples for K, values that are not finite, or an unknown option.
+        """
+        check_n_components(n_components)
+        basis = cls(cotangent=cotangent, bias=bias).to(p.device)
+        nfk.check_fit(p, h, normalisation, ("none", "nfk-separable"), max_anchors, nfk.BREAKS_RANK_ONE)
+        p, h = p.detach(), h.detach()
+        dtype = reference.compute_dtype(p, h)
+        anchor_a = reference.cotangent(p[:max_anchors].double(), cotangent)
+        anchor_h = h[:max_anchors].double()
+        shift = anchor_h.mean(0).to(dtype)
+        if normalisation == "nfk-separable":
+            basis.set_separable(nfk.separate(nfk.mean_and_deviation(anchor_a, extend(anchor_h, bias))[1], bias))
+        anchor_a, anchor_h = basis.scaled(anchor_a, anchor_h)
+        gram = (anchor_a @ anchor_a.T) * (extend(anchor_h, bias) @ extend(anchor_h, bias).T)
+        gram_mean = gram.mean(1)
+        centred = gram - gram_mean[:, None] - gram_mean[None, :] + gram_mean.mean()
+        eigenvalues, eigenvectors = torch.linalg.eigh(centred)
+        eigenvalues, eigenvectors = eigenvalues.flip(0), eigenvectors.flip(1)
+        kept = count_components(eigenvalues, gram, n_components)
+        explained = eigenvalues[:kept] / eigenvalues.clamp_min(0).sum()
+        coefficients = fix_signs(eigenvectors[:, :kept]) / eigenvalues[:kept].sqrt()
+        # ⟨u∘a ⊗ v∘h̃, u∘a_i ⊗ v∘h̃_i⟩ = ⟨a ⊗ h̃, u²∘a_i ⊗ v²∘h̃_i⟩: with the scales twice on the anchors, none is left on samples.
+        anchor_a, anchor_h = basis.scaled(anchor_a, anchor_h)
+        linear = reference.linear_part(anchor_a, anchor_h, coefficients, shift.double(), bias)
+        basis.set_fitted(
+            anchor_cotangents=anchor_a.to(dtype),
+            anchor_features=anchor_h.to(dtype),
+            coefficients=coefficients.to(dtype),
+            constants=(gram_mean @ coefficients).to(dtype),
+            shift=shift,
+            linear=linear.to(dtype),
+            explained=explained.to(dtype),
+            mean_square=gram_mean.mean(),
+        )
+        nfk.check_finite(*(basis.fitted(name) for name in ("anchor_cotangents", "anchor_features", "linear")))
+        return basis
+
+    @property
+    def mean(self) -> Tensor:
+        """[C, D̃] mean gradient of the anchors."""
+        a, h = self.scaled(*self._anchors(), power=-2)
+        return (a * self._mean_weights()[:, None]).T @ extend(h, self.bias)
+
+    def _anchors(self) -> tuple[Tensor, Tensor]:
+        return self.fitted("anchor_cotangents").double(), self.fitted("anchor_features").double()
+
+    def _mean_weights(self) -> Tensor:
+        """[n] in fp64: Ḡ = Σ_i weight_i G_i."""
+        anchors = self.fitted("anchor_features")
+        return torch.full((len(anchors),), 1 / len(anchors), dtype=torch.float64, device=anchors.device)
+
+    def flops(self, samples: int) -> int:
+        """Floating point operations of projecting `samples` gradients."""
+        anchors, classes = self.fitted("anchor_cotangents").shape
+        width = self.fitted("anchor_features").shape[1]
+        return 2 * samples * (anchors * (classes + width + self.n_components) + classes * self.n_components)
+
+    def tensors(self) -> ok.DualTensors:
+        """Anchors, coefficients, constants and shift."""
+        return ok.DualTensors(
+            self.fitted("anchor_cotangents"),
+            self.fitted("anchor_features"),
+            self.fitted("coefficients"),
+            self.fitted("constants"),
+            self.cotangent,
+            self.bias,
+            self.fitted("shift"),
+            self.fitted("linear"),
+        )
+
+    def _inner_products(self, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        names = ("anchor_cotangents", "anchor_features", "coefficients")
+        stored = (*(self.fitted(name) for name in names), self._mean_weights())
+        along_mean, coordinates = torch.zeros_like(a[:, 0]), -self.fitted("constants").double()
+        # A block at a time, for the anchors in fp64 are twice their size.
+        for block in zip(*(tensor.split(_ANCHOR_BLOCK) for tensor in stored), strict=True):
+            anchor_a, anchor_h, coefficients, weights = (part.double() for part in block)
+            kernel = (a @ anchor_a.T) * (h @ anchor_h.T + self.bias)
+            along_mean = along_mean + kernel @ weights
+            coordinates = coordinates + kernel @ coefficients
+        return along_mean, coordinates
+
+    def _mean_square(self) -> Tensor:
+        return self.fitted("mean_square")
+
+    def to_explicit(self) -> ExplicitBasis:
+        """The same subspace as its vectors [K, C, D̃]: K·C·D̃ numbers, 8 GB for ImageNet's ResNet-50 at K = 1000."""
+        a, h = self.fitted("anchor_cotangents"), extend(self.fitted("anchor_features"), self.bias)
+        coefficients = self.fitted("coefficients")
+        components = torch.empty((coefficients.shape[1], a.shape[1], h.shape[1]), dtype=h.dtype, device=h.device)
+        for k, column in enumerate(coefficients.T):
+            torch.matmul((a * column[:, None]).T, h, out=components[k])
+        from .explicit import ExplicitBasis
+
+        basis = ExplicitBasis(cotangent=self.cotangent, bias=self.bias).to(a.device)
+        basis.set_fitted(
+            components=components,
+            mean_gradient=self.mean.to(h.dtype),
+            constants=self.fitted("constants").clone(),
+            explained=self.fitted("explained").clone(),
+            **self.metric(),
+        )
+        return basis
+
+    def to_dual(self) -> DualBasis:
+        """Itself."""
+        return self
+
+    def to_factored(self, tolerance: float = 0.01) -> FactoredBasis:
+        """The same vectors inside a product of two smaller spaces, that keep all but `tolerance` of their explained variance.
+
+        Reads the anchors alone: with B = α diag(explained) αᵀ, Σ_k explained_k V_k V_kᵀ = Aᵀ (B ∘ H̃ H̃ᵀ) A.
+        """
+        from .factored import core_of, factor
+
+        a, h = self.scaled(*self._anchors(), power=-1)
+        h, coefficients = extend(h, self.bias), self.fitted("coefficients").double()
+        weights = (coefficients * self.fitted("explained").double()) @ coefficients.T
+        left, right = a.T @ (weights * (h @ h.T)) @ a, h.T @ (weights * (a @ a.T)) @ h
+        return factor(self, left, right, lambda p, q: core_of(a @ p, h @ q, coefficients), tolerance)

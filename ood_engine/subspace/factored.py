@@ -1,0 +1,259 @@
+"""PCA of gradients inside a product of two smaller spaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import ood_kernels as ok
+from ood_kernels import reference
+
+from ..errors import InputError
+from . import nfk
+from .base import extend
+from .explicit import ExplicitBasis
+from .metric import MetricBasis, whitening_of
+from .samples import check_n_components, count_components, fix_signs
+
+__all__ = ["FactoredBasis", "core_of", "factor"]
+
+_LARGEST_EIGENPROBLEM = 8192
+_WORKSPACE_ELEMENTS = 4 * 2**20
+
+
+class FactoredBasis(MetricBasis):
+    """PCA of the gradients reduced to U_pᵀ G U_h = (U_pᵀ a) ⊗ (U_hᵀ h̃): V_k = U_p core_k U_hᵀ, with U_p [C, R] and U_h [D̃, Q].
+
+    U_p and U_h are the leading eigenvectors of Σ (G - Ḡ)(G - Ḡ)ᵀ [C, C] and Σ (G - Ḡ)ᵀ(G - Ḡ) [D̃, D̃], the higher-order singular
+    value decomposition of the centred gradients, which never exist. What both leave out is at most the sum of what each does, so
+    ranks with half of the tolerance each keep the error below it. Projecting costs 2·(C·R + D̃·Q + K·R·Q) flops a sample, whatever
+    the number of samples it was found from. With full ranks it is PCA, exactly.
+
+    Args:
+        cotangent: the scalar that is differentiated, see `ood_kernels.reference.cotangent`.
+        bias: take the gradients of weight and bias together.
+    """
+
+    def __init__(self, *, cotangent: str = "energy", bias: bool = True) -> None:
+        names = ("class_factors", "feature_factors", "core", "mean_gradient", "captured")
+        super().__init__(*names, cotangent=cotangent, bias=bias)
+
+    captured: Tensor
+    """0-d: share of Σ‖G - Ḡ‖² over the samples that survives the reduction; of a converted basis, of Σ_k explained_k ‖V_k‖²."""
+
+    @classmethod
+    def fit(
+        cls,
+        p: Tensor,
+        h: Tensor,
+        *,
+        labels: Tensor | None = None,
+        n_components: int | float = 0.99,
+        cotangent: str = "energy",
+        normalisation: str = "none",
+        max_anchors: int = 4096,
+        bias: bool = True,
+        tolerance: float = 0.01,
+        ranks: tuple[int, int] | None = None,
+    ) -> FactoredBasis:
+        """Find the two factors, then the subspace inside their product.
+
+        Args:
+            p: softmax [n, C].
+            h: features [n, D].
+            labels: not used by PCA.
+            n_components: K as a number, or the share to explain of the variance that the reduction keeps, in (0, 1).
+            cotangent: the scalar that is differentiated.
+            normalisation: "none", our default, or "nfk-separable", see `DualBasis.fit`.
+            max_anchors: most samples that PCA reads, the first of them; they are not kept.
+            bias: take the gradients of weight and bias together.
+            tolerance: largest share of Σ‖G - Ḡ‖² to lose, in [0, 1), 0 for what is rounding; 0.01 is ours. See `captured`.
+            ranks: (R, Q), in place of the tolerance.
+
+        Returns:
+            The fitted basis, in fp64 where p or h is, else fp32.
+
+        Raises:
+            InputError: too few samples for K, values that are not finite, an unknown option, or an eigenproblem beyond 8192.
+        """
+        check_n_components(n_components)
+        basis = cls(cotangent=cotangent, bias=bias).to(p.device)
+        nfk.check_fit(p, h, normalisation, ("none", "nfk-separable"), max_anchors, nfk.BREAKS_RANK_ONE)
+        a = reference.cotangent(p.detach()[:max_anchors].double(), cotangent)
+        features = extend(h.detach()[:max_anchors].double(), bias)
+        dtype = reference.compute_dtype(p, h)
+        basis.set_fitted(mean_gradient=(a.T @ features / len(a)).to(dtype))
+        if normalisation == "nfk-separable":
+            basis.set_separable(nfk.separate(nfk.mean_and_deviation(a, features)[1], bias))
+        class_scale, feature_scale = basis.scales()
+        a, features = a * class_scale, features * feature_scale
+        left, right = _scatters(a, features)
+        class_factors, feature_factors = _factors(left, right, tolerance, ranks)
+        t, s = a @ class_factors, features @ feature_factors
+        core, eigenvalues = _reduced_pca(t, s, n_components)
+        total, kept = left.diagonal().sum(), _scatters(t, s)[0].diagonal().sum()
+        basis.set_fitted(explained=(eigenvalues / total).to(dtype))
+        basis._set_factors(class_factors, feature_factors, core, kept / total, dtype)
+        return basis
+
+    def _set_factors(
+        self, class_factors: Tensor, feature_factors: Tensor, core: Tensor, captured: Tensor, dtype: torch.dtype
+    ) -> None:
+        """Set what projects; factors and core are those of the normalised gradients."""
+        class_scale, feature_scale = self.scales()
+        class_factors, feature_factors = class_factors * class_scale[:, None], feature_factors * feature_scale[:, None]
+        centre = class_factors.T @ self.mean.double() @ feature_factors
+        self.set_fitted(
+            class_factors=class_factors.to(dtype),
+            feature_factors=feature_factors.to(dtype),
+            core=core.to(dtype),
+            constants=(core.flatten(1) @ centre.flatten()).to(dtype),
+            captured=captured.clamp(0, 1),
+        )
+        nfk.check_finite(self.class_factors, self.feature_factors, self.constants)
+
+    class_factors: Tensor
+    feature_factors: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """[C, D̃] mean gradient."""
+        return self.fitted("mean_gradient")
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """(R, Q)."""
+        return self.fitted("class_factors").shape[1], self.fitted("feature_factors").shape[1]
+
+    def flops(self, samples: int) -> int:
+        """Floating point operations of projecting `samples` gradients."""
+        return 2 * samples * sum(self.fitted(name).numel() for name in ("class_factors", "feature_factors", "core"))
+
+    def tensors(self) -> ok.FactoredTensors:
+        """Factors, core and constants."""
+        return ok.FactoredTensors(
+            self.fitted("class_factors"),
+            self.fitted("feature_factors"),
+            self.fitted("core"),
+            self.fitted("constants"),
+            self.cotangent,
+            self.bias,
+        )
+
+    def _inner_products(self, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return self._along_mean(a, h), reference.project_factored(a, h, *self.tensors()[:4], self.bias)
+
+    def to_explicit(self) -> ExplicitBasis:
+        """The same subspace as its vectors [K, C, D̃]."""
+        class_factors, feature_factors, core = self.tensors()[:3]
+        basis = ExplicitBasis(cotangent=self.cotangent, bias=self.bias).to(core.device)
+        basis.set_fitted(
+            components=(class_factors @ core) @ feature_factors.T,
+            mean_gradient=self.mean.clone(),
+            constants=self.fitted("constants").clone(),
+            explained=self.fitted("explained").clone(),
+            **self.metric(),
+        )
+        return basis
+
+    def to_factored(self, tolerance: float = 0.01) -> FactoredBasis:
+        """Itself."""
+        return self
+
+
+def factor(
+    basis: MetricBasis, left: Tensor, right: Tensor, reduce: Callable[[Tensor, Tensor], Tensor], tolerance: float
+) -> FactoredBasis:
+    """The vectors of another basis, projected onto the product of two spaces found for them.
+
+    Args:
+        basis: whose mean, shares and scales the new one takes.
+        left: Σ_k explained_k V_k V_kᵀ [C, C] in the space of the normalised gradients.
+        right: Σ_k explained_k V_kᵀ V_k [D̃, D̃].
+        reduce: (U_p, U_h) → core [K, R, Q] = U_pᵀ V_k U_h.
+        tolerance: largest share of Σ_k explained_k ‖V_k‖² to lose.
+    """
+    dtype, explained = basis.fitted("constants").dtype, basis.fitted("explained")
+    class_factors, feature_factors = _factors(left, right, tolerance, None)
+    core = reduce(class_factors, feature_factors)
+    kept = explained.double() @ core.square().sum((1, 2))
+    found = FactoredBasis(cotangent=basis.cotangent, bias=basis.bias).to(core.device)
+    found.set_fitted(mean_gradient=basis.mean.to(dtype), explained=explained.clone(), **basis.metric())
+    # The parts of orthonormal vectors are not quite orthonormal.
+    found.set_fitted(whitening=whitening_of(core.flatten(1) @ core.flatten(1).T, dtype))
+    found._set_factors(class_factors, feature_factors, core, kept / left.diagonal().sum(), dtype)
+    return found
+
+
+def _scatters(a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ (G - Ḡ)(G - Ḡ)ᵀ and Σ (G - Ḡ)ᵀ(G - Ḡ) of the gradients G_i = a_i ⊗ h_i."""
+    mean = a.T @ h / len(a)
+    left = (a * h.square().sum(1, keepdim=True)).T @ a - len(a) * mean @ mean.T
+    right = (h * a.square().sum(1, keepdim=True)).T @ h - len(a) * mean.T @ mean
+    return left, right
+
+
+def core_of(t: Tensor, s: Tensor, coefficients: Tensor) -> Tensor:
+    """core_k = Σ_i coefficients_ik t_i ⊗ s_i, [K, R, Q]."""
+    return torch.stack([(t * column[:, None]).T @ s for column in coefficients.T])
+
+
+def _factors(left: Tensor, right: Tensor, tolerance: float, ranks: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+    """U_p [C, R] and U_h [D̃, Q], orthonormal."""
+    if not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
+        raise InputError(f"tolerance={tolerance!r}: expected the largest share of the trace to lose, in [0, 1)")
+    largest = (len(left), len(right))
+    if ranks is not None and (len(ranks) != 2 or not all(1 <= r <= m for r, m in zip(ranks, largest, strict=True))):
+        raise InputError(f"ranks={ranks!r}: expected (R, Q) from (1, 1) to {largest}")
+    return tuple(  # type: ignore[return-value]
+        _leading(moment, tolerance / 2, None if ranks is None else ranks[side])
+        for side, moment in enumerate((left, right))
+    )
+
+
+def _leading(moment: Tensor, tolerance: float, rank: int | None) -> Tensor:
+    """The leading eigenvectors, as many as asked for or as leave out no more than `tolerance` of the trace."""
+    eigenvalues, eigenvectors = torch.linalg.eigh(moment)
+    eigenvalues = eigenvalues.clamp_min(0)
+    if rank is None:
+        rounding = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
+        left_out = eigenvalues.cumsum(0) <= max(tolerance, rounding) * eigenvalues.sum()
+        rank = max(1, len(eigenvalues) - int(left_out.sum()))
+    return eigenvectors.flip(1)[:, :rank]
+
+
+def _reduced_pca(t: Tensor, s: Tensor, n_components: int | float) -> tuple[Tensor, Tensor]:
+    """(core [K, R, Q], eigenvalues [K]) of the centred t_i ⊗ s_i, through the smaller of their covariance and Gram matrix."""
+    samples, size = len(t), t.shape[1] * s.shape[1]
+    if min(samples, size) > _LARGEST_EIGENPROBLEM:
+        raise InputError(
+            f"{samples} samples and ranks {t.shape[1]} x {s.shape[1]} ask for an eigenproblem of {min(samples, size)}: expected at"
+            f" most {_LARGEST_EIGENPROBLEM}; give max_anchors={_LARGEST_EIGENPROBLEM} or a larger tolerance"
+        )
+    if size >= samples:
+        gram = (t @ t.T) * (s @ s.T)
+        along_mean = gram.mean(1)
+        centred = gram - along_mean[:, None] - along_mean[None, :] + along_mean.mean()
+        eigenvalues, vectors = (part.flip(-1) for part in torch.linalg.eigh(centred))
+        kept = count_components(eigenvalues, gram, n_components)
+        coefficients = fix_signs(vectors[:, :kept]) / eigenvalues[:kept].sqrt()
+        return core_of(t, s, coefficients), eigenvalues[:kept]
+    covariance = t.new_zeros((size, size))
+    for block in _centred_blocks(t, s):
+        covariance += block.T @ block
+    eigenvalues, vectors = (part.flip(-1) for part in torch.linalg.eigh(covariance))
+    largest = (t.square().sum(1) * s.square().sum(1)).max().reshape(1, 1)
+    # The other samples - size eigenvalues of their Gram matrix are 0.
+    kept = count_components(torch.cat([eigenvalues, eigenvalues.new_zeros(samples - size)]), largest, n_components)
+    coordinates = torch.cat([block @ vectors[:, :kept] for block in _centred_blocks(t, s)])
+    return core_of(t, s, fix_signs(coordinates) / eigenvalues[:kept]), eigenvalues[:kept]
+
+
+def _centred_blocks(t: Tensor, s: Tensor) -> Iterator[Tensor]:
+    """The centred t_i ⊗ s_i as rows, some samples at a time."""
+    centre = t.T @ s / len(t)
+    step = max(1, _WORKSPACE_ELEMENTS // centre.numel())
+    for left, right in zip(t.split(step), s.split(step), strict=True):
+        yield (left[:, :, None] * right[:, None, :] - centre).flatten(1)

@@ -1,0 +1,146 @@
+"""Norms in gradient space where entries are scaled before PCA, or where a basis has vectors that are not orthonormal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ood_kernels import reference
+
+from ..errors import InputError
+from .base import Basis, extend
+
+if TYPE_CHECKING:
+    from .dual import DualBasis
+    from .factored import FactoredBasis
+    from .nfk import Separable
+
+__all__ = ["MetricBasis", "whitening_of"]
+
+_METRIC = ("inverse_deviation", "class_scale", "feature_scale", "separable_error", "whitening")
+
+
+class MetricBasis(Basis):
+    """A basis of the normalised gradients g̃ = I ∘ (G - Ḡ), whose vectors V need not be orthonormal.
+
+    The scales are folded into what is stored, so that projecting reads G as it is: ⟨g̃, V_k⟩ = ⟨G - Ḡ, I ∘ V_k⟩. Norms are those
+    of g̃. Buffers that only some bases have decide what it is, so that a state says itself how it was normalised:
+    `inverse_deviation` I [C, D̃] (nfk); `class_scale` u [C], `feature_scale` v [D̃] with I = u ⊗ v, and `separable_error`, 0-d
+    (nfk-separable); `whitening` [K, r], by which coordinates along V become those along an orthonormal basis of its span.
+    """
+
+    def __init__(
+        self, *fitted: str, optional: tuple[str, ...] = (), cotangent: str = "energy", bias: bool = True
+    ) -> None:
+        super().__init__(*fitted, cotangent=cotangent, bias=bias)
+        self._optional_names = (*_METRIC, *optional)
+        for name in self._optional_names:
+            self.register_buffer(name, None)
+
+    inverse_deviation: Tensor | None
+    class_scale: Tensor | None
+    feature_scale: Tensor | None
+    separable_error: Tensor | None
+    """‖u ⊗ v ∘ (G - Ḡ) - I ∘ (G - Ḡ)‖ relative to ‖I ∘ (G - Ḡ)‖, root mean square over the anchors; None unless nfk-separable."""
+    whitening: Tensor | None
+
+    @property
+    def normalisation(self) -> str:
+        """What was done to the gradients: "none", "nfk" or "nfk-separable"."""
+        if self.inverse_deviation is not None:
+            return "nfk"
+        return "none" if self.class_scale is None else "nfk-separable"
+
+    @property
+    def is_orthonormal(self) -> bool:
+        """Whether the vectors are orthonormal, in the space of the normalised gradients."""
+        return self.whitening is None
+
+    def to_dual(self) -> DualBasis:
+        """The same subspace over anchors, where it keeps them.
+
+        Raises:
+            InputError: it keeps none.
+        """
+        raise InputError(
+            f"{type(self).__name__} keeps no anchor samples, and a dual basis is written over them: fit a DualBasis instead"
+        )
+
+    def to_factored(self, tolerance: float = 0.01) -> FactoredBasis:
+        """The same vectors inside a product of two smaller spaces, see `FactoredBasis`."""
+        raise NotImplementedError
+
+    def metric(self) -> dict[str, Tensor]:
+        """The buffers that say how gradients are measured, those that are there."""
+        return {name: value for name in _METRIC if (value := self._buffers[name]) is not None}
+
+    def set_separable(self, found: Separable) -> None:
+        """Measure gradients scaled by u ⊗ v."""
+        scales = {"class_scale": found.class_scale, "feature_scale": found.feature_scale}
+        self.set_fitted(**scales, separable_error=found.error)
+
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """Scales u [C] and v [D̃] in fp64; [1] and 1 unless nfk-separable."""
+        if self.class_scale is None or self.feature_scale is None:
+            one = torch.ones(1, dtype=torch.float64, device=self._place.device)
+            return one, one
+        return self.class_scale, self.feature_scale
+
+    def scaled(self, a: Tensor, h: Tensor, power: int = 1) -> tuple[Tensor, Tensor]:
+        """u^power ∘ a and v^power ∘ h; v is 1 for the bias."""
+        if self.class_scale is None or self.feature_scale is None:
+            return a, h
+        return a * self.class_scale**power, h * self.feature_scale[: h.shape[1]] ** power
+
+    def _norms(self, p: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """‖g̃‖² and the share of it inside the span of V, [N] each, in fp64."""
+        a, h = reference.cotangent(p.double(), self.cotangent), h.double()
+        along_mean, coordinates = self._inner_products(a, h)
+        if self.whitening is not None:
+            coordinates = coordinates @ self.whitening.double()
+        total = self._square(a, h) - 2 * along_mean + self._mean_square()
+        return total.clamp_min(0), coordinates.square().sum(1)
+
+    def _square(self, a: Tensor, h: Tensor) -> Tensor:
+        """‖I ∘ G‖² [N]."""
+        if self.inverse_deviation is not None:
+            squares = extend(h, self.bias).square()
+            return ((a.square() @ self.inverse_deviation.double().square()) * squares).sum(1)
+        if self.class_scale is not None:
+            a, h = self.scaled(a, h)
+        return a.square().sum(1) * (h.square().sum(1) + self.bias)
+
+    def _metric_mean(self) -> Tensor:
+        """I² ∘ Ḡ [C, D̃] in fp64, so that ⟨G, I² ∘ Ḡ⟩ is the inner product of the normalised."""
+        mean = self.mean.double()
+        if self.inverse_deviation is not None:
+            return mean * self.inverse_deviation.double().square()
+        class_scale, feature_scale = self.scales()
+        return mean * class_scale.square()[:, None] * feature_scale.square()
+
+    def _along_mean(self, a: Tensor, h: Tensor) -> Tensor:
+        return ((a @ self._metric_mean()) * extend(h, self.bias)).sum(1)
+
+    def _mean_square(self) -> Tensor:
+        return (self.mean.double() * self._metric_mean()).sum()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        for name in self._optional_names:
+            value = state_dict.get(prefix + name)
+            self._buffers[name] = None if value is None else torch.empty_like(value, device=self._place.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def whitening_of(gram: Tensor, dtype: torch.dtype) -> Tensor:
+    """[K, r] that maps inner products with K vectors to coordinates along an orthonormal basis of their span.
+
+    Args:
+        gram: [K, K] inner products of the vectors, in fp64.
+        dtype: the precision that the vectors are stored in: directions below its rounding are left out.
+    """
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+    kept = eigenvalues > len(gram) * torch.finfo(dtype).eps * eigenvalues[-1]
+    return eigenvectors[:, kept] / eigenvalues[kept].sqrt()

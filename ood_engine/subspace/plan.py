@@ -1,0 +1,176 @@
+"""The cost model: which form of a subspace projects a batch fastest within a memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+import ood_kernels as ok
+
+from ..errors import InputError
+from .base import Basis
+
+__all__ = ["FORMS", "Cost", "Machine", "Plan", "plan", "plan_of"]
+
+FORMS = ("dual", "explicit", "factored")
+
+
+class Machine(NamedTuple):
+    """What a device does at best: `flops` a second in matrix products of fp32, and `bandwidth` in bytes a second."""
+
+    flops: float
+    bandwidth: float
+
+
+# Orders of magnitude, ours: only their ratio decides, and it matters little where one form needs many times the flops of another.
+MACHINES = {"cpu": Machine(1e11, 1e10), "cuda": Machine(5e13, 2e12)}
+
+_DEFAULT_BUDGET = {"cpu": 4 * 2**30, "cuda": 2 * 2**30}
+
+
+class Cost(NamedTuple):
+    """What one form costs for a batch of `samples`.
+
+    Attributes:
+        form: "dual", "explicit" or "factored".
+        flops: floating point operations of the batch.
+        bytes: of the basis, which are read once a batch.
+        workspace: bytes of the largest intermediate result of a batch.
+        seconds: max(flops / rate, bytes / bandwidth), an estimate for comparing forms, not a prediction.
+        fits: whether basis and workspace stay within the budget.
+    """
+
+    form: str
+    flops: int
+    bytes: int
+    workspace: int
+    seconds: float
+    fits: bool
+
+
+class Plan(NamedTuple):
+    """The forms, cheapest first, and the one that was chosen.
+
+    Attributes:
+        choice: the cheapest form that fits.
+        costs: all forms that are possible, by estimated time.
+        samples: N for which they were compared.
+        budget: bytes that basis and workspace may take.
+        device: "cpu" or "cuda".
+    """
+
+    choice: str
+    costs: tuple[Cost, ...]
+    samples: int
+    budget: int
+    device: str
+
+    def __str__(self) -> str:
+        """One line a form."""
+        lines = [
+            f"{'→' if cost.form == self.choice else ' '} {cost.form:<9} {cost.flops / 1e6:12.1f} MFLOP"
+            f" {cost.bytes / 2**20:10.1f} MiB {cost.workspace / 2**20:8.1f} MiB workspace"
+            f" {cost.seconds * 1e3:10.3f} ms{'' if cost.fits else '  beyond the budget'}"
+            for cost in self.costs
+        ]
+        head = f"a batch of {self.samples} on {self.device}, at most {self.budget / 2**20:.0f} MiB:"
+        return "\n".join([head, *lines])
+
+
+def plan(
+    *,
+    samples: int,
+    anchors: int,
+    classes: int,
+    features: int,
+    components: int,
+    ranks: tuple[int, int] | None = None,
+    device: str | torch.device = "cpu",
+    budget: int | None = None,
+    machine: Machine | None = None,
+    forms: Sequence[str] = FORMS,
+    itemsize: int = 4,
+) -> Plan:
+    """Compare the forms of one PCA subspace.
+
+    dual: 2 N (n (C + D̃ + K) + C K) flops, n (C + D̃ + K) + C K numbers. explicit: 2 N K C D̃ flops, K C D̃ numbers.
+    factored: 2 N (C R + D̃ Q + K R Q) flops, as many numbers.
+
+    Args:
+        samples: N, of a typical batch.
+        anchors: n.
+        classes: C.
+        features: D̃, the features and one for the bias.
+        components: K.
+        ranks: (R, Q) of the factored form; None leaves it out.
+        device: "cpu" or "cuda".
+        budget: bytes for basis and workspace; None takes 4 GiB on a CPU, 2 GiB on a GPU (ours).
+        machine: rates to compare by; None takes rough ones for the device (ours).
+        forms: those to choose from.
+        itemsize: bytes of a number of the basis.
+
+    Raises:
+        InputError: a size below 1, an unknown form, or no form within the budget.
+    """
+    sizes = {"samples": samples, "anchors": anchors, "classes": classes, "features": features, "components": components}
+    for name, value in sizes.items():
+        if value < 1:
+            raise InputError(f"{name}={value!r}: expected a whole number of at least 1")
+    unknown = [form for form in forms if form not in FORMS]
+    if unknown:
+        raise InputError(f"form {unknown[0]!r}: expected one of {', '.join(FORMS)}")
+    kind = "cpu" if torch.device(device).type == "cpu" else "cuda"
+    budget = _DEFAULT_BUDGET[kind] if budget is None else budget
+    rates = machine or MACHINES[kind]
+    numbers = {
+        "dual": anchors * (classes + features + components) + classes * components,
+        "explicit": components * classes * features,
+    }
+    workspace = {"dual": samples * anchors, "explicit": samples * features}
+    if ranks is not None:
+        numbers["factored"] = classes * ranks[0] + features * ranks[1] + components * ranks[0] * ranks[1]
+        workspace["factored"] = samples * ranks[0] * ranks[1]
+    costs = []
+    for form in (form for form in forms if form in numbers):
+        flops, size = 2 * samples * numbers[form], itemsize * numbers[form]
+        seconds = max(flops / rates.flops, size / rates.bandwidth)
+        costs.append(Cost(form, flops, size, 4 * workspace[form], seconds, size + 4 * workspace[form] <= budget))
+    costs.sort(key=lambda cost: (cost.seconds, cost.bytes))
+    fitting = [cost for cost in costs if cost.fits]
+    if not fitting:
+        smallest = min(costs, key=lambda cost: cost.bytes)
+        raise InputError(
+            f"no form of the subspace fits {budget / 2**20:.0f} MiB: the smallest, {smallest.form}, takes"
+            f" {(smallest.bytes + smallest.workspace) / 2**20:.0f} MiB; raise the budget, or take fewer anchors or components"
+        )
+    return Plan(fitting[0].form, tuple(costs), samples, budget, kind)
+
+
+def plan_of(basis: Basis, *, samples: int, budget: int | None = None) -> Plan:
+    """Compare the form of a fitted basis with the others that the same subspace could have, on its device; see `plan`."""
+    tensors = basis.tensors()
+    anchors, ranks, forms = 1, None, ["explicit"]
+    if isinstance(tensors, ok.DualTensors):
+        anchors, classes = tensors.anchor_cotangents.shape
+        width = tensors.anchor_features.shape[1] + basis.bias
+        forms.append("dual")
+    elif isinstance(tensors, ok.FactoredTensors):
+        (classes, rank), (width, other) = tensors.class_factors.shape, tensors.feature_factors.shape
+        ranks = (rank, other)
+        forms.append("factored")
+    else:
+        _, classes, width = tensors.components.shape
+    return plan(
+        samples=samples,
+        anchors=anchors,
+        classes=classes,
+        features=width,
+        components=basis.n_components,
+        ranks=ranks,
+        device=tensors.constants.device,
+        budget=budget,
+        forms=forms,
+        itemsize=tensors.constants.element_size(),
+    )
