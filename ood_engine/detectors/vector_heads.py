@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError
 from ..fitted import FittedModule
 
-__all__ = ["KNearestNeighbours", "LinearProbe", "Mahalanobis"]
+__all__ = ["KNearestNeighbours", "Mahalanobis"]
 
 _BLOCK_ELEMENTS = 4 * 2**20
 
@@ -61,10 +61,14 @@ class Mahalanobis(FittedModule):
 
     Σ is whitened once, in fp64. Directions with less than 1e-6 of the largest variance are given that much, so that fewer
     samples than dimensions still give finite scores (ours).
+
+    Args:
+        normalise: L2-normalise the vectors first, which is Mahalanobis++ (arXiv 2505.18032).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, normalise: bool = False) -> None:
         super().__init__("whitening", "means")
+        self.normalise = normalise
 
     def fit(self, x: Tensor, labels: Tensor) -> None:
         """Estimate from x [m, K] and labels [m].
@@ -76,6 +80,7 @@ class Mahalanobis(FittedModule):
             raise InputError(
                 f"a covariance of {x.shape[0]} samples: expected at least 2 ID samples beside the anchors; fit on more"
             )
+        x = self._prepare(x)
         rounding = torch.finfo(x.dtype).eps * float(x.abs().max())
         x = x.double()
         classes, index = labels.unique(return_inverse=True)
@@ -98,68 +103,9 @@ class Mahalanobis(FittedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N] negative squared distance to the nearest class, computed in fp64."""
-        whitened, means = x.double() @ self.fitted("whitening"), self.fitted("means")
+        whitened, means = self._prepare(x).double() @ self.fitted("whitening"), self.fitted("means")
         squared = whitened.square().sum(1, keepdim=True) - 2 * whitened @ means.T + means.square().sum(1)
         return -squared.amin(1).clamp_min(0)
 
-
-class LinearProbe(FittedModule):
-    """BatchNorm → Linear classifier on vectors, scored by the Energy or MSP of its logits (arXiv 2310.17163).
-
-    Trained as the paper's code does: cross-entropy, SGD with momentum 0.9, weight decay 5e-4, learning rate 0.1, 10 epochs. The
-    batch of 128 is ours. Deterministic by the seed, on any device: it is trained on the CPU.
-
-    Args:
-        score: "energy" or "msp".
-        epochs: passes over the vectors.
-    """
-
-    def __init__(self, score: str = "energy", epochs: int = 10) -> None:
-        super().__init__("weight", "bias")
-        if score not in ("energy", "msp"):
-            raise InputError(f"probe score {score!r}: expected 'energy' or 'msp'")
-        if not isinstance(epochs, int) or epochs < 1:
-            raise InputError(f"epochs={epochs!r}: expected a whole number of at least 1")
-        self.score = score
-        self.epochs = epochs
-
-    def fit(self, x: Tensor, labels: Tensor, classes: int, seed: int = 0) -> None:
-        """Train on x [m, K] with labels [m] in 0 … classes - 1.
-
-        Raises:
-            InputError: fewer than two samples.
-        """
-        if x.shape[0] < 2:
-            raise InputError(
-                f"a probe on {x.shape[0]} samples: expected at least 2 ID samples beside the anchors; fit on more"
-            )
-        x, labels = x.detach().float().cpu(), labels.cpu()
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            # `torch.manual_seed` would seed the generators of all devices, which are not put back.
-            torch.default_generator.manual_seed(seed)
-            norm, linear = nn.BatchNorm1d(x.shape[1]), nn.Linear(x.shape[1], classes)
-            _train(nn.Sequential(norm, linear), x.clone(), labels.clone(), self.epochs)
-        # In evaluation the norm is an affine map, which folds into the linear layer.
-        assert norm.running_var is not None
-        assert norm.running_mean is not None
-        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        weight = linear.weight * scale
-        self.set_fitted(weight=weight, bias=linear.bias + linear.weight @ norm.bias - weight @ norm.running_mean)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N] lse or largest probability of the probe's logits."""
-        weight = self.fitted("weight")
-        logits = F.linear(x.to(weight.dtype), weight, self.fitted("bias"))
-        return logits.logsumexp(1) if self.score == "energy" else logits.softmax(1).amax(1)
-
-
-def _train(probe: nn.Module, x: Tensor, labels: Tensor, epochs: int, batch: int = 128) -> None:
-    optimiser = torch.optim.SGD(probe.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    probe.train()
-    for _ in range(epochs):
-        for index in torch.randperm(x.shape[0]).split(batch):
-            if len(index) == 1:  # a batch norm cannot be trained on one sample
-                continue
-            optimiser.zero_grad()
-            F.cross_entropy(probe(x[index]), labels[index]).backward()
-            optimiser.step()
+    def _prepare(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1) if self.normalise else x

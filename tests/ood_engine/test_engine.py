@@ -21,6 +21,8 @@ from ood_engine.scores import Scores
 
 PUBLISHED = {
     *(
+        "exgrad",
+        "gradnorm",
         "nap",
         "nap_energy",
         "nap_msp",
@@ -35,7 +37,19 @@ PUBLISHED = {
     ),
     *(
         f"low_dim_gradient_{head}"
-        for head in ("probe_energy", "probe_msp", "knn", "mahalanobis", "residual", "ensemble")
+        for head in (
+            "probe_energy",
+            "probe_msp",
+            "probe_react",
+            "probe_bats",
+            "knn",
+            "mahalanobis",
+            "mahalanobis_pp",
+            "residual",
+            "vim",
+            "projected_norm",
+            "ensemble",
+        )
     ),
 }
 

@@ -11,11 +11,23 @@ from sklearn.neighbors import NearestNeighbors
 
 import ood_engine as oe
 from ood_engine.detectors import create_detector
-from ood_engine.detectors.vector_heads import KNearestNeighbours, LinearProbe, Mahalanobis
+from ood_engine.detectors.linear_probe import LinearProbe
+from ood_engine.detectors.vector_heads import KNearestNeighbours, Mahalanobis
 from ood_engine.errors import InputError, OodEngineWarning
 from ood_engine.fitting import FitData
 
-HEADS = ("probe_energy", "probe_msp", "knn", "mahalanobis", "residual")
+HEADS = (
+    "probe_energy",
+    "probe_msp",
+    "probe_react",
+    "probe_bats",
+    "knn",
+    "mahalanobis",
+    "mahalanobis_pp",
+    "residual",
+    "vim",
+    "projected_norm",
+)
 
 
 def vectors(count: int, width: int = 4, seed: int = 0) -> torch.Tensor:
@@ -69,10 +81,10 @@ def test_mahalanobis_asks_for_samples_that_differ_within_a_class(x):
 
 def test_probe_is_the_trained_network_in_evaluation(monkeypatch):
     caught = {}
-    from ood_engine.detectors import vector_heads
+    from ood_engine.detectors import linear_probe
 
-    original = vector_heads._train
-    monkeypatch.setattr(vector_heads, "_train", lambda probe, *a: caught.update(probe=probe) or original(probe, *a))
+    original = linear_probe._train
+    monkeypatch.setattr(linear_probe, "_train", lambda probe, *a: caught.update(probe=probe) or original(probe, *a))
     x, labels = vectors(300), torch.arange(300) % 3
     x[torch.arange(300), labels] += 3
     for score in ("energy", "msp"):
@@ -121,7 +133,7 @@ def test_heads_keep_bad_values_in_their_row(make, bad):
     assert torch.equal(found[[0, 1, 3, 4]], sound[[0, 1, 3, 4]])
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", [head for head in HEADS if head not in ("vim", "projected_norm")])
 def test_scores_are_the_heads_on_the_coordinates(head, engine, test_images):
     name = f"low_dim_gradient_{head}"
     detector = engine.detectors[name]
@@ -145,7 +157,8 @@ def test_default_is_mahalanobis(engine, test_images):
     assert torch.equal(scores["low_dim_gradient"], scores["low_dim_gradient_mahalanobis"])
 
 
-def test_anchors_are_not_what_the_heads_are_fitted_on(engine):
+def test_anchors_are_not_what_the_heads_are_fitted_on(make_engine):
+    engine = make_engine(("low_dim_gradient_knn",), settings={"low_dim_gradient_knn": {"basis": "dual"}})
     detector = engine.detectors["low_dim_gradient_knn"]
     data = FitData(engine.cache, engine.head)
     anchors, others = data.split(4096)
@@ -166,7 +179,7 @@ def test_ensemble_adds_the_forward_side(head, make_engine, test_images, monkeypa
     engine = make_engine(("low_dim_gradient", "energy", "msp"), settings={"low_dim_gradient": {"head": head, "a": 0.5}})
     detector = engine.detectors["low_dim_gradient"]
     scores = engine.score(test_images)
-    signals = engine.signals(engine.run(test_images).feature_map, None)
+    signals = engine.signals(None, engine.run(test_images).head_input)
     low = detector.low(detector.basis.project(signals.probabilities, signals.features))
     if head.startswith("probe"):
         forward = scores["energy" if head == "probe_energy" else "msp"]
@@ -222,7 +235,15 @@ def test_labels_are_used(make_engine, model, id_batches):
 def test_components_cotangent_and_anchors_are_settings(make_engine):
     engine = make_engine(
         ("low_dim_gradient_knn",),
-        settings={"low_dim_gradient_knn": {"n_components": 3, "cotangent": "uniform", "max_anchors": 50, "k": 4}},
+        settings={
+            "low_dim_gradient_knn": {
+                "n_components": 3,
+                "cotangent": "uniform",
+                "max_anchors": 50,
+                "k": 4,
+                "basis": "dual",
+            }
+        },
     )
     detector = engine.detectors["low_dim_gradient_knn"]
     assert detector.basis.n_components == 3
@@ -235,7 +256,7 @@ def test_components_cotangent_and_anchors_are_settings(make_engine):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"head": "svm"}, r"head='svm': expected one of probe_energy, probe_msp, knn, mahalanobis, residual"),
+        ({"head": "svm"}, r"head='svm': expected one of " + ", ".join(HEADS)),
         ({"n_components": 1.5}, r"n_components=1.5: expected a whole number of at least 1, or a share in \(0, 1\)"),
         ({"n_components": 0}, r"n_components=0: expected a whole number"),
         ({"max_anchors": 1}, r"max_anchors=1: expected a whole number of at least 2"),
@@ -246,8 +267,136 @@ def test_components_cotangent_and_anchors_are_settings(make_engine):
         ({"a": -1}, r"a=-1: expected a finite weight of at least 0"),
         ({"a": float("nan")}, r"a=nan: expected a finite weight"),
         ({"a": 1, "head": "residual"}, r"a=1 with the residual head: it has no forward side"),
+        ({"a": 1, "head": "vim"}, r"a=1 with the vim head: it has no forward side"),
+        ({"head": "probe_react", "react_from": -1}, r"react_from=-1, react_quantile=0.9: expected a dimension"),
+        ({"head": "probe_msp", "validation_share": 1.0}, r"validation_share=1.0: expected a fraction in \[0, 1\)"),
     ],
 )
 def test_settings_are_checked_before_anything_is_run(settings, message):
+    with pytest.raises(InputError, match=message):
+        create_detector("low_dim_gradient", **settings)
+
+
+def test_react_clips_late_dimensions_at_a_training_quantile():
+    x, labels = vectors(300), torch.arange(300) % 3
+    plain, react = LinearProbe(), LinearProbe(clamp="react", react_from=2, react_quantile=0.9)
+    plain.fit(x, labels, 3)
+    react.fit(x, labels, 3)
+    assert torch.equal(
+        plain.fitted("weight"), react.fitted("weight")
+    )  # the probe is trained on the vectors as they are
+    threshold = x[:, 2:].flatten().quantile(0.9)
+    assert abs(float(react.fitted("upper")[-1] - threshold)) < 0.02
+    clipped = vectors(20, seed=1)
+    clipped[:, 2:] = clipped[:, 2:].clamp_max(react.fitted("upper")[-1])
+    assert torch.equal(react(vectors(20, seed=1)), plain(clipped))
+    assert not torch.equal(react(10 * vectors(20, seed=1)), plain(10 * vectors(20, seed=1)))
+
+
+def test_bats_clamps_to_what_the_batch_norm_has_seen():
+    x, labels = vectors(300) * 2 + 1, torch.arange(300) % 3
+    head = LinearProbe(clamp="bats", bats_width=1.5, epochs=30)
+    head.fit(x, labels, 3)
+    assert torch.allclose(head.fitted("upper"), x.mean(0) + 1.5 * x.std(0), rtol=0.1, atol=0.2)
+    assert torch.allclose(head.fitted("lower"), x.mean(0) - 1.5 * x.std(0), rtol=0.1, atol=0.2)
+    far = torch.full((1, x.shape[1]), 1e6)
+    assert torch.equal(head(far), head(far * 10))
+
+
+def test_early_stopping_keeps_the_best_epoch_and_reports_the_held_out_accuracy():
+    x, labels = vectors(200), torch.arange(200) % 2
+    x[:, 0] += 4 * labels
+    head = LinearProbe(epochs=50, validation_share=0.25)
+    head.fit(x, labels, 2)
+    assert float(head.fitted("accuracy")) > 0.9
+    noise = LinearProbe(epochs=50, validation_share=0.25)
+    noise.fit(vectors(200, seed=3), labels, 2)
+    assert float(noise.fitted("accuracy")) < 0.8
+    again = LinearProbe(epochs=50, validation_share=0.25)
+    again.fit(vectors(200, seed=3), labels, 2)
+    assert torch.equal(noise.fitted("weight"), again.fitted("weight"))
+
+
+def test_mahalanobis_pp_sees_directions_alone():
+    head = Mahalanobis(normalise=True)
+    head.fit(vectors(60), torch.arange(60) % 2)
+    x = vectors(5, seed=1)
+    assert torch.allclose(head(x), head(7 * x), rtol=1e-4)
+    plain = Mahalanobis()
+    plain.fit(F.normalize(vectors(60), dim=1), torch.arange(60) % 2)
+    assert torch.equal(head(x), plain(F.normalize(x, dim=1)))
+
+
+def test_vim_is_energy_less_the_scaled_residual(make_engine, test_images):
+    engine = make_engine(("low_dim_gradient_vim", "low_dim_gradient_residual", "energy"))
+    scores = engine.score(test_images)
+    alpha = engine.detectors["low_dim_gradient_vim"].fitted("alpha")
+    expected = scores["energy"].double() + alpha * scores["low_dim_gradient_residual"].double()
+    assert torch.allclose(scores["low_dim_gradient_vim"], expected.float(), rtol=1e-5)
+    data = FitData(engine.cache, engine.head)
+    _, others = data.split(4096)
+    signals = next(data.signals(others))
+    logits = F.linear(signals.features, engine.head.weight, engine.head.bias).amax(1)
+    residual = engine.detectors["low_dim_gradient_residual"].basis.residual_norm(
+        signals.probabilities, signals.features
+    )
+    assert abs(float(alpha) - float(logits.sum() / residual.sum())) < 1e-4 * float(alpha)
+
+
+def test_projected_norm_is_the_length_of_the_coordinates(make_engine, test_images):
+    engine = make_engine(("low_dim_gradient_projected_norm",))
+    signals = engine.signals(None, engine.run(test_images).head_input)
+    expected = signals.coordinates(engine.detectors["low_dim_gradient_projected_norm"].basis).norm(dim=1)
+    assert torch.allclose(engine.score(test_images)["low_dim_gradient_projected_norm"], expected)
+
+
+FORMS = {
+    "dual": ("none", "nfk-separable"),
+    "explicit": ("none", "nfk", "nfk-separable"),
+    "factored": ("none", "nfk-separable"),
+    "class_average": ("none", "nfk", "nfk-separable"),
+}
+
+
+@pytest.mark.parametrize(("form", "normalisation"), [(form, kind) for form, kinds in FORMS.items() for kind in kinds])
+def test_every_basis_scores_and_survives_the_state_file(form, normalisation, make_engine, model, test_images, tmp_path):
+    options = {"basis": form, "normalisation": normalisation}
+    engine = make_engine(("low_dim_gradient",), settings={"low_dim_gradient": options})
+    scores = engine.score(test_images)["low_dim_gradient"]
+    assert scores.isfinite().all()
+    engine.save(tmp_path / "state.safetensors")
+    loaded = oe.Engine.load(tmp_path / "state.safetensors", model)
+    assert torch.equal(loaded.score(test_images)["low_dim_gradient"], scores)
+    assert type(loaded.detectors["low_dim_gradient"].basis) is type(engine.detectors["low_dim_gradient"].basis)
+
+
+def test_the_cheaper_form_is_chosen_and_scores_alike(make_engine, test_images):
+    made = {
+        form: make_engine(("low_dim_gradient",), settings={"low_dim_gradient": {"basis": form}})
+        for form in ("auto", "dual", "explicit")
+    }
+    basis = made["auto"].detectors["low_dim_gradient"].basis
+    assert type(basis).__name__ == "ExplicitBasis"
+    assert basis.plan().choice == "explicit"
+    assert made["dual"].detectors["low_dim_gradient"].basis.plan().choice == "explicit"
+    scores = [engine.score(test_images)["low_dim_gradient"] for engine in made.values()]
+    for score in scores[1:]:
+        assert (score - scores[0]).abs().max() < 1e-3 * scores[0].abs().max()
+
+
+def test_a_class_average_needs_no_number_of_components(make_engine):
+    engine = make_engine(("low_dim_gradient",), settings={"low_dim_gradient": {"basis": "class_average"}})
+    assert engine.detectors["low_dim_gradient"].basis.n_components == engine.head.weight.shape[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"basis": "pca"}, "basis='pca': expected one of auto, dual, explicit, factored, class_average"),
+        ({"normalisation": "nfk"}, "normalisation='nfk' with basis='auto': expected one of none, nfk-separable"),
+        ({"basis": "dual", "normalisation": "x"}, "normalisation='x' with basis='dual': expected one of none, nfk-sep"),
+    ],
+)
+def test_basis_and_normalisation_are_checked(settings, message):
     with pytest.raises(InputError, match=message):
         create_detector("low_dim_gradient", **settings)
