@@ -9,12 +9,14 @@ from . import detectors, metrics, subspace
 from .detectors import available_detectors
 from .engine import Engine
 from .errors import OodEngineError, OodEngineWarning
+from .explaining import Explanation, explain
 from .runtime import Runtime
 from .scores import Scores
 from .version import __version__
 
 __all__ = [
     "Engine",
+    "Explanation",
     "OodEngineError",
     "OodEngineWarning",
     "Runtime",
@@ -22,6 +24,7 @@ __all__ = [
     "__version__",
     "available_detectors",
     "detectors",
+    "explain",
     "metrics",
     "subspace",
 ]
