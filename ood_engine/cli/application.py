@@ -17,6 +17,7 @@ from ..version import __version__
 from .common import Interrupted
 from .demo import demo
 from .evaluate import evaluate
+from .explain import explain
 from .fit import fit
 from .inspect import inspect
 from .score import score
@@ -43,7 +44,7 @@ def application(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (demo, fit, score, evaluate, inspect):
+for command in (demo, fit, score, evaluate, explain, inspect):
     application.add_command(command)
 
 

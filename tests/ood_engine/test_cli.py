@@ -510,3 +510,29 @@ def test_as_a_module_it_is_the_same_program(place):
     assert result.returncode == 2
     assert "no such state file" in result.stderr
     assert isinstance(application, click.Group)
+
+
+# explain
+
+
+def test_explain_gives_contributions_and_a_picture(place, call, tmp_path):
+    state = str(tmp_path / "state.safetensors")
+    assert call(place.fit("--detectors", "low_dim_gradient", "--output", state))[0] == 0
+    use = ["explain", "--state", state, *place.model, "--data", place["test.npz"]]
+    picture = tmp_path / "why.png"
+    code, out, _ = call([*use, "--image", "3", "--output", str(picture), "--json"])
+    assert code == 0
+    document = json.loads(out)
+    assert document["image"].endswith("[3]")
+    assert len(document["classes"]) == 8
+    total = sum(row["contribution"] for row in document["classes"]) + document["offset"]
+    assert total == pytest.approx(document["score"], rel=1e-6)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    code, out, _ = call([*use, "--image", document["image"], "--top", "2"])
+    assert code == 0
+    assert "predicted class" in out
+    refused(call, [*use, "--image", "999"], "--image '999'", "expected a name in --data", "or a number below 60")
+    refused(call, [*use, "--image", "3", "--output", str(tmp_path / "why.txt")], "expected a name that ends in .png")
+    refused(
+        call, [*use, "--image", "3", "--detector", "energy"], "explain 'energy'", "expected a low-dimensional-gradient"
+    )

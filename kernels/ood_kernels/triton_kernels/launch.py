@@ -100,11 +100,13 @@ def arguments_for(backend: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """A launch's arguments as the backend, "cuda" or "hip", takes them.
 
     AMD's matrix cores multiply fp32 itself, so nothing there splits it in tf32 parts, and its compiler takes no limit of
-    registers; its warps have 64 threads, so a tile made for a number of threads, each with VEC elements, takes half as many.
+    registers; its warps have 64 threads, so a tile made for a number of threads, each with VEC elements, takes half as many, as
+    do the small tiles of "tf32x3".
     The fusion of products and sums is asked for because its default differs between versions of Triton.
     """
     if backend == "hip":
-        exact = {"PRECISION": "ieee"} if arguments.get("PRECISION") == "tf32x3" else {}
+        is_split = arguments.get("PRECISION") == "tf32x3"
+        exact = {"PRECISION": "ieee", "num_warps": min(4, arguments["num_warps"])} if is_split else {}
         arguments = {name: value for name, value in (arguments | exact).items() if name != "maxnreg"}
         if "VEC" in arguments:
             arguments["num_warps"] = max(1, arguments["num_warps"] // 2)

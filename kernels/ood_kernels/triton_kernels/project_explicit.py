@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .combine import combine, samples_at_once
 from .device import matmul, multiple, rounded
 from .launch import choose, launch
-from .project_dual import combine, cotangent_tile, matrix_tile, samples_at_once
 from .softmax import row_argmax, row_softmax
+from .tiles import cotangent_tile, matrix_tile
 
 __all__ = ["ExplicitPlan", "add_class", "explicit_plan", "explicit_program", "project_explicit", "row_statistics"]
 

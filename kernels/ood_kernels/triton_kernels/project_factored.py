@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .combine import combine, samples_at_once
 from .device import matmul, multiple, rounded
 from .launch import choose, launch
-from .project_dual import combine, cotangent_tile, matrix_tile, samples_at_once
 from .project_explicit import add_class, is_far, row_statistics, row_unit, store_partial
+from .tiles import cotangent_tile, matrix_tile
 
 __all__ = [
     "FactoredPlan",

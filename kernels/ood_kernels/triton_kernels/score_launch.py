@@ -161,7 +161,7 @@ def _small_projection(projection: Projection, own: ScoreOutputs, partial: Tensor
     if projection.kind != "dual":
         arguments["component_tiles"] = projection.component_tiles
     if projection.kind == "factored":
-        arguments |= {"reduced_ptr": reduced, "FACTOR_N": _SMALL_ROWS}
+        arguments |= {"reduced_ptr": reduced, "FACTOR_N": _SMALL_ROWS, "FACTOR_D": 32}
     return arguments | {
         "partial_ptr": partial,
         "constants_ptr": projection.constants,
@@ -285,13 +285,11 @@ def _project(
     programs = triton.cdiv(samples, arguments["BLOCK_N"]) * projection.component_tiles * projection.programs
     programs += triton.cdiv(samples, final["FINAL_N"]) * triton.cdiv(classes, final["FINAL_C"])
     programs += triton.cdiv(samples, down) * triton.cdiv(projection.components, across)
-    if projection.kind == "factored":
-        extra = {"reduced_ptr": reduced, "channels": own.h.shape[1]}
-        if arguments["PRECISION"] == "ieee":
-            # Else NVIDIA's compiler spills a few at 72, for one more program on a multiprocessor.
-            extra["maxnreg"] = 128
-    else:
-        extra = {"h_ptr": own.h}
+    is_factored = projection.kind == "factored"
+    extra: dict[str, Any] = {"reduced_ptr": reduced, "channels": own.h.shape[1]} if is_factored else {"h_ptr": own.h}
+    if arguments["PRECISION"] == "ieee" or projection.kind == "dual":
+        # Else NVIDIA's compiler spills a few registers for one more program on a multiprocessor.
+        extra["maxnreg"] = 128 if arguments["PRECISION"] == "ieee" else 2048 // max(8, arguments["num_warps"]) - 1
     launch(
         _LARGE[projection.kind],
         (programs,),

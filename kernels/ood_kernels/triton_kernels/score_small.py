@@ -10,9 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .combine import combine_program
 from .device import greatest, maximum
+from .dual_kernels import dual_program
 from .masked_energy import head_program
-from .project_dual import combine_program, dual_program
 from .project_explicit import explicit_program
 from .project_factored import factored_program, product_program
 from .softmax import finalise_program

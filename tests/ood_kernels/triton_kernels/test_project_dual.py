@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ood_kernels import reference
-from ood_kernels.triton_kernels import project_dual as family
+from ood_kernels.triton_kernels import combine
 from ood_kernels.triton_kernels.launch import PRECISIONS, forced, record
 from ood_kernels.triton_kernels.project_dual import dual_plan, project_dual
 
@@ -200,7 +200,7 @@ def test_a_small_workspace_changes_the_pieces_and_not_the_numbers(
 ):
     inputs = make(device, 40, 140, 5, 9, 6, shifted=True)
     # Room for two blocks of anchors of one tile of 16 samples, so that 5 blocks make splits of 3 and the batch 3 parts.
-    monkeypatch.setattr(family, "_WORKSPACE_BYTES", 2 * 4 * 16 * 6)
+    monkeypatch.setattr(combine, "WORKSPACE_BYTES", 2 * 4 * 16 * 6)
     with forced({"project_dual": {"VARIANT": variant}}), record() as launches:
         ours = project_dual(*inputs)
     assert len(launches) == 3 * (2 if variant == "fused" else 3)

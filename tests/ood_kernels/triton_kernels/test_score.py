@@ -28,7 +28,6 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="counts loads
 
 LIMITS = {"small": 2**30, "large": 0}
 BASES = ("none", "dual", "shifted", "explicit", "factored")
-SHARED = {"dual": "dual", "shifted": "dual", "explicit": "explicit", "factored": "factored"}
 META = torch.device("meta")
 
 
@@ -236,16 +235,16 @@ def test_a_denominator_that_is_not_positive_is_nan(make, plan):
 )
 def test_a_sample_is_bitwise_the_same_in_any_batch(make, plan, form, precision):
     # More than a tile where the interpreter is quick enough.
-    samples = 6 if plan == "small" or precision == "bf16" else 18
+    samples = 6 if plan == "small" or precision == "bf16" or form == "explicit" else 18
     feature_map, head, basis = make(samples, channels=20, form=form, classes=3, side=2)
     together = run(plan, feature_map, head, basis, precision=precision)
-    for value, again in zip(together, run(plan, feature_map, head, basis, precision=precision), strict=True):
-        assert torch.equal(value, again)
     last = run(plan, feature_map[-1:], head, basis, precision=precision)
-    turned = run(plan, feature_map.flip(0)[:5].contiguous(), head, basis, precision=precision)
-    for value, alone, other in zip(together, last, turned, strict=True):
+    twice = run(plan, feature_map[-1:], head, basis, precision=precision)
+    turned = run(plan, feature_map.flip(0)[:2].contiguous(), head, basis, precision=precision)
+    for value, alone, other, again in zip(together, last, turned, twice, strict=True):
         assert torch.equal(value[-1:], alone)
-        assert torch.equal(value.flip(0)[:5], other)
+        assert torch.equal(alone, again)
+        assert torch.equal(value.flip(0)[:2], other)
 
 
 def test_the_map_of_another_sample_may_be_anywhere(make, plan):
@@ -257,10 +256,10 @@ def test_the_map_of_another_sample_may_be_anywhere(make, plan):
         assert torch.equal(value, right)
 
 
-PARTS = {"dual": project_dual, "shifted": project_dual, "explicit": project_explicit, "factored": project_factored}
+PARTS = {"shifted": project_dual, "explicit": project_explicit, "factored": project_factored}
 
 
-@pytest.mark.parametrize("form", PARTS)
+@pytest.mark.parametrize("form", ["shifted", "explicit", "factored"])
 def test_is_the_composition_of_its_parts(make, form):
     # Several tiles of samples and of components.
     feature_map, head, basis = make(18, channels=20, classes=2, side=2, form=form, components=40)

@@ -1,0 +1,133 @@
+"""`ood-engine explain`: which classes, channels and places made one image's gradient unusual."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ..data import open_dataset
+from ..errors import InputError
+from ..explaining import Explanation
+from ..explaining import explain as explain_image
+from ..preprocess import Preprocess
+from ..report.explanation import explanation_png, largest
+from ..report.files import write_atomically
+from .common import (
+    check_output,
+    device_option,
+    echo_json,
+    image_options,
+    json_option,
+    load_engine,
+    model_options,
+    state_option,
+)
+
+__all__ = ["explain"]
+
+
+@click.command(short_help="Show why one image's gradient is unusual.")
+@state_option
+@model_options
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Images: a folder, .npy or .npz.")
+@click.option("--image", required=True, help="Its name in the data, as `score` writes it, or its number.")
+@click.option("--detector", default="low_dim_gradient", help="A low-dimensional-gradient detector of the state.")
+@click.option("--output", type=click.Path(path_type=Path), help="Picture to write: .png.")
+@click.option("--top", default=10, type=click.IntRange(1), help="Classes and channels to show.")
+@image_options
+@device_option
+@json_option
+def explain(
+    state: Path,
+    model: str,
+    weights: Path | None,
+    data: Path,
+    image: str,
+    detector: str,
+    output: Path | None,
+    top: int,
+    device: torch.device,
+    as_json: bool,
+    **image_fields: Any,
+) -> None:
+    """Explain one image's score by contributions that add up to it: of classes, of channels, and of places in the image.
+
+    \b
+    Examples:
+      ood-engine explain --state state.safetensors --model net.py:make --weights net.pt \\
+          --data photos/ --image cat.png --output why.png
+    """
+    if output is not None:
+        check_output(output)
+        if output.suffix.lower() != ".png":
+            raise InputError(f"{output}: expected a name that ends in .png for --output")
+    engine, _, preprocess = load_engine(state, model, weights, device, image_fields)
+    dataset = open_dataset(data, preprocess)
+    sample = dataset[_index(dataset.names, image)]
+    if sample.image is None:
+        raise InputError(f"{sample.name}: {sample.error}")
+    explanation = explain_image(engine, sample.image, detector)
+    if output is not None:
+        write_atomically(output, explanation_png(_visible(sample.image, preprocess), explanation, count=top))
+    document = {"image": sample.name, **_document(explanation, top), "picture": None if output is None else str(output)}
+    if as_json:
+        echo_json(document)
+    else:
+        _print(document)
+
+
+def _index(names: list[str], image: str) -> int:
+    if image in names:
+        return names.index(image)
+    if image.isdigit() and int(image) < len(names):
+        return int(image)
+    raise InputError(
+        f"--image {image!r}: expected a name in --data (such as {names[0]!r}) or a number below {len(names)}"
+    )
+
+
+def _visible(image: Tensor, preprocess: Preprocess) -> Tensor:
+    """The preprocessed image with its normalisation undone."""
+    mean, std = (torch.tensor(value).reshape(-1, 1, 1) for value in (preprocess.mean, preprocess.std))
+    pixels = image * std + mean
+    return pixels if pixels.shape[0] in (1, 3) else pixels.mean(0, keepdim=True)
+
+
+def _document(explanation: Explanation, top: int) -> dict[str, Any]:
+    return {
+        "detector": explanation.detector,
+        "score": explanation.score,
+        "offset": explanation.offset,
+        "bias": explanation.bias,
+        "predicted": explanation.predicted,
+        "classes": [{"class": index, "contribution": value} for index, value in largest(explanation.classes, top)],
+        "channels": [{"channel": index, "contribution": value} for index, value in largest(explanation.channels, top)],
+        "places": None if explanation.places is None else explanation.places.tolist(),
+    }
+
+
+def _print(document: dict[str, Any]) -> None:
+    console = Console()
+    console.print(
+        f"{document['image']}: {document['detector']} {document['score']:.5g} (predicted class {document['predicted']};"
+        f" {document['offset']:.5g} belongs to no part of the image)",
+        highlight=False,
+        markup=False,
+    )
+    table = Table("class", "contribution", "channel", "contribution")
+    rows = max(len(document["classes"]), len(document["channels"]))
+    for position in range(rows):
+        cells = []
+        for part, key in (("classes", "class"), ("channels", "channel")):
+            here = document[part][position] if position < len(document[part]) else None
+            cells += ["", ""] if here is None else [str(here[key]), f"{here['contribution']:.4g}"]
+        table.add_row(*cells)
+    console.print(table)
+    if document["picture"] is not None:
+        console.print(f"wrote {document['picture']}", highlight=False, markup=False)
