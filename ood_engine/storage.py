@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT", "head_digests", "load", "read_header", "save"]
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "ood_engine"
 _DIGEST_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -25,6 +25,7 @@ from .common import (
     model_options,
     state_option,
 )
+from .sweep import check_sweep, run_sweep, sweep_options
 
 __all__ = ["evaluate"]
 
@@ -57,6 +58,7 @@ ID_NAME = "in-distribution"
     help="Folder for evaluation.json, report.html and pictures.",
 )
 @click.option("--title", default="Out-of-distribution detection", help="Heading of the report.")
+@sweep_options
 @image_options
 @batch_size_option
 @device_option
@@ -69,6 +71,13 @@ def evaluate(
     ood_paths: tuple[str, ...],
     output: Path,
     title: str,
+    is_sweep: bool,
+    fit_path: Path | None,
+    bases: tuple[str, ...] | None,
+    components: tuple[int, ...] | None,
+    heads: tuple[str, ...] | None,
+    normalisations: tuple[str, ...] | None,
+    basis_limit: int | None,
     batch_size: int,
     device: torch.device,
     as_json: bool,
@@ -79,17 +88,45 @@ def evaluate(
     Prints AUROC and FPR95, and writes evaluation.json, report.html (self-contained), histograms.png and roc.png. The ID images
     should be ones that neither `fit` nor its calibration has seen.
 
+    With --sweep it fits low_dim_gradient to the images of --fit with every basis, number of components and head instead, and
+    writes sweep.csv, sweep.json, and AUROC against components and cost as sweep_components.png and sweep_cost.png.
+
     \b
-    Example:
+    Examples:
       ood-engine evaluate --state state.safetensors --model net.py:make --weights net.pt \\
           --id test/ --ood textures=dtd/ --ood noise=noise.npy --output report/
+      ood-engine evaluate ... --sweep --fit train/ --components 8,32,128 --heads knn,vim
     """
+    sweep_settings = {
+        "bases": bases,
+        "components": components,
+        "heads": heads,
+        "normalisations": normalisations,
+        "basis_limit": basis_limit,
+    }
+    check_sweep(is_sweep, fit_path, sweep_settings)
     places = _places(ood_paths)
     check_output(output, folder=True)
     engine, _, preprocess = load_engine(state, model, weights, device, image_fields)
     id_data = open_dataset(id_path, preprocess)
     ood_data = {name: open_dataset(path, preprocess) for name, path in places.items()}
-    _number_classes(id_data, engine.information.get("class_names"), engine.head.weight.shape[0])
+    class_names, classes = engine.information.get("class_names"), engine.head.weight.shape[0]
+    if fit_path is not None:
+        fit_data = open_dataset(fit_path, preprocess)
+        _number_classes(fit_data, class_names, classes, "no labels to fit on")
+        run_sweep(
+            engine,
+            fit_data,
+            id_data,
+            ood_data,
+            output,
+            sweep_settings,
+            batch_size=batch_size,
+            as_json=as_json,
+            id_name=ID_NAME,
+        )
+        return
+    _number_classes(id_data, class_names, classes, "no accuracy")
     evaluation, results = evaluate_sets(
         engine,
         id_data,
@@ -124,7 +161,7 @@ def _places(entries: tuple[str, ...]) -> dict[str, Path]:
     return places
 
 
-def _number_classes(id_data: ImageDataset, fitted: list[str] | None, classes: int) -> None:
+def _number_classes(id_data: ImageDataset, fitted: list[str] | None, classes: int, lost: str) -> None:
     """Number the labels as the model's classes are, or leave them out where that is not known."""
     if id_data.labels is None:
         return
@@ -141,5 +178,5 @@ def _number_classes(id_data: ImageDataset, fitted: list[str] | None, classes: in
         return
     else:
         problem = f"labels reach from {int(id_data.labels.min())} to {int(id_data.labels.max())}, the model has {classes} classes"
-    click.echo(f"warning: no accuracy: {problem}", err=True)
+    click.echo(f"warning: {lost}: {problem}", err=True)
     id_data.labels = None

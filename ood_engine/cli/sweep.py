@@ -1,0 +1,147 @@
+"""`ood-engine evaluate --sweep`: bases × components × heads from features that are extracted once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ..data import ImageDataset
+from ..detectors.low_dim_gradient import HEADS
+from ..engine import Engine
+from ..errors import OodEngineError
+from ..report.sweep import print_sweep, write_sweep_figures, write_sweep_json, write_sweep_table
+from ..subspace import BASES
+from ..sweeping import COMPONENTS, NORMALISATIONS, sweep
+from .common import Interrupted, echo_json, echo_skipped
+
+__all__ = ["check_sweep", "run_sweep", "sweep_options"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _Names(click.ParamType):
+    name = "names"
+
+    def __init__(self, known: tuple[str, ...]) -> None:
+        self.known = known
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        names = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+        unknown = [name for name in names if name not in self.known]
+        if unknown:
+            self.fail(f"{unknown[0]!r} is not known: expected some of {', '.join(self.known)}, with commas", param, ctx)
+        return tuple(names)
+
+
+class _Counts(click.ParamType):
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isdecimal() and int(part) > 0 for part in parts):
+            self.fail(f"{value!r}: expected whole numbers of at least 1 with commas, such as 8,32,128", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
+_OPTIONS = (
+    click.option("--sweep", "is_sweep", is_flag=True, help="Compare bases x K x heads of low_dim_gradient instead."),
+    click.option(
+        "--fit", "fit_path", metavar="DATA", type=click.Path(path_type=Path), help="ID images a sweep fits on."
+    ),
+    click.option("--bases", metavar="NAMES", type=_Names(tuple(BASES)), help=f"Of a sweep.  [{','.join(BASES)}]"),
+    click.option(
+        "--components",
+        metavar="NUMBERS",
+        type=_Counts(),
+        help=f"K of a sweep.  [{','.join(map(str, COMPONENTS))} as far as the data allow]",
+    ),
+    click.option("--heads", metavar="NAMES", type=_Names(HEADS), help="Of a sweep, such as knn,vim.  [all]"),
+    click.option("--normalisations", metavar="NAMES", type=_Names(NORMALISATIONS), help="Of a sweep.  [none]"),
+    click.option("--basis-limit", type=click.IntRange(1), help="MiB of the largest basis of a sweep.  [2048]"),
+)
+
+
+def sweep_options(command: Command) -> Command:
+    """Add the options of a sweep to a command."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def check_sweep(is_sweep: bool, fit_path: Path | None, options: Mapping[str, Any]) -> None:
+    """Refuse a sweep without fit images, and options of a sweep without one."""
+    if is_sweep and fit_path is None:
+        raise click.UsageError("--sweep needs ID images to fit on, which a state file does not hold: give --fit DATA.")
+    given = [name for name, value in {"fit": fit_path, **options}.items() if value is not None]
+    if given and not is_sweep:
+        raise click.UsageError(
+            f"--{given[0].replace('_', '-')} belongs to a sweep: give --sweep as well, or leave it out."
+        )
+
+
+def run_sweep(
+    engine: Engine,
+    fit_data: ImageDataset,
+    id_data: ImageDataset,
+    ood_data: Mapping[str, ImageDataset],
+    output: Path,
+    options: Mapping[str, Any],
+    *,
+    batch_size: int,
+    as_json: bool,
+    id_name: str,
+) -> None:
+    """Run the model once over every set, sweep over the features, and write the files; sweep.json grows as rows come."""
+    path = output / "sweep.json"
+    kept = 0
+    try:
+        skipped, caches = {}, []
+        for name, data in {"fit": fit_data, id_name: id_data, **ood_data}.items():
+            loader = data.loader(batch_size)
+            caches.append(engine.extract(loader, f"{name} features", progress=True))
+            skipped[name] = echo_skipped(loader.skipped, name)
+        fit_cache, id_cache, *ood_caches = caches
+        facts = {
+            "fit_samples": len(fit_cache),
+            "id_samples": len(id_cache),
+            "ood_samples": {name: len(cache) for name, cache in zip(ood_data, ood_caches, strict=True)},
+        }
+
+        def keep(rows: list[dict[str, Any]]) -> None:
+            nonlocal kept
+            write_sweep_json(rows, facts, path, complete=False)
+            kept = len(rows)
+
+        chosen = {name: value for name, value in options.items() if value is not None}
+        limit = chosen.pop("basis_limit", 2048)
+        rows = sweep(
+            engine.head,
+            fit_cache,
+            id_cache,
+            dict(zip(ood_data, ood_caches, strict=True)),
+            **chosen,
+            max_bytes=limit * 2**20,
+            seed=engine.seed,
+            progress=True,
+            on_rows=keep,
+        )
+    except KeyboardInterrupt as error:
+        if not kept:
+            raise
+        raise Interrupted(f"stopped; {kept} finished rows are kept in {path}") from error
+    files = [write_sweep_json(rows, facts, path), write_sweep_table(rows, output / "sweep.csv")]
+    files += write_sweep_figures(rows, output)
+    if all(row["refused"] is not None for row in rows):
+        raise OodEngineError(f"no combination could be fitted, reasons in {path}; the first: {rows[0]['refused']}")
+    if as_json:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        echo_json(document | {"skipped": skipped, "files": [str(file) for file in files]})
+    else:
+        print_sweep(rows, click.echo)
+        click.echo(f"wrote {', '.join(str(file) for file in files)}")
