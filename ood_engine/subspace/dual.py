@@ -11,7 +11,9 @@ import ood_kernels as ok
 from ood_kernels import reference
 
 from . import nfk
+from .anchors import check_anchor_method, choose_anchors
 from .base import extend
+from .eigen import CentredGram, leading_eigenpairs
 from .metric import MetricBasis
 from .samples import check_n_components, count_components, fix_signs
 
@@ -37,7 +39,10 @@ class DualBasis(MetricBasis):
 
     def __init__(self, *, cotangent: str = "energy", bias: bool = True) -> None:
         names = ("anchor_cotangents", "anchor_features", "coefficients", "shift", "linear", "mean_square")
-        super().__init__(*names, cotangent=cotangent, bias=bias)
+        super().__init__(*names, optional=("residual",), cotangent=cotangent, bias=bias)
+
+    residual: Tensor | None
+    """0-d: the share of Σ ‖G‖² over all samples that lies outside the span of the anchors; None where all are anchors."""
 
     @classmethod
     def fit(
@@ -51,13 +56,16 @@ class DualBasis(MetricBasis):
         normalisation: str = "none",
         max_anchors: int = 4096,
         bias: bool = True,
+        anchors: str = "first",
     ) -> DualBasis:
-        """Find the subspace from ID samples; the first `max_anchors` of them become the anchors.
+        """Find the subspace from ID samples, at most `max_anchors` of which become the anchors.
+
+        Exact up to `ood_engine.subspace.eigen.EXACT_ROWS` anchors; beyond, by block iteration to a relative residual of 1e-8.
 
         Args:
             p: softmax [n, C].
             h: features [n, D].
-            labels: not used by PCA.
+            labels: classes [n], read by anchors="class_balanced" alone; predicted ones stand in.
             n_components: K as a number, or the share of the gradient variance to explain, in (0, 1). The paper uses 200 for
                 CIFAR; 0.99 is ours.
             cotangent: the scalar that is differentiated.
@@ -65,6 +73,9 @@ class DualBasis(MetricBasis):
                 runs in the paper's README (exact in `ExplicitBasis`); `separable_error` is its relative error.
             max_anchors: most samples to build the Gram matrix from.
             bias: take the gradients of weight and bias together.
+            anchors: how they are chosen where there are more samples, see `choose_anchors`: "first", "class_balanced" or "pivoted";
+                the latter two are ours. `residual` says what they leave out. Mean and PCA are those of the anchors, so a choice
+                that is not random weighs samples by it.
 
         Returns:
             The fitted basis, in fp64 where p or h is, else fp32.
@@ -77,19 +88,21 @@ class DualBasis(MetricBasis):
         nfk.check_fit(p, h, normalisation, ("none", "nfk-separable"), max_anchors, nfk.BREAKS_RANK_ONE)
         p, h = p.detach(), h.detach()
         dtype = reference.compute_dtype(p, h)
-        anchor_a = reference.cotangent(p[:max_anchors].double(), cotangent)
-        anchor_h = h[:max_anchors].double()
+        check_anchor_method(anchors)
+        if len(p) > max_anchors:
+            chosen = choose_anchors(p, h, max_anchors, method=anchors, labels=labels, cotangent=cotangent, bias=bias)
+            p, h = p[chosen.index], h[chosen.index]
+            assert chosen.residual is not None
+            basis.set_fitted(residual=chosen.residual)
+        anchor_a, anchor_h = reference.cotangent(p.double(), cotangent), h.double()
         shift = anchor_h.mean(0).to(dtype)
         if normalisation == "nfk-separable":
             basis.set_separable(nfk.separate(nfk.mean_and_deviation(anchor_a, extend(anchor_h, bias))[1], bias))
         anchor_a, anchor_h = basis.scaled(anchor_a, anchor_h)
-        gram = (anchor_a @ anchor_a.T) * (extend(anchor_h, bias) @ extend(anchor_h, bias).T)
-        gram_mean = gram.mean(1)
-        centred = gram - gram_mean[:, None] - gram_mean[None, :] + gram_mean.mean()
-        eigenvalues, eigenvectors = torch.linalg.eigh(centred)
-        eigenvalues, eigenvectors = eigenvalues.flip(0), eigenvectors.flip(1)
-        kept = count_components(eigenvalues, gram, n_components)
-        explained = eigenvalues[:kept] / eigenvalues.clamp_min(0).sum()
+        gram = CentredGram(anchor_a, extend(anchor_h, bias))
+        eigenvalues, eigenvectors, total = leading_eigenpairs(gram, n_components)
+        kept = count_components(eigenvalues, gram, n_components, total if len(eigenvalues) < len(gram) else None)
+        explained = eigenvalues[:kept] / total
         coefficients = fix_signs(eigenvectors[:, :kept]) / eigenvalues[:kept].sqrt()
         # ⟨u∘a ⊗ v∘h̃, u∘a_i ⊗ v∘h̃_i⟩ = ⟨a ⊗ h̃, u²∘a_i ⊗ v²∘h̃_i⟩: with the scales twice on the anchors, none is left on samples.
         anchor_a, anchor_h = basis.scaled(anchor_a, anchor_h)
@@ -98,11 +111,11 @@ class DualBasis(MetricBasis):
             anchor_cotangents=anchor_a.to(dtype),
             anchor_features=anchor_h.to(dtype),
             coefficients=coefficients.to(dtype),
-            constants=(gram_mean @ coefficients).to(dtype),
+            constants=(gram.row_mean @ coefficients).to(dtype),
             shift=shift,
             linear=linear.to(dtype),
             explained=explained.to(dtype),
-            mean_square=gram_mean.mean(),
+            mean_square=gram.mean,
         )
         nfk.check_finite(*(basis.fitted(name) for name in ("anchor_cotangents", "anchor_features", "linear")))
         return basis

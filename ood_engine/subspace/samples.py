@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, OodEngineWarning
+
+if TYPE_CHECKING:
+    from .eigen import CentredGram
 
 __all__ = ["check_n_components", "check_samples", "count_components", "fix_signs"]
 
@@ -33,9 +37,18 @@ def check_n_components(wanted: int | float) -> None:
         raise InputError(f"n_components={wanted!r}: expected a whole number of at least 1, or a share in (0, 1)")
 
 
-def count_components(eigenvalues: Tensor, gram: Tensor, wanted: int | float) -> int:
-    """Return K that was asked for, or less where the gradients do not span it."""
-    anchors = eigenvalues.shape[0]
+def count_components(
+    eigenvalues: Tensor, gram: Tensor | CentredGram, wanted: int | float, total: Tensor | None = None
+) -> int:
+    """Return K that was asked for, or less where the gradients do not span it.
+
+    Args:
+        eigenvalues: [n], largest first; with `total` only the leading ones.
+        gram: what they are of; its diagonal is read.
+        wanted: K, or a share of the variance.
+        total: 0-d sum of all n eigenvalues.
+    """
+    anchors = eigenvalues.shape[0] if total is None else len(gram)
     # Centring a Gram matrix of large entries leaves rounding of this size in directions that are really empty.
     floor = anchors * torch.finfo(eigenvalues.dtype).eps * float(gram.diagonal().max())
     rank = int((eigenvalues > floor).sum())
@@ -44,8 +57,8 @@ def count_components(eigenvalues: Tensor, gram: Tensor, wanted: int | float) -> 
             f"all {anchors} anchor gradients are equal: expected samples that differ; fit on more varied ID data"
         )
     if isinstance(wanted, float):
-        cumulative = eigenvalues[:rank].cumsum(0) / eigenvalues[:rank].sum()
-        return int((cumulative < wanted).sum()) + 1
+        cumulative = eigenvalues[:rank].cumsum(0) / (eigenvalues[:rank].sum() if total is None else total)
+        return min(rank, int((cumulative < wanted).sum()) + 1)
     if wanted > anchors - 1:
         raise InputError(
             f"n_components={wanted} with {anchors} anchors: expected at least {wanted + 1} anchors, for centred gradients of n"

@@ -22,6 +22,7 @@ from ood_engine.scores import Scores
 PUBLISHED = {
     *(
         "exgrad",
+        "grad_pca",
         "gradnorm",
         "nap",
         "nap_energy",

@@ -85,7 +85,7 @@ def test_what_detectors_share_is_stored_and_loaded_once(state, model, test_image
     signals = loaded.signals(loaded.run(test_images).feature_map, None)
     for detector in loaded.detectors.values():
         detector(signals)
-    assert len(signals._coordinates) == 1
+    assert len(signals._coordinates) == len({"grad_pca", "low_dim_gradient"})
 
 
 def test_loading_refuses_fitted_samples_in_calibrate(state, model, id_batches, fresh_batches, engine):

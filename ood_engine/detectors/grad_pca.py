@@ -1,0 +1,230 @@
+"""GradPCA (arXiv 2505.16017): how much of a last-layer gradient lies in the subspace of the classes' mean gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ood_kernels as ok
+from ood_kernels import reference
+
+from ..errors import InputError
+from ..fitting import FitData
+from ..signals import Signals
+from ..subspace import extend
+from ..subspace.samples import fix_signs
+from .base import Detector, register
+
+__all__ = ["GradPCA"]
+
+_CLASS_MEAN_BYTES = 2 * 2**30
+_GRAM_BLOCK = 1024
+_EPSILON = torch.finfo(torch.float64).eps
+_FORMS = ("components", "anchor_cotangents", "anchor_features", "coefficients", "shift", "linear")
+
+
+@register("grad_pca")
+class GradPCA(Detector):
+    """S = ‖Uᵀ(G - M)‖ / ‖G - M‖ in [0, 1]: U an orthonormal basis of the class-mean gradients Ḡ_c, centred by their mean M.
+
+    U has the leading eigenvectors of the K x K Gram matrix of Ḡ_c - M over the K classes that are present, every class alike
+    (our reading), and ‖G - M‖² = ‖a‖²‖h̃‖² - 2 aᵀ M h̃ + ‖M‖² in fp64. Classes are the labels, or predicted where there are none. A
+    gradient that equals M lies in every subspace, so its score is 1.
+
+    For `sum_logits` it is PCA of class-mean features. Class means are taken over all samples for `sum_logits`, and for the other
+    cotangents while they fit 2 GiB (ours); beyond, over the `anchors_per_class` samples of each class with the smallest
+    fingerprints.
+
+    Args:
+        cotangent: the scalar that is differentiated, see `ood_kernels.reference.cotangent`.
+        explained: share of the trace of the Gram matrix that U explains; 0.99 is the paper's.
+        anchors_per_class: most samples of a class where class means do not fit memory; 10 is ours.
+    """
+
+    def __init__(self, *, cotangent: str = "sum_logits", explained: float = 0.99, anchors_per_class: int = 10) -> None:
+        super().__init__("constants", "mean", "mean_square")
+        if cotangent not in reference.COTANGENTS:
+            raise InputError(f"cotangent={cotangent!r}: expected one of {', '.join(reference.COTANGENTS)}")
+        if isinstance(explained, bool) or not isinstance(explained, (int, float)) or not 0 < explained <= 1:
+            raise InputError(f"explained={explained!r}: expected a share in (0, 1]")
+        if isinstance(anchors_per_class, bool) or not isinstance(anchors_per_class, int) or anchors_per_class < 1:
+            raise InputError(f"anchors_per_class={anchors_per_class!r}: expected a whole number of at least 1")
+        self._cotangent, self._explained, self._anchors_per_class = cotangent, explained, anchors_per_class
+        for name in _FORMS:
+            self.register_buffer(name, None)
+
+    def fit(self, data: FitData) -> None:
+        """Find the class means and their principal components.
+
+        Raises:
+            InputError: one class only, or class means that are all equal.
+        """
+        for name in _FORMS:
+            self._buffers[name] = None
+        _, index = data.split(0)
+        classes, membership = data.labels(index).unique(return_inverse=True)
+        if len(classes) < 2:
+            raise InputError(
+                f"grad_pca: {len(data)} ID samples of {len(classes)} class: expected at least 2 classes, for it looks at how the"
+                " mean gradients of classes differ; fit on samples of more classes"
+            )
+        n_classes, width = data.head.weight.shape
+        if self._cotangent == "sum_logits":
+            # a is the same for all samples, so a class mean is the gradient of its mean feature.
+            features = _class_features(data, index, membership, len(classes))
+            ones = features.new_ones((len(classes), n_classes))
+            self._fit_anchors(ones, features, torch.arange(len(classes), device=features.device), data)
+        elif 8 * len(classes) * n_classes * (width + 1) <= _CLASS_MEAN_BYTES:
+            self._fit_class_means(self._class_means(data, index, membership, len(classes)), data)
+        else:
+            rows = _first_of_each(membership, self._anchors_per_class)
+            parts = [
+                (signals.probabilities, signals.features) for signals in data.signals(index[rows.to(index.device)])
+            ]
+            p, h = (torch.cat(column).double() for column in zip(*parts, strict=True))
+            self._fit_anchors(reference.cotangent(p, self._cotangent), h, membership[rows], data)
+
+    def _class_means(self, data: FitData, index: Tensor, membership: Tensor, count: int) -> Tensor:
+        """[K, C, D̃] Ḡ_c in fp64, over all samples."""
+        n_classes, width = data.head.weight.shape
+        means = torch.zeros((count, n_classes, width + 1), dtype=torch.float64, device=membership.device)
+        start = 0
+        for signals in data.signals(index):
+            a = reference.cotangent(signals.probabilities.double(), self._cotangent)
+            h = extend(signals.features.double(), True)
+            members = membership[start : start + len(h)]
+            for each in members.unique().tolist():
+                rows = members == each
+                means[each] += a[rows].T @ h[rows]
+            start += len(h)
+        means /= membership.bincount(minlength=count)[:, None, None]
+        return means
+
+    def _fit_class_means(self, means: Tensor, data: FitData) -> None:
+        """Components as vectors, from the class means themselves."""
+        dtype, mean = reference.compute_dtype(data.head.weight), means.mean(0)
+        scale = means.square().sum((1, 2)).max()
+        means -= mean
+        flat = means.flatten(1)
+        along = self._principal(flat @ flat.T, scale)
+        components = (along.T @ flat).unflatten(1, mean.shape)
+        self.set_fitted(
+            components=components.to(dtype),
+            constants=(components * mean).sum((1, 2)).to(dtype),
+            mean=mean,
+            mean_square=mean.square().sum(),
+        )
+
+    def _fit_anchors(self, a: Tensor, h: Tensor, membership: Tensor, data: FitData) -> None:
+        """Components over anchors a [n, C], h [n, D] in fp64, of which `membership` [n] says the class, 0 to K - 1."""
+        averages = F.one_hot(membership).double()
+        averages /= averages.sum(0)
+        weights = averages.mean(1)
+        differences = averages - weights[:, None]
+        inner = _inner_products(torch.cat([differences, weights[:, None]], 1), a, extend(h, True))
+        scale = (a.square().sum(1) * (h.square().sum(1) + 1)).max()
+        coefficients = differences @ self._principal(inner[:-1, :-1], scale)
+        shift = weights @ h
+        dtype = reference.compute_dtype(data.head.weight)
+        self.set_fitted(
+            anchor_cotangents=a.to(dtype),
+            anchor_features=h.to(dtype),
+            coefficients=coefficients.to(dtype),
+            shift=shift.to(dtype),
+            linear=reference.linear_part(a, h, coefficients, shift.to(dtype).double()).to(dtype),
+            constants=(coefficients.T @ _along(weights, a, extend(h, True))).to(dtype),
+            mean=(a * weights[:, None]).T @ extend(h, True),
+            mean_square=inner[-1, -1],
+        )
+
+    def _principal(self, gram: Tensor, scale: Tensor) -> Tensor:
+        """[K, r] that combines the differences Ḡ_c - M to orthonormal components, from their Gram matrix [K, K].
+
+        Args:
+            gram: of the differences.
+            scale: the largest ‖Ḡ_c‖², which sets the rounding of the differences.
+        """
+        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = values.flip(0), vectors.flip(1)
+        rank = int((values > len(gram) * _EPSILON * scale).sum())
+        if rank == 0:
+            raise InputError(
+                f"grad_pca: the mean gradients of all {len(gram)} classes are equal: expected classes that differ; fit on more"
+                " varied ID data"
+            )
+        share = values[:rank].cumsum(0) / values[:rank].sum()
+        kept = min(rank, int((share < self._explained).sum()) + 1)
+        return fix_signs(vectors[:, :kept]) / values[:kept].sqrt()
+
+    @property
+    def n_components(self) -> int:
+        """Columns of U."""
+        return len(self.fitted("constants"))
+
+    def tensors(self) -> ok.BasisTensors:
+        """The tensors that `ood_kernels.project_gradients` takes: explicit where class means were held, else over anchors."""
+        constants = self.fitted("constants")
+        if self._buffers["components"] is not None:
+            return ok.ExplicitTensors(self.fitted("components"), constants, self._cotangent)
+        a, h, coefficients = (self.fitted(name) for name in _FORMS[1:4])
+        shift, linear = self.fitted("shift"), self.fitted("linear")
+        return ok.DualTensors(a, h, coefficients, constants, self._cotangent, True, shift, linear)
+
+    @property
+    def gradient_basis(self) -> GradPCA:
+        """Itself: it holds the tensors of its subspace."""
+        return self
+
+    def forward(self, signals: Signals) -> Tensor:
+        """[N] share of the norm inside the subspace."""
+        inside = signals.coordinates(self).double().norm(dim=1)
+        a, h = reference.cotangent(signals.probabilities.double(), self._cotangent), signals.features.double()
+        mean, square = self.fitted("mean"), a.square().sum(1) * (h.square().sum(1) + 1)
+        along = ((a @ mean[:, :-1]) * h).sum(1) + a @ mean[:, -1]
+        total = square - 2 * along + self.fitted("mean_square")
+        # What is left of G = M after rounding, in fp64 here and in the coordinates' dtype there, has no direction.
+        rounding = max(64 * _EPSILON, 8 * torch.finfo(signals.features.dtype).eps ** 2)
+        is_mean = total <= rounding * square
+        score = torch.where(is_mean, 1.0, inside / total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()).clamp(max=1)
+        return score.to(signals.features.dtype)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        for name in _FORMS:
+            value = state_dict.get(prefix + name)
+            self._buffers[name] = None if value is None else torch.empty_like(value, device=self._place.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _class_features(data: FitData, index: Tensor, membership: Tensor, count: int) -> Tensor:
+    """[K, D] mean feature of every class in fp64, over all samples."""
+    sums = torch.zeros((count, data.head.weight.shape[1]), dtype=torch.float64, device=membership.device)
+    start = 0
+    for signals in data.signals(index):
+        features = signals.features.double()
+        sums.index_add_(0, membership[start : start + len(features)], features)
+        start += len(features)
+    return sums / membership.bincount(minlength=count)[:, None]
+
+
+def _first_of_each(membership: Tensor, count: int) -> Tensor:
+    """Ascending rows of the first `count` members of every class."""
+    order = membership.argsort(stable=True)
+    return torch.cat([rows[:count] for rows in order.split(membership.bincount().tolist())]).sort().values
+
+
+def _inner_products(coefficients: Tensor, a: Tensor, h: Tensor) -> Tensor:
+    """[K, K] inner products of Σ_i coefficients_ik a_i ⊗ h̃_i, a block of rows of the samples' Gram matrix at a time."""
+    blocks = zip(a.split(_GRAM_BLOCK), h.split(_GRAM_BLOCK), coefficients.split(_GRAM_BLOCK), strict=True)
+    return torch.stack([part.T @ (((left @ a.T) * (right @ h.T)) @ coefficients) for left, right, part in blocks]).sum(
+        0
+    )
+
+
+def _along(weights: Tensor, a: Tensor, h: Tensor) -> Tensor:
+    """[n] ⟨G_i, Σ_j weights_j G_j⟩."""
+    mean = (a * weights[:, None]).T @ h
+    return ((a @ mean) * h).sum(1)
