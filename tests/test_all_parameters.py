@@ -1,0 +1,174 @@
+"""The all-parameter reference: against autograd, the closed form, scikit-learn and the formula; and its script at tiny size."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+from ood_engine.models import SmallCNN
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "all_parameters.py"
+COLUMNS = {"subject", "provider", "shape", "dtype", "p5_ms", "p50_ms", "p95_ms", "runs", "peak_extra_mib", "max_error"}
+KINDS = [("pca", 6), ("pca", 0.9), ("class average", None)]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """It puts the checkout on the path."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec = importlib.util.spec_from_file_location("benchmark_all_parameters", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def model() -> SmallCNN:
+    """In fp64, with a third of its last channels dead and logits that are far from uniform."""
+    model = SmallCNN(5).double().eval()
+    with torch.no_grad():
+        model.body[-2].bias[:20] = -100
+        model.head.weight *= 20
+    return model
+
+
+def draw(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 1, 8, 8, generator=generator, dtype=torch.float64)
+    return images, torch.arange(count) % 5
+
+
+def stacked(script: ModuleType, model: SmallCNN, images: torch.Tensor, names: tuple[str, ...] = ()) -> torch.Tensor:
+    return torch.cat(list(script.gradients(model, images, names, chunk=7)))
+
+
+def test_gradients_are_those_of_autograd(script: ModuleType, model: SmallCNN) -> None:
+    images, _ = draw(9)
+    expected = []
+    for image in images:
+        found = torch.autograd.grad(model(image[None]).logsumexp(1).sum(), list(model.parameters()))
+        expected.append(torch.cat([each.flatten() for each in found]))
+    g = stacked(script, model, images)
+    assert g.shape == (9, sum(parameter.numel() for parameter in model.parameters()))
+    torch.testing.assert_close(g, torch.stack(expected), rtol=1e-10, atol=1e-12)
+    assert stacked(script, model, images, script.LAST_LAYER).equal(g[:, -5 * 65 :])
+
+
+@pytest.mark.parametrize("normalisation", ["none", "nfk"])
+@pytest.mark.parametrize(("subspace", "wanted"), KINDS)
+def test_restricted_to_the_last_layer_it_is_the_closed_form(
+    script: ModuleType, model: SmallCNN, subspace: str, wanted: float | None, normalisation: str
+) -> None:
+    (images, labels), (fresh, _) = draw(40), draw(11, seed=1)
+    way = script.Way(subspace, wanted, normalisation)
+    found = script.fit(stacked(script, model, images, script.LAST_LAYER), labels, way)
+    basis = script.fit_closed_form(*script.forward(model, images), labels, way)
+    coordinates = basis.project(*script.forward(model, fresh))
+    assert coordinates.shape[1] == len(found.vectors) > 1
+    expected = found.project(stacked(script, model, fresh, script.LAST_LAYER))
+    assert (coordinates - expected).abs().max() <= 1e-9 * expected.abs().max()
+    assert coordinates.std(0).min() > 1e-3 * coordinates.std(0).max()
+
+
+def test_nfk_is_the_formula(script: ModuleType, model: SmallCNN) -> None:
+    g = stacked(script, model, draw(30)[0])
+    variance = np.mean((g.numpy() - g.numpy().mean(0)) ** 2, axis=0)
+    dead = variance == 0
+    assert 0 < dead.sum() < dead.size
+    expected = np.where(dead, 0, 1 / np.sqrt(np.where(dead, 1, variance)))
+    expected[dead] = expected.max()
+    found = script.inverse(script.deviation(g))
+    assert bool(found.isfinite().all())
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9)
+
+
+def test_a_constant_entry_gives_no_direction(script: ModuleType) -> None:
+    g = torch.randn(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    g[:, 2] = 0.1
+    found = script.fit(g, torch.arange(30) % 3, script.Way("pca", 3, "nfk"))
+    assert bool(found.vectors[:, 2].eq(0).all())
+    assert bool(found.vectors[:, :2].abs().amax(0).gt(0).all())
+
+
+@pytest.mark.parametrize("normalisation", ["none", "nfk"])
+def test_pca_is_that_of_scikit_learn(script: ModuleType, model: SmallCNN, normalisation: str) -> None:
+    (images, labels), (fresh, _) = draw(30), draw(8, seed=1)
+    g, g_fresh = stacked(script, model, images), stacked(script, model, fresh)
+    scale = script.inverse(script.deviation(g)) if normalisation == "nfk" else torch.ones(g.shape[1])
+    pca = PCA(6, svd_solver="full").fit(((g - g.mean(0)) * scale).numpy())
+    expected = pca.transform(((g_fresh - g.mean(0)) * scale).numpy())
+    found = script.fit(g, labels, script.Way("pca", 6, normalisation)).project(g_fresh).numpy()
+    signs = np.sign((found * expected).sum(0))
+    # Entries that no anchor moves are outside of V, but may move in other samples.
+    np.testing.assert_allclose(found * signs, expected, atol=1e-9 * np.abs(expected).max(), rtol=0)
+
+
+def test_class_averages_are_the_formula(script: ModuleType, model: SmallCNN) -> None:
+    images, labels = draw(30)
+    g = stacked(script, model, images)
+    found = script.fit(g, labels, script.Way("class average", None, "none"))
+    for each in range(5):
+        difference = g[labels == each].mean(0) - g.mean(0)
+        torch.testing.assert_close(found.vectors[each], difference / difference.norm(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture
+def tiny(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The demo's data by chance: writing and reading images takes longer than all else."""
+
+    def prepare(seed: int, options: object) -> tuple:
+        torch.manual_seed(seed)
+        (anchors, labels), (others, _), (test, _) = draw(40, seed), draw(40, seed + 1), draw(12, seed + 2)
+        sets = {script.ID_TEST: test, **{name: test * (2 + i) for i, name in enumerate(script.demo.FOLDERS)}}
+        return script.Digits(SmallCNN(5, seed).double().eval(), (anchors, labels), (others, labels), sets)
+
+    monkeypatch.setattr(script, "prepare", prepare)
+    return ["--seeds", "0", "1", "--components", "4", "--rounds", "2"]
+
+
+def test_script_writes_its_rows(script: ModuleType, tiny: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "all_parameters.json"
+    assert script.main([*tiny, "--json", str(path)]) == 0
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert len(results["rows"]) == 1 + 2 * 4
+    for row in results["rows"]:
+        assert row.keys() >= COLUMNS
+        assert 0 < row["p5_ms"] <= row["p50_ms"] <= row["p95_ms"]
+    errors = [row["max_error"] for row in results["rows"] if row["subject"] == "last layer"]
+    assert len(errors) == 4
+    assert max(errors) <= 1e-9
+    energy, *others = results["quality"]
+    assert energy["head"] == "energy"
+    assert len(others) == 2 * 4 * len(script.HEADS)
+    for row in results["quality"]:
+        for name in script.demo.FOLDERS:
+            by_seed = row[f"AUROC {name} by seed"]
+            assert len(by_seed) == 2
+            assert row[f"AUROC {name}"] == pytest.approx(sum(by_seed) / 2)
+            assert 0 <= min(by_seed) <= max(by_seed) <= 100
+
+
+def test_script_fails_where_the_reference_is_not_the_closed_form(
+    script: ModuleType, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "error_of", lambda *_: 2e-9)
+    assert script.main([*tiny, "--seeds", "0"]) == 1
+
+
+def test_demo_images_are_divided(script: ModuleType) -> None:
+    digits = script.prepare(0, script.parse(["--quick", "--epochs", "1", "--anchors", "50"]))
+    (anchors, anchor_labels), (others, labels) = digits.anchors, digits.others
+    assert len(anchors) == len(anchor_labels) == 50
+    assert len(others) == len(labels) > 100
+    assert digits.sets.keys() == {script.ID_TEST, *script.demo.FOLDERS}
+    assert anchors.dtype == torch.float64
