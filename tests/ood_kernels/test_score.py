@@ -53,7 +53,8 @@ def test_functional_layer_equals_its_reference_twin(make_problem, rectify, expli
         reference.score(feature_map, head, basis, 2.0, rectify=rectify),
         strict=True,
     ):
-        assert torch.equal(value, right)
+        # The maxima are equal, the means of the faster pooling differ by rounding.
+        torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -62,7 +62,7 @@ def dual_plan(
     default = _default_tile(anchors, components, itemsize, precision, is_aligned)
     tile = choose("project_dual", shape, default, anchor_features.device)
     stored = tile.pop("VARIANT") == "stored"
-    blocks = triton.cdiv(anchors, tile["BLOCK_A"])
+    blocks = max(1, triton.cdiv(anchors, tile["BLOCK_A"]))
     # More than a block in a split only where the partial results of one tile of samples would not fit the workspace.
     most = max(1, combining.WORKSPACE_BYTES // (4 * tile["BLOCK_N"] * components))
     tile["BLOCKS"] = max(min(4, blocks) if stored else 1, triton.cdiv(blocks, most))

@@ -287,9 +287,11 @@ def _project(
     programs += triton.cdiv(samples, down) * triton.cdiv(projection.components, across)
     is_factored = projection.kind == "factored"
     extra: dict[str, Any] = {"reduced_ptr": reduced, "channels": own.h.shape[1]} if is_factored else {"h_ptr": own.h}
-    if arguments["PRECISION"] == "ieee" or projection.kind == "dual":
-        # Else NVIDIA's compiler spills a few registers for one more program on a multiprocessor.
-        extra["maxnreg"] = 128 if arguments["PRECISION"] == "ieee" else 2048 // max(8, arguments["num_warps"]) - 1
+    # Else NVIDIA's compiler spills a few registers for one more program on a multiprocessor.
+    if arguments["PRECISION"] == "ieee":
+        extra["maxnreg"] = min(168, 2048 // arguments["num_warps"])
+    elif projection.kind == "dual":
+        extra["maxnreg"] = min(255, 2048 // arguments["num_warps"])
     launch(
         _LARGE[projection.kind],
         (programs,),

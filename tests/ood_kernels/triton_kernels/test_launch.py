@@ -152,7 +152,9 @@ def test_recordings_nest():
     [("cuda", "tf32x3", "tf32x3"), ("hip", "tf32x3", "ieee"), ("hip", "bf16", "bf16")],
 )
 def test_arguments_are_what_the_backend_knows(backend, precision, expected):
-    given = {"PRECISION": precision, "BLOCK": 4}
+    given = {"PRECISION": precision, "BLOCK": 4, "num_warps": 8}
     taken = subject.arguments_for(backend, given)
-    assert taken == {"PRECISION": expected, "BLOCK": 4, "enable_fp_fusion": True}
-    assert given == {"PRECISION": precision, "BLOCK": 4}
+    # fp32 in AMD's matrix cores takes the small tiles of tf32x3 with half the warps, which have 64 threads each.
+    warps = 4 if expected != precision else 8
+    assert taken == {"PRECISION": expected, "BLOCK": 4, "num_warps": warps, "enable_fp_fusion": True}
+    assert given == {"PRECISION": precision, "BLOCK": 4, "num_warps": 8}
