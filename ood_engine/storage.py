@@ -29,6 +29,7 @@ from .canary import Canary
 from .detectors import create_detector
 from .discovery import TapPlan
 from .errors import OodEngineError, StateError
+from .subspace import Basis
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -173,6 +174,7 @@ def _describe(engine: Engine) -> dict[str, Any]:
             "digests": head_digests(head),
         },
         "detectors": [{"name": name, "settings": detector.settings} for name, detector in engine.detectors.items()],
+        "subspaces": _subspaces(engine),
         "false_alarm_rates": {name: calibration.false_alarm_rate for name, calibration in engine.calibrations.items()},
         "thresholds": {name: float(calibration.threshold) for name, calibration in engine.calibrations.items()},
         "calibration_samples": next((len(c.fitted("scores")) for c in engine.calibrations.values()), None),
@@ -181,6 +183,29 @@ def _describe(engine: Engine) -> dict[str, Any]:
         "tuning": engine.tuning,
         "information": engine.information,
     }
+
+
+def _subspaces(engine: Engine) -> list[dict[str, Any]]:
+    """Every subspace of gradient space, which detectors read it, and what its form and the others cost for a batch of 64."""
+    found: dict[int, dict[str, Any]] = {}
+    for name, detector in engine.detectors.items():
+        basis = getattr(detector, "basis", None)
+        if not isinstance(basis, Basis):
+            continue
+        # Detectors loaded from one state hold bases of their own over the same tensors.
+        key = basis.fitted("constants").data_ptr()
+        if key not in found:
+            plan = basis.plan(samples=64)
+            found[key] = {
+                "form": type(basis).__name__,
+                "components": basis.n_components,
+                "detectors": [],
+                "samples": plan.samples,
+                "cheapest": plan.choice,
+                "costs": [cost._asdict() for cost in plan.costs],
+            }
+        found[key]["detectors"].append(name)
+    return list(found.values())
 
 
 def _open(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:

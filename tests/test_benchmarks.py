@@ -209,3 +209,27 @@ def test_cpu_path_sees_a_wrong_maximum_and_a_wrong_mean(monkeypatch: pytest.Monk
     assert script.pooling_error(feature_map) == float("inf")
     monkeypatch.setattr(script.pooling, "pool_statistics", lambda _: right._replace(h=right.h * 1.01))
     assert script.pooling_error(feature_map) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_fitting_grows_with_the_samples_and_not_in_memory(tmp_path, monkeypatch):
+    fit_scale = importlib.import_module("benchmarks.fit_scale")
+    path = tmp_path / "rows.json"
+    arguments = ["--sizes", "300,900", "--features", "16", "--classes", "5", "--anchors", "50", "--components", "5"]
+    assert fit_scale.main([*arguments, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["samples"] for row in rows] == [300, 900, 50]
+    made = [{"subject": "gather", "samples": n, "seconds": 3e-6 * n**1.5} for n in (10, 100, 1000)]
+    assert fit_scale.exponent(made) == pytest.approx(1.5)
+
+
+def test_the_chosen_form_is_held_to_the_faster_one(tmp_path):
+    crossover = importlib.import_module("benchmarks.form_crossover")
+    rows = [{"p50_ms": 3.0, "chosen": True}, {"p50_ms": 2.0, "chosen": False}]
+    assert crossover.regret(rows) == 1.5
+    path = tmp_path / "rows.json"
+    options = ["--classes", "3", "--features", "16", "--anchors", "40", "--components", "4", "--rounds", "2"]
+    assert crossover.main([*options, "--json", str(path)]) in (0, 1)
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["provider"] for row in rows} == {"dual", "explicit"}
+    assert max(row["max_error"] for row in rows) < 1e-4
+    assert sum(row["chosen"] for row in rows) == 1

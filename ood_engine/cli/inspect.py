@@ -42,6 +42,8 @@ def inspect(state: Path, as_json: bool) -> None:
     console.print(_detector_table(header))
     if any(row["chosen"] for row in header["tuning"]):
         console.print(_grid({f"tuned {row['detector']}": _tuned(row) for row in header["tuning"] if row["chosen"]}))
+    if header["subspaces"]:
+        console.print(_subspace_table(header["subspaces"]))
     console.print(_tensor_table(tensors))
 
 
@@ -115,6 +117,27 @@ def _detector_table(header: dict[str, Any]) -> Table:
             Text(printable(settings or "–")),
             "–" if threshold is None else f"{threshold:.6g}",
         )
+    return table
+
+
+def _subspace_table(subspaces: list[dict[str, Any]]) -> Table:
+    title = f"\nGradient subspaces, a batch of {subspaces[0]['samples']}; * the form in use"
+    table = Table("Subspace", "K", "Form", title=title, title_justify="left", box=None, pad_edge=False)
+    for heading in ("MFLOP", "basis", "workspace", "estimate"):
+        table.add_column(heading, justify="right")
+    for subspace in subspaces:
+        in_use = subspace["form"].removesuffix("Basis").lower()
+        for position, cost in enumerate(subspace["costs"]):
+            used = "*" if cost["form"] == in_use or len(subspace["costs"]) == 1 else ""
+            table.add_row(
+                Text(printable(_short(subspace["detectors"]))) if position == 0 else "",
+                str(subspace["components"]) if position == 0 else "",
+                cost["form"] + used,
+                f"{cost['flops'] / 1e6:.1f}",
+                _size(cost["bytes"]),
+                _size(cost["workspace"]),
+                f"{cost['seconds'] * 1e3:.3g} ms",
+            )
     return table
 
 

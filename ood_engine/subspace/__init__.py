@@ -9,6 +9,7 @@ from .class_average import ClassAverageBasis
 from .dual import DualBasis
 from .explicit import ExplicitBasis
 from .factored import FactoredBasis
+from .gathering import gather
 from .plan import Machine, Plan, plan, plan_of
 from .samples import check_n_components
 from .statistics import FitStatistics
@@ -25,6 +26,7 @@ __all__ = [
     "Plan",
     "check_n_components",
     "extend",
+    "gather",
     "plan",
     "plan_of",
 ]

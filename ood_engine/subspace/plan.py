@@ -27,6 +27,13 @@ class Machine(NamedTuple):
 # Orders of magnitude, ours: only their ratio decides, and it matters little where one form needs many times the flops of another.
 MACHINES = {"cpu": Machine(1e11, 1e10), "cuda": Machine(5e13, 2e12)}
 
+# How often plain torch passes over what the forms make on the way, measured with benchmarks/form_crossover.py; kernels on a GPU
+# keep it on chip.
+_PASSES = {"cpu": 4, "cuda": 0}
+
+# Plain torch makes no more of the explicit form's [N, K, D̃] at a time.
+_BLOCK = 4 * 2**20
+
 _DEFAULT_BUDGET = {"cpu": 4 * 2**30, "cuda": 2 * 2**30}
 
 
@@ -38,7 +45,8 @@ class Cost(NamedTuple):
         flops: floating point operations of the batch.
         bytes: of the basis, which are read once a batch.
         workspace: bytes of the largest intermediate result of a batch.
-        seconds: max(flops / rate, bytes / bandwidth), an estimate for comparing forms, not a prediction.
+        seconds: max(flops / rate, bytes / bandwidth), and on a CPU four passes over what is made on the way (the Gram matrix
+            [N, n]; [N, K, D̃] or [N, K, Q]); an estimate for comparing forms, not a prediction.
         fits: whether basis and workspace stay within the budget.
     """
 
@@ -128,15 +136,16 @@ def plan(
         "dual": anchors * (classes + features + components) + classes * components,
         "explicit": components * classes * features,
     }
-    workspace = {"dual": samples * anchors, "explicit": samples * features}
+    made = {"dual": samples * anchors, "explicit": samples * components * features}
     if ranks is not None:
         numbers["factored"] = classes * ranks[0] + features * ranks[1] + components * ranks[0] * ranks[1]
-        workspace["factored"] = samples * ranks[0] * ranks[1]
+        made["factored"] = samples * components * ranks[1]
     costs = []
     for form in (form for form in forms if form in numbers):
         flops, size = 2 * samples * numbers[form], itemsize * numbers[form]
-        seconds = max(flops / rates.flops, size / rates.bandwidth)
-        costs.append(Cost(form, flops, size, 4 * workspace[form], seconds, size + 4 * workspace[form] <= budget))
+        seconds = max(flops / rates.flops, size / rates.bandwidth) + 4 * _PASSES[kind] * made[form] / rates.bandwidth
+        workspace = 4 * (made[form] if form == "dual" else min(made[form], max(_BLOCK, samples * features)))
+        costs.append(Cost(form, flops, size, workspace, seconds, size + workspace <= budget))
     costs.sort(key=lambda cost: (cost.seconds, cost.bytes))
     fitting = [cost for cost in costs if cost.fits]
     if not fitting:

@@ -458,6 +458,17 @@ def test_inspect_shows_the_state_without_a_model(place, call):
     assert 0 < total < document["bytes"]
 
 
+def test_inspect_shows_what_each_form_of_a_subspace_costs(place, call):
+    document = json.loads(call(["inspect", place.state, "--json"])[1])
+    (subspace,) = document["subspaces"]
+    assert subspace["detectors"] == ["low_dim_gradient"]
+    assert {"explicit"} <= {cost["form"] for cost in subspace["costs"]} <= {"dual", "explicit"}
+    assert subspace["cheapest"] == subspace["costs"][0]["form"]
+    out = call(["inspect", place.state])[1]
+    assert "Gradient subspaces, a batch of 64" in out
+    assert "explicit" in out
+
+
 def test_inspect_refuses_what_is_no_state(place, call):
     refused(call, ["inspect", place["net.safetensors"]], "not an ood-engine state")
     refused(call, ["inspect", place["noise.npy"]], "not a safetensors file")

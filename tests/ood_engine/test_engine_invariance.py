@@ -33,8 +33,9 @@ def test_order_and_batches_of_the_fit(size, model, id_batches, test_images, imag
         found = shuffled.detectors[name].state_dict()
         for key, value in detector.state_dict().items():
             if value.is_floating_point():
-                scale = value.abs().max()
-                assert (found[key] - value).abs().max() <= 1e-3 * scale, (name, key)
+                # Bounds that clamp nothing are infinite, and equal.
+                difference = torch.where(found[key] == value, 0, (found[key] - value).abs())
+                assert difference.max() <= 1e-3 * value.abs().max(), (name, key)
             else:
                 assert torch.equal(found[key], value), (name, key)
 
@@ -49,7 +50,10 @@ def test_order_of_the_detectors(model, id_batches, test_images, engine, assert_s
 @pytest.mark.parametrize("name", oe.available_detectors())
 def test_company_of_other_detectors(name, model, id_batches, test_images, engine, assert_same_scores):
     alone = oe.Engine(model, [name]).fit(id_batches).score(test_images)
-    assert_same_scores(alone, {name: engine.score(test_images)[name]}, 1e-6)
+    # Beside a NAP detector the features are pooled from the map, alone they are what the head received: fp32 rounding apart. A
+    # residual is a difference of large numbers, in which that shows.
+    tolerance = 1e-4 if name.endswith(("residual", "vim")) else 1e-5
+    assert_same_scores(alone, {name: engine.score(test_images)[name]}, tolerance)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])

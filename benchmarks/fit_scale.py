@@ -1,0 +1,173 @@
+"""Fitting a subspace from caches of growing size: time and resident memory against n.
+
+A synthetic cache of fp16 features is mapped from a file; `ood_engine.subspace.gather` reads it in blocks, then a dual basis is
+found from the anchors. Gathering does the same work for every sample (2·(C·D̃ + C² + D̃² + C·D) flops), and what it holds does not
+depend on n, so time has to grow in proportion and memory not at all; finding the basis depends on the anchors alone. Memory is what
+the process holds itself (RssAnon, looked at every 20 ms), without pages of the mapped file, which the system may drop at any time.
+
+    python benchmarks/fit_scale.py [--sizes 12500,50000,200000] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "kernels")]
+
+import ood_kernels as ok  # noqa: E402
+from benchmarks.measure import (  # noqa: E402
+    default_results_path,
+    machine_facts,
+    print_table,
+    write_results,
+)
+from ood_engine.cache import CacheRows, FeatureCache  # noqa: E402
+from ood_engine.subspace import DualBasis, gather  # noqa: E402
+
+COLUMNS = {
+    "subject": "subject",
+    "samples": "n",
+    "seconds": "s",
+    "samples_per_second": "samples/s",
+    "peak_anonymous_mib": "peak MiB held",
+    "cache_mib": "cache MiB",
+}
+
+
+def make_cache(folder: Path, samples: int, features: int, seed: int = 0) -> FeatureCache:
+    """ReLU-like features with a common mean, in fp16, in a mapped file; written in blocks."""
+    array = np.memmap(folder / f"features-{samples}.bin", dtype=np.float16, mode="w+", shape=(samples, features))
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(64, features, generator=generator) / 8
+    for start in range(0, samples, 8192):
+        count = min(8192, samples - start)
+        array[start : start + count] = (
+            (torch.randn(count, 64, generator=generator) @ mixing + 0.4).relu().half().numpy()
+        )
+    array.flush()
+    nothing = torch.empty(samples, 0)
+    marks = torch.randint(-(2**62), 2**62, (samples,), generator=generator)
+    labels = torch.full((samples,), -1)
+    return FeatureCache(CacheRows(torch.from_numpy(array), marks, labels, nothing, nothing))
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(options.classes, options.features, generator=generator) / math.sqrt(options.features) * 4
+    head = ok.Head(weight, torch.zeros(options.classes))
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        statistics = None
+        for samples in options.sizes:
+            cache = make_cache(Path(name), samples, options.features)
+            found: dict[str, Any] = {}
+
+            def run(cache: FeatureCache = cache, found: dict[str, Any] = found) -> None:
+                started = time.perf_counter()
+                found["statistics"] = gather(cache, head, max_anchors=options.anchors, progress=True)
+                found["seconds"] = time.perf_counter() - started
+
+            peak = peak_anonymous_mib(run)
+            statistics = found["statistics"]
+            rows.append(_row("gather", samples, found["seconds"], peak, cache.rows.features.nbytes))
+        assert statistics is not None
+        started = time.perf_counter()
+        basis = DualBasis.fit(statistics.anchor_p, statistics.anchor_h, n_components=options.components)
+        rows.append(
+            _row(f"dual basis, K={basis.n_components}", options.anchors, time.perf_counter() - started, None, 0)
+        )
+    return rows
+
+
+def peak_anonymous_mib(call: Callable[[], object]) -> float | None:
+    """By how much the memory that belongs to no file outgrew its size before the call; None where it cannot be read."""
+    before = _anonymous_mib()
+    if before is None:
+        call()
+        return None
+    peak, done = [before], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            peak[0] = max(peak[0], _anonymous_mib() or 0.0)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        call()
+    finally:
+        done.set()
+        watcher.join()
+    return peak[0] - before
+
+
+def _anonymous_mib() -> float | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon:")), None)
+
+
+def _row(subject: str, samples: int, seconds: float, peak: float | None, size: int) -> dict[str, Any]:
+    return {
+        "subject": subject,
+        "provider": "ood_engine",
+        "samples": samples,
+        "seconds": seconds,
+        "samples_per_second": samples / seconds,
+        "peak_anonymous_mib": peak,
+        "cache_mib": size / 2**20,
+    }
+
+
+def exponent(rows: Sequence[dict[str, Any]]) -> float:
+    """B of seconds ≈ a · n^b over the sizes, by least squares of the logarithms."""
+    points = [(math.log(row["samples"]), math.log(row["seconds"])) for row in rows if row["subject"] == "gather"]
+    x, y = (np.array(column) for column in zip(*points, strict=True))
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Fitting from caches of growing size.")
+    sizes = [12_500, 50_000, 200_000]
+    parser.add_argument("--sizes", type=lambda text: [int(part) for part in text.split(",")], default=sizes, help="n")
+    parser.add_argument("--features", type=int, default=2048, help="D")
+    parser.add_argument("--classes", type=int, default=1000, help="C")
+    parser.add_argument("--anchors", type=int, default=4096)
+    parser.add_argument("--components", type=int, default=1000, help="K")
+    path = default_results_path("fit_scale")
+    parser.add_argument("--json", type=Path, nargs="?", const=path, help="write the rows")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    machine = machine_facts()
+    print(f"D={options.features} C={options.classes} anchors={options.anchors}, features mapped in fp16")
+    rows = measure(options)
+    print_table(rows, COLUMNS)
+    growth = exponent(rows) if len(options.sizes) > 1 else None
+    if growth is not None:
+        print(f"gathering grows with n^{growth:.2f}")
+    if options.json:
+        shape = f"D={options.features} C={options.classes}"
+        write_results(
+            options.json, machine, [{**row, "shape": shape, "dtype": "float16"} for row in rows], time_exponent=growth
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
