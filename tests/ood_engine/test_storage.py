@@ -244,9 +244,7 @@ def test_an_altered_header(state, model, tmp_path):
 def test_another_format_version(state, model, tmp_path):
     change = {"format": FORMAT + 1, "package": "9.9"}
     path = rewrite(state, tmp_path / "x.safetensors", change_header=lambda header: header.update(change))
-    message = (
-        rf"x.safetensors: format version {FORMAT + 1}, written by ood-engine 9.9: expected version {FORMAT}; fit again with"
-    )
+    message = rf"x.safetensors: format version {FORMAT + 1}, written by ood-engine 9.9: expected version {FORMAT}; fit again with"
     with pytest.raises(StateError, match=message):
         oe.Engine.load(path, model)
 
