@@ -113,7 +113,7 @@ def dual_program(
     row_start = sample_tile * BLOCK_N
     rows = row_start + tl.arange(0, BLOCK_N)
     valid = rows < samples
-    largest, total, predicted = softmax_rows(partials_ptr, argmaxima_ptr, rows, valid, class_tiles, KIND)
+    largest, total, predicted = softmax_rows(partials_ptr, argmaxima_ptr, rows, valid, class_tiles, KIND, 16)
     width = multiple(components, LINEAR_UNIT)
     outputs = partial_ptr + (tl.cast(split, tl.int64) * samples + row_start) * width
     outputs += (tl.arange(0, BLOCK_N) * width)[:, None]
@@ -185,7 +185,7 @@ def gram_kernel(
     row_start, anchor_start = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_A
     rows = row_start + tl.arange(0, BLOCK_N)
     valid = rows < samples
-    largest, total, predicted = softmax_rows(partials_ptr, argmaxima_ptr, rows, valid, class_tiles, KIND)
+    largest, total, predicted = softmax_rows(partials_ptr, argmaxima_ptr, rows, valid, class_tiles, KIND, 16)
     gram = gram_tile(
         a_ptr, h_ptr, shift_ptr, anchor_cotangents_ptr, anchor_features_ptr,
         row_start, anchor_start, largest, total, predicted,
@@ -214,7 +214,7 @@ def product_kernel(
     valid = rows < samples
     product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     if LINEAR:
-        largest, total, predicted = softmax_rows(partials_ptr, argmaxima_ptr, rows, valid, class_tiles, KIND)
+        largest, total, predicted = softmax_rows(partials_ptr, argmaxima_ptr, rows, valid, class_tiles, KIND, 16)
         product = add_linear(
             a_ptr, linear_ptr, product, row_start, component_start, split, largest, total, predicted,
             samples, classes, components,

@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["PRECISIONS", "Choice", "Launch", "choose", "forced", "launch", "record"]
+from ..checks import PRECISIONS
 
-PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16", "fp16")
-"""What the operands of a product are rounded to; it is always accumulated in fp32. See `device.matmul`."""
+__all__ = ["PRECISIONS", "Choice", "Launch", "choose", "forced", "launch", "record"]
 
 _CONFIGS = Path(__file__).parent / "configs"
 

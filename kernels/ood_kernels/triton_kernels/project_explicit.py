@@ -18,28 +18,12 @@ from torch import Tensor
 from .combine import combine, samples_at_once
 from .device import matmul, multiple, rounded
 from .launch import choose, launch
-from .softmax import row_argmax, row_softmax
-from .tiles import cotangent_tile, matrix_tile
+from .tiles import cotangent_tile, matrix_tile, softmax_rows
 
-__all__ = ["ExplicitPlan", "add_class", "explicit_plan", "explicit_program", "project_explicit", "row_statistics"]
+__all__ = ["ExplicitPlan", "add_class", "explicit_plan", "explicit_program", "project_explicit"]
 
 _PROGRAMS = 512
 _ELEMENTS = 512
-
-
-@triton.jit
-def row_statistics(partials_ptr, argmaxima_ptr, rows, valid, class_tiles, KIND: tl.constexpr):
-    """Return (largest logit, Σ exp(z - largest), predicted class) of each row; without use where the cotangents are given."""
-    largest = tl.zeros(rows.shape, tl.float32)
-    total = tl.zeros(rows.shape, tl.float32)
-    predicted = tl.zeros(rows.shape, tl.int32)
-    # Read 64 tiles at a time, they would take more registers than everything that follows.
-    WIDTH: tl.constexpr = 8
-    if KIND != "given":
-        largest, total = row_softmax(partials_ptr, rows, valid, class_tiles, 0, WIDTH)
-    if KIND == "predicted" or KIND == "max_logit":
-        predicted = row_argmax(partials_ptr, argmaxima_ptr, rows, valid, class_tiles, WIDTH)
-    return largest, total, predicted
 
 
 @triton.jit
@@ -99,7 +83,7 @@ def explicit_program(
     """
     row_start, component_start = sample_tile * BLOCK_N, component_tile * BLOCK_K
     rows = row_start + tl.arange(0, BLOCK_N)
-    largest, total, predicted = row_statistics(partials_ptr, argmaxima_ptr, rows, rows < samples, class_tiles, KIND)
+    largest, total, predicted = softmax_rows(partials_ptr, argmaxima_ptr, rows, rows < samples, class_tiles, KIND, 8)
     feature_splits = tl.cdiv(features, feature_step)
     first_class = split // feature_splits * class_step
     first_feature = split % feature_splits * feature_step

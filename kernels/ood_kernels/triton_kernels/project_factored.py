@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .combine import combine, samples_at_once
+from .combine import WORKSPACE_BYTES, combine, samples_at_once
 from .device import matmul, multiple, rounded
 from .launch import choose, launch
-from .project_explicit import add_class, is_far, row_statistics, row_unit, store_partial
-from .tiles import cotangent_tile, matrix_tile
+from .project_explicit import add_class, is_far, row_unit, store_partial
+from .tiles import cotangent_tile, matrix_tile, softmax_rows
 
 __all__ = [
     "FactoredPlan",
@@ -29,8 +29,6 @@ __all__ = [
     "project_factored",
     "reduce_features",
 ]
-
-_WORKSPACE_BYTES = 32 * 2**20
 
 
 @triton.jit
@@ -93,7 +91,7 @@ def factored_program(
     """
     row_start, component_start = sample_tile * BLOCK_N, component_tile * BLOCK_K
     rows = row_start + tl.arange(0, BLOCK_N)
-    largest, total, predicted = row_statistics(partials_ptr, argmaxima_ptr, rows, rows < samples, class_tiles, KIND)
+    largest, total, predicted = softmax_rows(partials_ptr, argmaxima_ptr, rows, rows < samples, class_tiles, KIND, 8)
     # A loop around both would make Triton 3.9 fail for sm_100.
     factor = split * BLOCK_R
     t = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
@@ -174,7 +172,7 @@ def factored_plan(
     shape |= {"components": component_count, "class_rank": class_rank, "feature_rank": feature_rank}
     tile = choose("project_factored", shape, _default_tile(itemsize, precision), core.device)
     # More class factors a split only where the partial results of one tile of samples would not fit the workspace.
-    most = max(1, _WORKSPACE_BYTES // (4 * tile["BLOCK_N"] * component_count))
+    most = max(1, WORKSPACE_BYTES // (4 * tile["BLOCK_N"] * component_count))
     tile["BLOCK_R"] = max(tile["BLOCK_R"], min(64, triton.next_power_of_2(triton.cdiv(class_rank, most))))
     widths = ((class_factors, class_rank), (feature_factors, feature_rank), (core, feature_rank))
     units = [row_unit(part, width) for part, width in widths]

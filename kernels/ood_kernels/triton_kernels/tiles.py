@@ -12,16 +12,16 @@ __all__ = ["cotangent_tile", "matrix_tile", "softmax_rows"]
 
 
 @triton.jit
-def softmax_rows(partials_ptr, argmaxima_ptr, rows, valid, class_tiles, KIND: tl.constexpr):
+def softmax_rows(partials_ptr, argmaxima_ptr, rows, valid, class_tiles, KIND: tl.constexpr, WIDTH: tl.constexpr):
     """Return (largest logit, Σ exp(z - largest), predicted class) of each row; without use where the cotangents are given."""
     largest = tl.zeros(rows.shape, tl.float32)
     total = tl.zeros(rows.shape, tl.float32)
     predicted = tl.zeros(rows.shape, tl.int32)
-    # 16 tiles at a time: wider reads would take the registers that a projection needs.
+    # WIDTH tiles at a time: wider reads would take the registers that the projection needs.
     if KIND != "given":
-        largest, total = row_softmax(partials_ptr, rows, valid, class_tiles, 0, 16)
+        largest, total = row_softmax(partials_ptr, rows, valid, class_tiles, 0, WIDTH)
         if KIND == "predicted" or KIND == "max_logit":
-            predicted = row_argmax(partials_ptr, argmaxima_ptr, rows, valid, class_tiles, 16)
+            predicted = row_argmax(partials_ptr, argmaxima_ptr, rows, valid, class_tiles, WIDTH)
     return largest, total, predicted
 
 
