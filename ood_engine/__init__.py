@@ -6,6 +6,7 @@ flagged = engine.predict(images)     # detector → bool [N], True = out-of-dist
 """
 
 from . import detectors, metrics, subspace
+from .cache import FeatureCache
 from .detectors import available_detectors
 from .engine import Engine
 from .errors import OodEngineError, OodEngineWarning
@@ -17,6 +18,7 @@ from .version import __version__
 __all__ = [
     "Engine",
     "Explanation",
+    "FeatureCache",
     "OodEngineError",
     "OodEngineWarning",
     "Runtime",

@@ -24,12 +24,14 @@ __all__ = ["NO_LABEL", "CacheRows", "CacheWriter", "FeatureCache", "fingerprint"
 NO_LABEL = -1
 """Label of a sample that came without one."""
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 class CacheRows(NamedTuple):
     """Rows of the cache: some samples, or all.
 
     Attributes:
-        features: [n, D] penultimate features, fp32 (fp64 for an fp64 model).
+        features: [n, D] penultimate features, fp32 (fp64 for an fp64 model) or as the cache was asked to keep them.
         fingerprints: int64 [n] content hash of each input image, see `fingerprint`.
         labels: int64 [n], `NO_LABEL` where there was none.
         maximum: [n, D] per-channel maximum of the feature map; [n, 0] for a model without a map.
@@ -52,7 +54,7 @@ class FeatureCache:
 
     Attributes:
         rows: every column, see `CacheRows`.
-        directory: folder of the mapped files, removed with the cache; None in memory.
+        directory: folder for files that are mapped; None where everything is in memory.
     """
 
     def __init__(self, rows: CacheRows, directory: Path | None = None, _keep: Any = None) -> None:
@@ -63,6 +65,66 @@ class FeatureCache:
 
     def __len__(self) -> int:
         return self.rows.features.shape[0]
+
+    @classmethod
+    def from_features(
+        cls,
+        features: Tensor,
+        labels: Tensor | None = None,
+        *,
+        maximum: Tensor | None = None,
+        fingerprints: Tensor | None = None,
+        directory: str | Path | None = None,
+    ) -> FeatureCache:
+        """A cache of features that are there already; nothing is copied.
+
+        A file is mapped by `torch.from_numpy(np.load("features.npy", mmap_mode="c"))`.
+
+        Args:
+            features: [n, D] penultimate features of ID samples, fp16, bf16, fp32 or fp64.
+            labels: [n] whole numbers; None without any.
+            maximum: [n, D] per-channel maximum of the feature map, which NAP needs; None without.
+            fingerprints: int64 [n]; None takes content hashes of the features, by which `Engine.calibrate` then cannot tell images
+                that it has seen.
+            directory: where fitting may put what it collects of all samples, in files without a name; None keeps it in memory.
+
+        Raises:
+            InputError: other shapes or dtypes, or no sample.
+        """
+        if features.ndim != 2 or not features.is_floating_point() or 0 in features.shape:
+            raise InputError(
+                f"features: expected floating point [n, D] with n and D of at least 1, got {features.dtype} {list(features.shape)}"
+            )
+        count = len(features)
+        if maximum is not None and (maximum.shape != features.shape or not maximum.is_floating_point()):
+            raise InputError(
+                f"maximum: expected floating point {list(features.shape)}, as the features, got {maximum.dtype}"
+                f" {list(maximum.shape)}"
+            )
+        if labels is not None and (
+            labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool
+        ):
+            raise InputError(f"labels: expected whole numbers [{count}], got {labels.dtype} {list(labels.shape)}")
+        if fingerprints is None:
+            fingerprints = torch.cat([fingerprint(part) for part in features.split(4096)])
+        if fingerprints.shape != (count,) or fingerprints.dtype != torch.int64:
+            raise InputError(
+                f"fingerprints: expected int64 [{count}], got {fingerprints.dtype} {list(fingerprints.shape)}"
+            )
+        nothing = torch.empty((count, 0), dtype=features.dtype)
+        labels = torch.full((count,), NO_LABEL) if labels is None else labels.to(torch.int64)
+        rows = CacheRows(features, fingerprints, labels, nothing if maximum is None else maximum, nothing)
+        return cls(rows, None if directory is None else Path(directory))
+
+    def empty(self, shape: tuple[int, int], like: Tensor) -> Tensor:
+        """Room for `shape` numbers of like's dtype: in a file of the cache's folder where it has one, else on like's device."""
+        if self.directory is None or 0 in shape:
+            return like.new_empty(shape)
+        with tempfile.NamedTemporaryFile(dir=self.directory) as file:
+            # The file has no name any more once it is closed, and goes with the last tensor that is mapped from it.
+            file.truncate(shape[0] * shape[1] * like.element_size())
+            mapped = torch.from_file(file.name, shared=True, size=shape[0] * shape[1], dtype=like.dtype)
+        return mapped.view(shape)
 
     @property
     def has_map(self) -> bool:
@@ -88,9 +150,18 @@ class CacheWriter:
     Args:
         limit_bytes: largest size that is kept in memory.
         directory: where a folder of its own is made beyond that, and removed with the cache; None takes the system's.
+        dtype: that features and maxima are kept in, such as float16 for half the room; None keeps them as they come.
     """
 
-    def __init__(self, limit_bytes: int = 4 * 2**30, directory: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        limit_bytes: int = 4 * 2**30,
+        directory: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if dtype is not None and dtype not in _DTYPES:
+            raise InputError(f"cache dtype {dtype}: expected one of {', '.join(map(str, _DTYPES))}, or None")
+        self._dtype = dtype
         self._limit = limit_bytes
         self._parent = Path(directory) if directory is not None else Path(tempfile.gettempdir())
         self._directory: Path | None = None
@@ -102,14 +173,26 @@ class CacheWriter:
         """Add a batch (moved to the CPU).
 
         Raises:
+            InputError: finite values that the dtype cannot hold.
             OodEngineError: the disk is full.
         """
-        rows = CacheRows(*(column.detach().cpu() for column in rows))
+        rows = CacheRows(*(self._kept(column.detach()).cpu() for column in rows))
         self._bytes += sum(column.numel() * column.element_size() for column in rows)
         self._count += rows.features.shape[0]
         self._batches.append(rows)
         if self._bytes > self._limit:
             self._spill()
+
+    def _kept(self, column: Tensor) -> Tensor:
+        if self._dtype is None or not column.is_floating_point():
+            return column
+        largest = column.abs().nan_to_num(0, 0).max() if column.numel() else torch.zeros(())
+        if largest > torch.finfo(self._dtype).max:
+            raise InputError(
+                f"features up to {float(largest):.3g} do not fit {self._dtype}: expected at most"
+                f" {torch.finfo(self._dtype).max:.3g}; keep the cache in float32 or bfloat16"
+            )
+        return column.to(self._dtype)
 
     def finish(self) -> FeatureCache:
         """The cache of all that was appended.
@@ -127,8 +210,10 @@ class CacheWriter:
             if 0 in shape:
                 columns.append(column.new_empty(shape))
                 continue
-            array = np.memmap(self._file(name), dtype=column.numpy().dtype, mode="r+", shape=shape)
-            columns.append(torch.from_numpy(array))
+            # NumPy has no bfloat16: the bytes are mapped, and read as what they are.
+            size = column.element_size()
+            array = np.memmap(self._file(name), dtype=np.uint8, mode="r+", shape=(*shape[:-1], shape[-1] * size))
+            columns.append(torch.from_numpy(array).view(column.dtype))
         return FeatureCache(CacheRows(*columns), self._directory, self)
 
     def _spill(self) -> None:
@@ -138,7 +223,7 @@ class CacheWriter:
             for name, parts in zip(CacheRows._fields, zip(*self._batches, strict=True), strict=True):
                 with open(self._file(name), "ab") as file:
                     for column in parts:
-                        file.write(column.contiguous().numpy().tobytes())
+                        file.write(column.contiguous().view(torch.uint8).numpy().tobytes())
         except OSError as error:
             if self._directory is not None:
                 shutil.rmtree(self._directory, ignore_errors=True)

@@ -99,6 +99,7 @@ class Engine(Pipeline):
         progress: bool = False,
         cache_limit_bytes: int = 4 * 2**30,
         cache_directory: str | Path | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> Engine:
         """Run the model once over ID data, keep its features, and fit every detector from them.
 
@@ -107,6 +108,8 @@ class Engine(Pipeline):
             progress: show a bar.
             cache_limit_bytes: size beyond which the feature cache is kept in memory-mapped files.
             cache_directory: where those files go, in a folder that is removed with the engine; None takes the system's.
+            cache_dtype: what features are kept in: torch.float16 halves the room, and rounds what detectors are fitted from to
+                5e-4 of each value. None keeps them as the kernels give them.
 
         Returns:
             The engine itself.
@@ -117,7 +120,7 @@ class Engine(Pipeline):
             DetectorUnavailableError: a detector was named that this model cannot have.
         """
         with torch.inference_mode(False), torch.no_grad():
-            writer = CacheWriter(cache_limit_bytes, cache_directory)
+            writer = CacheWriter(cache_limit_bytes, cache_directory, cache_dtype)
             self.image_shape, shapes = None, set()
             for number, (images, labels) in enumerate(image_batches(loader, "fitting", progress)):
                 if number == 0:
@@ -125,11 +128,40 @@ class Engine(Pipeline):
                     self._leave_out_unavailable(images)
                 writer.append(self.extract_batch(images, labels))
                 shapes.add(tuple(images.shape[1:]))
-            detectors = {name: create_detector(name, **old.settings) for name, old in self.detectors.items()}
-            self._fit_from(writer.finish(), detectors)
-        # The model may be another one by now, and with it the features that thresholds were set from.
-        self.calibrations, self.calibration_cache = {}, None
+            self._fit_anew(writer.finish())
         self.image_shape = shapes.pop() if len(shapes) == 1 else None
+        return self
+
+    def fit_features(self, cache: FeatureCache, images: Tensor) -> Engine:
+        """Fit every detector from features that are there already, such as those of a file; see `FeatureCache.from_features`.
+
+        Args:
+            cache: ID samples, as this model and head see them.
+            images: one batch [n, C, H, W], on which the model is run to find its head and map.
+
+        Returns:
+            The engine itself.
+
+        Raises:
+            InputError: features of another width than the head's, too few of them, NaN or Inf; or as `fit`.
+            TapError, DetectorUnavailableError: as `fit`.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            self.image_shape = None
+            self.tap.find(images)
+            self._leave_out_unavailable(images)
+            width, needing = self.head.weight.shape[1], [name for name, one in self.detectors.items() if one.needs_map]
+            if cache.rows.features.shape[1] != width:
+                raise InputError(
+                    f"cache of {cache.rows.features.shape[1]} features a sample: expected {width}, what the head takes"
+                )
+            if needing and not cache.has_map:
+                raise InputError(
+                    f"{', '.join(needing)}: expected a cache with the maximum of each channel; give maximum=..., or leave the"
+                    " detector out"
+                )
+            self._fit_anew(cache)
+        self.image_shape = tuple(images.shape[1:])
         return self
 
     def refit(self, **parameters: Any) -> Engine:
@@ -331,6 +363,11 @@ class Engine(Pipeline):
         warnings.warn(message, OodEngineWarning, stacklevel=3)
         self.unavailable = dict.fromkeys(lacking, reason)
         self.detectors = {name: detector for name, detector in self.detectors.items() if name not in lacking}
+
+    def _fit_anew(self, cache: FeatureCache) -> None:
+        self._fit_from(cache, {name: create_detector(name, **old.settings) for name, old in self.detectors.items()})
+        # The model may be another one by now, and with it the features that thresholds were set from.
+        self.calibrations, self.calibration_cache = {}, None
 
     def _fit_from(self, cache: FeatureCache, detectors: dict[str, Detector]) -> None:
         data = FitData(cache, self.head, self.seed)

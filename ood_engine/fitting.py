@@ -13,7 +13,7 @@ import ood_kernels as ok
 
 from .cache import NO_LABEL, CacheRows, FeatureCache
 from .errors import InputError, OodEngineWarning
-from .signals import Signals
+from .signals import Signals, wide
 
 __all__ = ["FitData", "signals_from_rows"]
 
@@ -22,7 +22,9 @@ T = TypeVar("T")
 
 def signals_from_rows(rows: CacheRows, head: ok.Head) -> Signals:
     """Signals of cached samples, on the device of the head; no model is run."""
-    features, _, _, maximum, nap_mean = (column.to(head.weight.device) for column in rows)
+    features, maximum, nap_mean = (
+        wide(column.to(head.weight.device)) for column in (rows.features, rows.maximum, rows.nap_mean)
+    )
     if maximum.shape[1] == 0:
         return Signals(features, head)
     return Signals(features, head, ok.PoolStatistics(features, nap_mean if nap_mean.shape[1] else features, maximum))
@@ -100,6 +102,23 @@ class FitData:
         """Signals of the samples at `index` (default: all, in canonical order), `size` at a time."""
         for rows in self.cache.batches(self._order if index is None else index, size):
             yield signals_from_rows(rows, self.head)
+
+    def collect(self, key: Hashable, index: Tensor, of: Callable[[Signals], Tensor]) -> Tensor:
+        """[m, K] what `of` gives for the samples at `index`, collected once for all detectors that ask by the same key.
+
+        On the head's device, or, where the cache is mapped from files, in one more mapped file beside them.
+        """
+        return self.shared(("collected", key), lambda: self._collect(index, of))
+
+    def _collect(self, index: Tensor, of: Callable[[Signals], Tensor]) -> Tensor:
+        collected, start = torch.empty(0), 0
+        for signals in self.signals(index):
+            part = of(signals)
+            if start == 0:
+                collected = self.cache.empty((len(index), part.shape[1]), part)
+            collected[start : start + len(part)] = part
+            start += len(part)
+        return collected
 
     def labels(self, index: Tensor) -> Tensor:
         """int64 labels of the samples at `index`, on the head's device; the predicted class where none came with the data."""

@@ -17,7 +17,7 @@ from .fitting import signals_from_rows
 from .graphs import LARGEST_BUCKET, Inputs, ScoringGraphs
 from .runtime import Kernels, Runtime
 from .scores import Scores
-from .signals import GradientBasis, Masks, Signals
+from .signals import GradientBasis, Masks, Signals, wide
 from .tap import Captured, Tap, TapPlan
 
 __all__ = ["Pipeline"]
@@ -204,11 +204,6 @@ class Pipeline:
 def full_precision(device: torch.device) -> torch.autocast:
     """Autocast is for the model; detectors would run in half precision behind the caller's back."""
     return torch.autocast(device.type, enabled=False)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """fp32 unless it is fp64."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def finite_rows(images: Tensor) -> Tensor:

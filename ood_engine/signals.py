@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 import ood_kernels as ok
@@ -11,10 +12,15 @@ import ood_kernels as ok
 from .errors import DetectorUnavailableError
 from .runtime import Kernels
 
-__all__ = ["GradientBasis", "Masks", "Signals"]
+__all__ = ["GradientBasis", "Masks", "Signals", "wide"]
 
 Masks = tuple[Tensor | None, Tensor | None]
 """(weight mask, neuron mask) of a pruned head."""
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """fp32 unless it is fp64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class GradientBasis(Protocol):

@@ -74,6 +74,12 @@ __all__ = ["fit"]
     "--cache-limit", default=4096, type=click.IntRange(0), help="MiB of features kept in memory; beyond that on disk."
 )
 @click.option("--cache-directory", type=click.Path(path_type=Path), help="Where they go then.  [a temporary folder]")
+@click.option(
+    "--cache-dtype",
+    default="float32",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="What features are kept in until everything is fitted.",
+)
 @seed_option
 @device_option
 @json_option
@@ -94,6 +100,7 @@ def fit(
     batch_size: int,
     cache_limit: int,
     cache_directory: Path | None,
+    cache_dtype: str,
     seed: int,
     device: torch.device,
     as_json: bool,
@@ -133,7 +140,13 @@ def fit(
         seed=seed,
     )
     loader = fit_data.loader(batch_size)
-    engine.fit(loader, progress=True, cache_limit_bytes=cache_limit * 2**20, cache_directory=cache_directory)
+    engine.fit(
+        loader,
+        progress=True,
+        cache_limit_bytes=cache_limit * 2**20,
+        cache_directory=cache_directory,
+        cache_dtype=None if cache_dtype == "float32" else getattr(torch, cache_dtype),
+    )
     skipped = echo_skipped(loader.skipped, "fitting")
     if fresh is not None:
         loader = fresh.loader(batch_size)

@@ -12,6 +12,8 @@ from ..fitted import FittedModule
 __all__ = ["LinearProbe"]
 
 _BATCH = 128
+_MOST_QUANTILE_VALUES = 2**27
+_BLOCK_ROWS = 8192
 
 
 class LinearProbe(FittedModule):
@@ -29,7 +31,8 @@ class LinearProbe(FittedModule):
         epochs: passes over the vectors.
         clamp: "none", "react" or "bats".
         react_from: first dimension that ReAct clips; the paper's code takes 10 on CIFAR, 950 on ImageNet.
-        react_quantile: where it clips; the paper's code takes 0.9 and 0.7, of the test data, here of the training data.
+        react_quantile: where it clips; the paper's code takes 0.9 and 0.7, of the test data, here of the training data (of the
+            first 2^27 values where there are more).
         bats_width: of the interval in standard deviations; 1 is ours.
         validation_share: share of the vectors held out; the epoch with the best accuracy on them is kept, and training stops
             after three epochs without a better one. 0, the paper's, holds out none.
@@ -82,7 +85,8 @@ class LinearProbe(FittedModule):
             raise InputError(
                 f"a probe on {x.shape[0]} samples: expected at least 2 ID samples beside the anchors; fit on more"
             )
-        x, labels = x.detach().float().cpu().clone(), labels.cpu().clone()
+        # What was made in inference mode cannot be trained on; anything else may be mapped from a file, and stays there.
+        x, labels = (part.clone() if part.is_inference() else part for part in (x.detach().float().cpu(), labels.cpu()))
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             # `torch.manual_seed` would seed the generators of all devices, which are not put back.
             torch.default_generator.manual_seed(seed)
@@ -108,7 +112,7 @@ class LinearProbe(FittedModule):
         if kind == "bats":
             return mean - bats_width * deviation, mean + bats_width * deviation
         lower, upper = torch.full_like(mean, -torch.inf), torch.full_like(mean, torch.inf)
-        late = x[:, react_from:]
+        late = x[: max(1, _MOST_QUANTILE_VALUES // x.shape[1]), react_from:]
         if kind == "react" and late.numel():
             # `torch.quantile` takes no more than 2^24 values.
             upper[react_from:] = late.flatten().kthvalue(max(1, round(react_quantile * late.numel()))).values
@@ -154,4 +158,5 @@ def _train(probe: nn.Sequential, x: Tensor, labels: Tensor, epochs: int, validat
 @torch.no_grad()
 def _accuracy(probe: nn.Sequential, x: Tensor, labels: Tensor) -> float:
     probe.eval()
-    return float((probe(x).argmax(1) == labels).float().mean())
+    parts = zip(x.split(_BLOCK_ROWS), labels.split(_BLOCK_ROWS), strict=True)
+    return sum(int((probe(part).argmax(1) == right).sum()) for part, right in parts) / len(x)

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ood_kernels.reference import compute_dtype
+
 from ..errors import InputError
 from ..fitting import FitData
 from ..signals import Signals
-from ..subspace import BASES, Basis, DualBasis, ExplicitBasis, check_n_components, plan_of
+from ..subspace import BASES, Basis, ClassAverageBasis, DualBasis, ExplicitBasis, check_n_components, plan_of
+from ..subspace.class_average import MAX_BYTES, class_means_bytes
 from .base import Detector, register
 from .linear_probe import LinearProbe
 from .vector_heads import KNearestNeighbours, Mahalanobis
@@ -102,7 +105,7 @@ class LowDimGradient(Detector):
             the cheaper of the first two by `ood_engine.subspace.plan`, for batches of 64. "class_average", the paper's on ImageNet,
             takes the mean gradient of every true class and no n_components.
         normalisation: "none" (ours), "nfk" (the paper's, for "explicit" and "class_average") or "nfk-separable" (near it, for all).
-        max_anchors: most anchors.
+        max_anchors: most anchors; class averages, where they take at most 2 GiB, are over half of all samples instead.
         k: neighbour of the `knn` head; the paper's code takes 5 and 10.
         epochs: of training the probe; the paper's code takes 10.
         a: weight of the forward side; the paper's value is not known, 1 in `low_dim_gradient_ensemble` is ours.
@@ -159,17 +162,24 @@ class LowDimGradient(Detector):
 
     def fit(self, data: FitData) -> None:
         """Find the subspace from the anchors and fit the heads on the other samples."""
-        anchors, others = data.split(self._max_anchors)
-        key = ("basis", self._form, self._max_anchors, *self._options.values())
-        self.basis = data.shared(key, lambda: self._fit_basis(data, anchors)).to(self._place.device)
+        most_anchors = self._most_anchors(data)
+        anchors, others = data.split(most_anchors)
+        key = (self._form, self._max_anchors, *self._options.values())
+        self.basis = data.shared(("basis", key), lambda: self._fit_basis(data, anchors)).to(self._place.device)
         if self.low is not None:
-            coordinates = torch.cat([signals.coordinates(self.basis) for signals in data.signals(others)])
+            coordinates = data.collect(key, others, lambda signals: signals.coordinates(self.basis))
             _fit_head(self.low, coordinates, data, others)
         if self.forward_side is not None:
-            features = torch.cat([signals.features for signals in data.signals(others)])
+            features = data.collect(("features", most_anchors), others, lambda signals: signals.features)
             _fit_head(self.forward_side, features, data, others)
         if self._head == "vim":
             self.set_fitted(alpha=self._virtual_logit_scale(data, others))
+
+    def _most_anchors(self, data: FitData) -> int:
+        """Class means that can be held are exact over any number of samples; everything else is written over its anchors."""
+        classes, features = data.head.weight.shape
+        required = class_means_bytes(classes, classes, features + 1, compute_dtype(data.head.weight))
+        return len(data) if self._form == "class_average" and required <= MAX_BYTES else self._max_anchors
 
     def _fit_basis(self, data: FitData, anchors: Tensor) -> Basis:
         if len(anchors) < 2:
@@ -177,11 +187,11 @@ class LowDimGradient(Detector):
                 f"{len(data)} ID samples, {data.distinct} of them different: expected at least 4 different ones, half of them"
                 " anchors of the subspace; fit on more"
             )
-        parts = [(signals.probabilities, signals.features) for signals in data.signals(anchors)]
-        p, h = (torch.cat(column) for column in zip(*parts, strict=True))
+        p = data.collect(("p", len(anchors)), anchors, lambda signals: signals.probabilities)
+        h = data.collect(("h", len(anchors)), anchors, lambda signals: signals.features)
         if self._form == "class_average":
-            labels = data.labels(anchors)
-            return BASES["class_average"].fit(p, h, labels=labels, max_anchors=len(anchors), **self._options)
+            labels = data.labels(anchors).to(p.device)
+            return ClassAverageBasis.fit(p, h, labels=labels, max_anchors=self._max_anchors, **self._options)
         if self._form != "auto":
             return BASES[self._form].fit(p, h, max_anchors=len(anchors), **self._options)
         basis = DualBasis.fit(p, h, max_anchors=len(anchors), **self._options)

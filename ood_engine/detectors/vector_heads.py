@@ -5,6 +5,8 @@ Each is fitted by `fit(x, ...)` and scores by `forward(x)`, higher = more in-dis
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,7 @@ from ..fitted import FittedModule
 __all__ = ["KNearestNeighbours", "Mahalanobis"]
 
 _BLOCK_ELEMENTS = 4 * 2**20
+_BLOCK_ROWS = 8192
 
 
 class KNearestNeighbours(FittedModule):
@@ -80,18 +83,15 @@ class Mahalanobis(FittedModule):
             raise InputError(
                 f"a covariance of {x.shape[0]} samples: expected at least 2 ID samples beside the anchors; fit on more"
             )
-        x = self._prepare(x)
-        rounding = torch.finfo(x.dtype).eps * float(x.abs().max())
-        x = x.double()
-        classes, index = labels.unique(return_inverse=True)
-        counts = torch.bincount(index, minlength=len(classes)).to(x)
-        means = (
-            torch.zeros((len(classes), x.shape[1]), dtype=x.dtype, device=x.device).index_add_(0, index, x)
-            / counts[:, None]
-        )
-        centred = x - means[index]
-        variances, directions = torch.linalg.eigh(centred.T @ centred / x.shape[0])
+        classes, index = labels.to(x.device).unique(return_inverse=True)
+        means, largest_value = self._class_means(x, index, len(classes))
+        covariance = torch.zeros((x.shape[1], x.shape[1]), dtype=torch.float64, device=x.device)
+        for part, members in self._blocks(x, index):
+            centred = part.double() - means[members]
+            covariance += centred.T @ centred
+        variances, directions = torch.linalg.eigh(covariance / x.shape[0])
         largest = float(variances[-1])
+        rounding = torch.finfo(x.dtype).eps * largest_value
         if not largest > rounding**2:
             raise InputError(
                 f"a covariance of {x.shape[0]} samples in {len(classes)} classes: expected some that differ within their class"
@@ -106,6 +106,21 @@ class Mahalanobis(FittedModule):
         whitened, means = self._prepare(x).double() @ self.fitted("whitening"), self.fitted("means")
         squared = whitened.square().sum(1, keepdim=True) - 2 * whitened @ means.T + means.square().sum(1)
         return -squared.amin(1).clamp_min(0)
+
+    def _class_means(self, x: Tensor, index: Tensor, classes: int) -> tuple[Tensor, float]:
+        """([classes, K] means in fp64, the largest magnitude)."""
+        sums = torch.zeros((classes, x.shape[1]), dtype=torch.float64, device=x.device)
+        largest = 0.0
+        for part, members in self._blocks(x, index):
+            sums.index_add_(0, members, part.double())
+            largest = max(largest, float(part.abs().max()))
+        return sums / torch.bincount(index, minlength=classes)[:, None], largest
+
+    def _blocks(self, x: Tensor, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """x, which may be mapped from a file larger than the memory, and the class of each row, some rows at a time."""
+        for start in range(0, x.shape[0], _BLOCK_ROWS):
+            here = slice(start, start + _BLOCK_ROWS)
+            yield self._prepare(x[here]), index[here]
 
     def _prepare(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=1) if self.normalise else x

@@ -18,7 +18,10 @@ from .explicit import ExplicitBasis
 from .factored import FactoredBasis
 from .metric import MetricBasis, whitening_of
 
-__all__ = ["ClassAverageBasis"]
+__all__ = ["MAX_BYTES", "ClassAverageBasis", "class_means_bytes"]
+
+MAX_BYTES = 2 * 2**30
+"""Most memory for class means, of which a basis is exact over all samples; 2 GiB is ours."""
 
 _EPSILON = torch.finfo(torch.float64).eps
 _GRAM_BLOCK = 1024
@@ -57,7 +60,7 @@ class ClassAverageBasis(MetricBasis):
         normalisation: str = "none",
         max_anchors: int = 4096,
         bias: bool = True,
-        max_bytes: int = 2 * 2**30,
+        max_bytes: int = MAX_BYTES,
     ) -> ClassAverageBasis:
         """Find the class means from all samples where they fit `max_bytes`, else from an equal number of anchors a class.
 
@@ -84,8 +87,7 @@ class ClassAverageBasis(MetricBasis):
         basis = cls(cotangent=cotangent, bias=bias).to(p.device)
         nfk.check_fit(p, h, normalisation, ("none", "nfk", "nfk-separable"), max_anchors)
         samples = ClassSamples.of(p.detach(), h.detach(), labels, cotangent, bias)
-        number_bytes = torch.finfo(samples.dtype).bits // 8
-        required = len(samples.classes) * p.shape[1] * (h.shape[1] + bias) * number_bytes
+        required = class_means_bytes(len(samples.classes), p.shape[1], h.shape[1] + bias, samples.dtype)
         if required <= max_bytes:
             basis._fit_explicit(samples, normalisation)
         elif normalisation == "nfk":
@@ -218,6 +220,11 @@ class ClassAverageBasis(MetricBasis):
     def to_factored(self, tolerance: float = 0.01) -> FactoredBasis:
         """The same columns inside a product of two smaller spaces, see `DualBasis.to_factored`."""
         return self.form.to_factored(tolerance)
+
+
+def class_means_bytes(present: int, classes: int, width: int, dtype: torch.dtype) -> int:
+    """What the mean gradients of the `present` classes take: present · C · D̃ numbers."""
+    return present * classes * width * dtype.itemsize
 
 
 class _WeightedDualBasis(DualBasis):

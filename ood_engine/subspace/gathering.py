@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 import ood_kernels as ok
 
 from ..batches import with_progress
 from ..cache import FeatureCache
 from ..errors import InputError
+from ..signals import wide
 from .statistics import FitStatistics
 
 __all__ = ["gather"]
@@ -62,7 +61,7 @@ def gather(
     starts = range(done, len(cache), block)
     for number, start in enumerate(with_progress(starts, "gathering", progress), 1):
         rows = cache.rows.select(slice(start, start + block))
-        h = rows.features.to(torch.float32) if rows.features.dtype != torch.float64 else rows.features
+        h = wide(rows.features)
         p = ok.masked_energy(h.to(head.weight.device), head.weight, head.bias)[2]
         statistics.update(p, h, rows.fingerprints, rows.labels)
         if checkpoint is not None and number % _CHECKPOINT_BLOCKS == 0:

@@ -59,11 +59,6 @@ def count_components(
     if isinstance(wanted, float):
         cumulative = eigenvalues[:rank].cumsum(0) / (eigenvalues[:rank].sum() if total is None else total)
         return min(rank, int((cumulative < wanted).sum()) + 1)
-    if wanted > anchors - 1:
-        raise InputError(
-            f"n_components={wanted} with {anchors} anchors: expected at least {wanted + 1} anchors, for centred gradients of n"
-            " samples span n - 1 directions; fit on more samples or ask for fewer components"
-        )
     if wanted > rank:
         warnings.warn(
             f"n_components={wanted}: the {anchors} anchor gradients span {rank} directions, so {rank} are kept",

@@ -139,8 +139,8 @@ def test_refit_equals_a_fresh_fit_and_never_runs_the_model(
 def test_a_refit_that_fails_changes_nothing(make_engine, test_images, assert_same_scores):
     engine = make_engine()
     before = engine.score(test_images)
-    with pytest.raises(InputError, match="n_components=500 with 120 anchors: expected at least 501"):
-        engine.refit(eps=0.5, n_components=500)
+    with pytest.raises(InputError, match="k=500 neighbours with a bank of 120"):
+        engine.refit(eps=0.5, head="knn", k=500)
     with pytest.raises(InputError, match=r"w=3: expected"):
         engine.refit(w=3)
     with pytest.raises(InputError, match=r"refit\(tempo=...\): expected a detector \(energy, .*\) or a setting"):

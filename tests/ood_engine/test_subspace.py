@@ -124,10 +124,12 @@ def test_vectors_are_orthonormal_and_coordinates_centred(make_problem, seed, sam
     assert (coordinates.square().sum(1) <= basis.centred_norm(p, h).square() + 1e-8).all()
 
 
-def test_asks_for_more_anchors_than_components(make_problem):
+@pytest.mark.parametrize("wanted", [10, 11, 5000])
+def test_fewer_anchors_than_components_give_what_they_span(wanted, make_problem):
     p, h, *_ = make_problem(10)
-    with pytest.raises(InputError, match=r"n_components=10 with 10 anchors: expected at least 11 anchors"):
-        DualBasis.fit(p, h, n_components=10)
+    with pytest.warns(OodEngineWarning, match="the 10 anchor gradients span 9 directions, so 9 are kept"):
+        basis = DualBasis.fit(p, h, n_components=wanted)
+    assert torch.equal(basis.project(p, h), DualBasis.fit(p, h, n_components=9).project(p, h))
 
 
 def test_warns_where_gradients_span_fewer_directions(make_problem):
