@@ -128,16 +128,17 @@ class Engine(Pipeline):
                     self._leave_out_unavailable(images)
                 writer.append(self.extract_batch(images, labels))
                 shapes.add(tuple(images.shape[1:]))
-            self._fit_anew(writer.finish())
+            self._fit_anew(writer.finish(), progress)
         self.image_shape = shapes.pop() if len(shapes) == 1 else None
         return self
 
-    def fit_features(self, cache: FeatureCache, images: Tensor) -> Engine:
+    def fit_features(self, cache: FeatureCache, images: Tensor, *, progress: bool = False) -> Engine:
         """Fit every detector from features that are there already, such as those of a file; see `FeatureCache.from_features`.
 
         Args:
             cache: ID samples, as this model and head see them.
             images: one batch [n, C, H, W], on which the model is run to find its head and map.
+            progress: show a bar.
 
         Returns:
             The engine itself.
@@ -160,7 +161,7 @@ class Engine(Pipeline):
                     f"{', '.join(needing)}: expected a cache with the maximum of each channel; give maximum=..., or leave the"
                     " detector out"
                 )
-            self._fit_anew(cache)
+            self._fit_anew(cache, progress)
         self.image_shape = tuple(images.shape[1:])
         return self
 
@@ -364,13 +365,14 @@ class Engine(Pipeline):
         self.unavailable = dict.fromkeys(lacking, reason)
         self.detectors = {name: detector for name, detector in self.detectors.items() if name not in lacking}
 
-    def _fit_anew(self, cache: FeatureCache) -> None:
-        self._fit_from(cache, {name: create_detector(name, **old.settings) for name, old in self.detectors.items()})
+    def _fit_anew(self, cache: FeatureCache, progress: bool) -> None:
+        detectors = {name: create_detector(name, **old.settings) for name, old in self.detectors.items()}
+        self._fit_from(cache, detectors, progress)
         # The model may be another one by now, and with it the features that thresholds were set from.
         self.calibrations, self.calibration_cache = {}, None
 
-    def _fit_from(self, cache: FeatureCache, detectors: dict[str, Detector]) -> None:
-        data = FitData(cache, self.head, self.seed)
+    def _fit_from(self, cache: FeatureCache, detectors: dict[str, Detector], progress: bool = False) -> None:
+        data = FitData(cache, self.head, self.seed, progress)
         with full_precision(self.tap.device):
             for detector in detectors.values():
                 detector.to(self.tap.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import ood_kernels as ok
 
+from .batches import with_progress
 from .cache import NO_LABEL, CacheRows, FeatureCache
 from .errors import InputError, OodEngineWarning
 from .signals import Signals, wide
@@ -18,6 +19,7 @@ from .signals import Signals, wide
 __all__ = ["FitData", "signals_from_rows"]
 
 T = TypeVar("T")
+_SHORT = 65536
 
 
 def signals_from_rows(rows: CacheRows, head: ok.Head) -> Signals:
@@ -37,13 +39,15 @@ class FitData:
         cache: the ID samples.
         head: the unpruned head.
         seed: of everything that is drawn while fitting.
+        progress: show a bar for every pass over a cache of more than 65 536 samples.
 
     Raises:
         InputError: samples that are not finite, or labels out of the head's range.
     """
 
-    def __init__(self, cache: FeatureCache, head: ok.Head, seed: int = 0) -> None:
+    def __init__(self, cache: FeatureCache, head: ok.Head, seed: int = 0, progress: bool = False) -> None:
         self.cache = cache
+        self._progress = progress and len(cache) > _SHORT
         self.head = head
         self.seed = seed
         self._order = torch.argsort(cache.rows.fingerprints, stable=True)
@@ -100,7 +104,9 @@ class FitData:
 
     def signals(self, index: Tensor | None = None, size: int = 4096) -> Iterator[Signals]:
         """Signals of the samples at `index` (default: all, in canonical order), `size` at a time."""
-        for rows in self.cache.batches(self._order if index is None else index, size):
+        index = self._order if index is None else index
+        batches = self.cache.batches(index, size)
+        for rows in with_progress(batches, "reading features", self._progress, total=-(-len(index) // size)):
             yield signals_from_rows(rows, self.head)
 
     def collect(self, key: Hashable, index: Tensor, of: Callable[[Signals], Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..fitting import FitData
 from ..signals import Signals
 from ..subspace import BASES, Basis, ClassAverageBasis, DualBasis, ExplicitBasis, check_n_components, plan_of
+from ..subspace.anchors import check_anchor_method
 from ..subspace.class_average import MAX_BYTES, class_means_bytes
 from .base import Detector, register
 from .linear_probe import LinearProbe
@@ -106,6 +107,8 @@ class LowDimGradient(Detector):
             takes the mean gradient of every true class and no n_components.
         normalisation: "none" (ours), "nfk" (the paper's, for "explicit" and "class_average") or "nfk-separable" (near it, for all).
         max_anchors: most anchors; class averages, where they take at most 2 GiB, are over half of all samples instead.
+        anchors: how they are chosen, see `ood_engine.subspace.choose_anchors`: "first" is a random choice, for any basis;
+            "class_balanced" and "pivoted" choose from 16 times as many samples, for "dual" and "auto". All are ours.
         k: neighbour of the `knn` head; the paper's code takes 5 and 10.
         epochs: of training the probe; the paper's code takes 10.
         a: weight of the forward side; the paper's value is not known, 1 in `low_dim_gradient_ensemble` is ours.
@@ -122,6 +125,7 @@ class LowDimGradient(Detector):
         basis: str = "auto",
         normalisation: str = "none",
         max_anchors: int = 4096,
+        anchors: str = "first",
         k: int = 10,
         epochs: int = 10,
         a: float = 0.0,
@@ -143,7 +147,12 @@ class LowDimGradient(Detector):
                 f"normalisation={normalisation!r} with basis={basis!r}: expected one of"
                 f" {', '.join(_NORMALISATIONS.get(basis, ('none', 'nfk-separable')))}"
             )
-        self._form = basis
+        check_anchor_method(anchors)
+        if anchors != "first" and basis not in ("auto", "dual"):
+            raise InputError(
+                f"anchors={anchors!r} with basis={basis!r}: expected 'first'; others need the auto or dual basis"
+            )
+        self._form, self._anchors = basis, anchors
         self._options: dict[str, Any] = {
             "n_components": n_components,
             "cotangent": cotangent,
@@ -162,24 +171,26 @@ class LowDimGradient(Detector):
 
     def fit(self, data: FitData) -> None:
         """Find the subspace from the anchors and fit the heads on the other samples."""
-        most_anchors = self._most_anchors(data)
-        anchors, others = data.split(most_anchors)
-        key = (self._form, self._max_anchors, *self._options.values())
+        candidates = self._candidates(data)
+        anchors, others = data.split(candidates)
+        key = (self._form, self._anchors, self._max_anchors, *self._options.values())
         self.basis = data.shared(("basis", key), lambda: self._fit_basis(data, anchors)).to(self._place.device)
         if self.low is not None:
             coordinates = data.collect(key, others, lambda signals: signals.coordinates(self.basis))
             _fit_head(self.low, coordinates, data, others)
         if self.forward_side is not None:
-            features = data.collect(("features", most_anchors), others, lambda signals: signals.features)
+            features = data.collect(("features", candidates), others, lambda signals: signals.features)
             _fit_head(self.forward_side, features, data, others)
         if self._head == "vim":
             self.set_fitted(alpha=self._virtual_logit_scale(data, others))
 
-    def _most_anchors(self, data: FitData) -> int:
-        """Class means that can be held are exact over any number of samples; everything else is written over its anchors."""
+    def _candidates(self, data: FitData) -> int:
+        """Most samples that the basis may be found from; at most half are, see `FitData.split`."""
         classes, features = data.head.weight.shape
-        required = class_means_bytes(classes, classes, features + 1, compute_dtype(data.head.weight))
-        return len(data) if self._form == "class_average" and required <= MAX_BYTES else self._max_anchors
+        means_bytes = class_means_bytes(classes, classes, features + 1, compute_dtype(data.head.weight))
+        if self._form == "class_average" and means_bytes <= MAX_BYTES:
+            return len(data)
+        return self._max_anchors if self._anchors == "first" else 16 * self._max_anchors
 
     def _fit_basis(self, data: FitData, anchors: Tensor) -> Basis:
         if len(anchors) < 2:
@@ -192,9 +203,14 @@ class LowDimGradient(Detector):
         if self._form == "class_average":
             labels = data.labels(anchors).to(p.device)
             return ClassAverageBasis.fit(p, h, labels=labels, max_anchors=self._max_anchors, **self._options)
-        if self._form != "auto":
-            return BASES[self._form].fit(p, h, max_anchors=len(anchors), **self._options)
-        basis = DualBasis.fit(p, h, max_anchors=len(anchors), **self._options)
+        if self._form not in ("auto", "dual"):
+            return BASES[self._form].fit(p, h, max_anchors=self._max_anchors, **self._options)
+        chosen: dict[str, Any] = {"max_anchors": self._max_anchors, "anchors": self._anchors}
+        if self._anchors == "class_balanced":
+            chosen["labels"] = data.labels(anchors).to(p.device)
+        basis = DualBasis.fit(p, h, **chosen, **self._options)
+        if self._form == "dual":
+            return basis
         return basis.to_explicit() if plan_of(basis, samples=64).choice == "explicit" else basis
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

@@ -66,7 +66,8 @@ class DualBasis(MetricBasis):
             p: softmax [n, C].
             h: features [n, D].
             labels: classes [n], read by anchors="class_balanced" alone; predicted ones stand in.
-            n_components: K as a number, or the share of the gradient variance to explain, in (0, 1). The paper uses 200 for
+            n_components: K as a number (fewer, with a warning, where the anchors span fewer), or the share of the gradient variance
+                to explain, in (0, 1). The paper uses 200 for
                 CIFAR; 0.99 is ours.
             cotangent: the scalar that is differentiated.
             normalisation: "none", our default: centred only; "nfk-separable", the nearest that keeps rank one to the "nfk" of all
@@ -81,7 +82,7 @@ class DualBasis(MetricBasis):
             The fitted basis, in fp64 where p or h is, else fp32.
 
         Raises:
-            InputError: too few samples for K, values that are not finite, or an unknown option.
+            InputError: gradients that are all equal, values that are not finite, or an unknown option.
         """
         check_n_components(n_components)
         basis = cls(cotangent=cotangent, bias=bias).to(p.device)

@@ -57,7 +57,8 @@ class ExplicitBasis(MetricBasis):
             p: softmax [n, C].
             h: features [n, D].
             labels: not used by PCA.
-            n_components: K as a number, or the share of the gradient variance to explain, in (0, 1).
+            n_components: K as a number (fewer, with a warning, where the anchors span fewer), or the share of the gradient variance
+                to explain, in (0, 1).
             cotangent: the scalar that is differentiated.
             normalisation: "none", our default; "nfk", that of all runs in the paper's README, at 2·n²·C·D̃ flops; "nfk-separable".
             max_anchors: most samples that PCA reads, the first of them.
@@ -68,7 +69,8 @@ class ExplicitBasis(MetricBasis):
             The fitted basis, in fp64 where p or h is, else fp32.
 
         Raises:
-            InputError: too few samples for K, values that are not finite, components beyond `max_bytes`, or an unknown option.
+            InputError: gradients that are all equal, values that are not finite, components beyond `max_bytes`, or an unknown
+                option.
         """
         if normalisation in ("none", "nfk-separable"):
             dual = DualBasis.fit(

@@ -76,7 +76,7 @@ class FactoredBasis(MetricBasis):
             The fitted basis, in fp64 where p or h is, else fp32.
 
         Raises:
-            InputError: too few samples for K, values that are not finite, an unknown option, or an eigenproblem beyond 8192.
+            InputError: gradients that are all equal, values that are not finite, an unknown option, or an eigenproblem beyond 8192.
         """
         check_n_components(n_components)
         basis = cls(cotangent=cotangent, bias=bias).to(p.device)

@@ -153,3 +153,19 @@ def test_class_averages_are_over_half_of_all_samples(model, id_batches):
     expected = oe.subspace.ClassAverageBasis.fit(signals.probabilities, signals.features, labels=data.labels(anchors))
     found = engine.detectors["low_dim_gradient"].basis
     assert torch.equal(found.fitted("components"), expected.fitted("components"))
+
+
+def test_a_long_pass_shows_a_bar(model, id_batches, monkeypatch):
+    engine = oe.Engine(model, ["energy"]).fit(id_batches)
+    shown = []
+
+    def with_progress(batches, what, progress, total=None):
+        shown.append((what, progress, total))
+        return batches
+
+    monkeypatch.setattr("ood_engine.fitting.with_progress", with_progress)
+    count = len(engine.cache)
+    for short, progress, expected in ((count, True, False), (count - 1, True, True), (count - 1, False, False)):
+        monkeypatch.setattr("ood_engine.fitting._SHORT", short)
+        assert len(list(FitData(engine.cache, engine.head, 0, progress).signals(size=100))) == -(-count // 100)
+        assert shown[-1] == ("reading features", expected, -(-count // 100))

@@ -400,3 +400,39 @@ def test_a_class_average_needs_no_number_of_components(make_engine):
 def test_basis_and_normalisation_are_checked(settings, message):
     with pytest.raises(InputError, match=message):
         create_detector("low_dim_gradient", **settings)
+
+
+@pytest.mark.parametrize("anchors", ["class_balanced", "pivoted"])
+def test_anchors_are_chosen_from_more_samples(anchors, model, id_batches, test_images):
+    settings = {"basis": "dual", "max_anchors": 8, "anchors": anchors, "n_components": 4}
+    engine = oe.Engine(model, ["low_dim_gradient"], settings={"low_dim_gradient": settings}).fit(id_batches)
+    data = FitData(engine.cache, engine.head)
+    candidates, _ = data.split(16 * 8)
+    assert len(candidates) > 8
+    signals = next(data.signals(candidates))
+    expected = oe.subspace.DualBasis.fit(
+        signals.probabilities,
+        signals.features,
+        labels=data.labels(candidates),
+        max_anchors=8,
+        anchors=anchors,
+        n_components=4,
+    )
+    found = engine.detectors["low_dim_gradient"].basis
+    assert torch.equal(found.fitted("anchor_features"), expected.fitted("anchor_features"))
+    assert 0 <= float(found.residual) < 1
+    first = oe.subspace.DualBasis.fit(signals.probabilities, signals.features, max_anchors=8, n_components=4)
+    assert not torch.equal(found.fitted("anchor_features"), first.fitted("anchor_features"))
+    assert engine.score(test_images)["low_dim_gradient"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"anchors": "best"}, "anchors='best': expected one of first, class_balanced, pivoted"),
+        ({"anchors": "pivoted", "basis": "factored"}, "anchors='pivoted' with basis='factored': expected 'first'"),
+    ],
+)
+def test_refuses_other_choices_of_anchors(settings, message):
+    with pytest.raises(InputError, match=message):
+        create_detector("low_dim_gradient", **settings)
