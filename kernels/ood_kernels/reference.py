@@ -34,6 +34,7 @@ COTANGENTS = ("energy", "predicted", "uniform", "max_logit", "sum_logits")
 """The scalars whose last-layer gradient keeps the form a ⊗ h̃."""
 
 _WORKSPACE_ELEMENTS = 4 * 2**20
+_LONGEST_SUM = 2**17
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -184,8 +185,18 @@ def project_explicit(a: Tensor, h: Tensor, components: Tensor, constants: Tensor
     """Centred coordinates [N, K] in an explicit basis V [K, C, D̃]: aᵀ V_k h̃ - constant_k, 2·K·C·D̃ flops a sample."""
     dtype = compute_dtype(a, h, components)
     a, h = a.to(dtype), h.to(dtype)
-    n_components, _, width = components.shape
+    n_components, classes, width = components.shape
     coordinates = a.new_empty((a.shape[0], n_components))
+    # Gradients of some samples at a time as rows of one product, where these are smaller than what lies between two products else;
+    # a sum over more entries would lose digits.
+    if classes < n_components and classes * width <= _LONGEST_SUM:
+        rows = max(1, _WORKSPACE_ELEMENTS // max(1, classes * width))
+        vectors, extended = components.to(dtype).flatten(1), torch.cat([h, h.new_ones((len(h), 1))], 1) if bias else h
+        for start in range(0, len(a), rows):
+            here = slice(start, start + rows)
+            gradients = (a[here, :, None] * extended[here, None]).flatten(1)
+            torch.mm(gradients, vectors.T, out=coordinates[here])
+        return coordinates - constants.to(dtype)
     block = max(1, _WORKSPACE_ELEMENTS // max(1, a.shape[0] * width))
     for start in range(0, n_components, block):
         left = a @ components[start : start + block].to(dtype)  # [block, N, D̃]
