@@ -35,6 +35,7 @@ COTANGENTS = ("energy", "predicted", "uniform", "max_logit", "sum_logits")
 
 _WORKSPACE_ELEMENTS = 4 * 2**20
 _LONGEST_SUM = 2**17
+_MASKED_ELEMENTS = 2**20
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -103,17 +104,23 @@ def masked_energy(
     # One layout for the plain and the masked product: masks that keep everything then change no bit.
     h, weight = h.to(dtype).contiguous(), weight.to(dtype).contiguous()
     bias = None if bias is None else bias.to(dtype)
-    logits = F.linear(h, weight, bias)
-    lse = _finite_logsumexp(logits)
-    p = logits.softmax(1)
     if weight_mask is None and neuron_mask is None:
-        return lse, lse.clone(), p
-    # Products with the masks, not `where`: 0 · NaN is NaN, so a bad feature surfaces even in a pruned neuron.
+        logits = F.linear(h, weight, bias)
+        lse = _finite_logsumexp(logits)
+        return lse, lse.clone(), logits.softmax(1)
     if weight_mask is not None and weight_mask.dtype == torch.int32:
         weight_mask = unpack_mask(weight_mask, weight.shape[1])
-    pruned = weight if weight_mask is None else weight * weight_mask
+    # Products with the masks, not `where`: 0 · NaN is NaN, so a bad feature surfaces even in a pruned neuron.
     kept = h if neuron_mask is None else h * neuron_mask
-    return lse, _finite_logsumexp(F.linear(kept, pruned, bias)), p
+    logits, pruned = (h.new_empty((len(h), len(weight))) for _ in range(2))
+    # Some classes at a time: the masked weights then never leave the caches.
+    rows = max(1, _MASKED_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, len(weight), rows):
+        here = slice(start, start + rows)
+        part, of_part = weight[here], None if bias is None else bias[here]
+        logits[:, here] = F.linear(h, part, of_part)
+        pruned[:, here] = F.linear(kept, part if weight_mask is None else part * weight_mask[here], of_part)
+    return _finite_logsumexp(logits), _finite_logsumexp(pruned), logits.softmax(1)
 
 
 def cotangent(p: Tensor, kind: str = "energy") -> Tensor:
