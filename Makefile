@@ -13,7 +13,7 @@ help:
 	@echo "make demo   set up $(VENV) and run the demo: table, report and pictures in demo-output/"
 	@echo "make test   set up $(VENV) and run the tests"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  memory and speed against per-sample autograd"
+	@echo "make bench  what scoring costs here beside peers and the machine: table, files and pictures in bench-output/"
 	@echo "make docs   API reference as HTML in docs/api/"
 	@echo "make clean  remove $(VENV) and what the commands left"
 
@@ -29,22 +29,22 @@ lint: $(VENV)/ready-test
 	$(BIN)/mypy
 
 bench: $(VENV)/ready-bench
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/closed_form_vs_autograd.py
+	$(BIN)/ood-engine bench
 
 docs: $(VENV)/ready-docs
 	$(BIN)/pdoc --output-directory docs/api --docformat google ood_engine ood_kernels
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output docs/api .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info demo-output bench-output docs/api .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/ready-venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/ready-%: $(VENV)/ready-venv setup.py constraints/cpu.txt constraints/model-zoo.txt
+$(VENV)/ready-%: $(VENV)/ready-venv setup.py constraints/cpu.txt constraints/model-zoo.txt constraints/peers.txt
 	$(PIP) $(CONSTRAINTS) --editable '.[$*]' || { $(no_torch); }
-	$(if $(filter test,$*),$(PIP) $(if $(GPU),torchvision timm,--no-deps --requirement constraints/model-zoo.txt))
+	$(if $(filter test bench,$*),$(PIP) $(if $(GPU),torchvision timm,--no-deps --requirement constraints/model-zoo.txt))
+	$(if $(filter test bench,$*),$(PIP) --no-deps --requirement constraints/peers.txt)
 	@touch $@
 
 define no_torch

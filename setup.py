@@ -10,7 +10,9 @@ VERSION = "0.1.0"
 CLI = ["click>=8.1", "rich>=13", "tqdm>=4.66", "pyarrow>=15", "pillow>=10", "matplotlib>=3.8", "jinja2>=3.1"]
 # torch's own builds for a GPU bring the Triton they were made for; alone it is needed to interpret and to compile kernels.
 TRITON = ["triton>=3.4; platform_system == 'Linux'"]
-TEST = [*TRITON, "pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11"]
+# What the peers of the benchmarks import; none of it asks for torch.
+PEER_IMPORTS = ["scipy>=1.11", "pillow>=10", "faiss-cpu>=1.8", "datasets>=2.19"]
+TEST = [*TRITON, *PEER_IMPORTS, "pytest>=8", "pytest-benchmark>=4", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11"]
 
 setup(
     name="ood-engine",
@@ -26,6 +28,8 @@ setup(
         "ood_kernels",
         "ood_kernels.triton_kernels",
         "ood_engine",
+        "ood_engine.bench",
+        "ood_engine.bench.subjects",
         "ood_engine.cli",
         "ood_engine.corruptions",
         "ood_engine.detectors",
@@ -42,7 +46,9 @@ setup(
         "cli": CLI,
         "triton": TRITON,
         "test": [*CLI, *TEST],
-        "bench": [*CLI, "pytest-benchmark>=4"],
+        "bench": [*CLI, *PEER_IMPORTS, "pytest-benchmark>=4"],
+        # oodeel 0.4.0 asks for NumPy below 2, which later Pythons do not have.
+        "peers": [*PEER_IMPORTS, "pytorch-ood==0.4.0", "oodeel==0.4.0; python_version < '3.13'"],
         "docs": [*CLI, "pdoc>=14"],
     },
     entry_points={"console_scripts": ["ood-engine = ood_engine.cli:main"]},

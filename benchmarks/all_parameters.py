@@ -31,8 +31,8 @@ from torch.func import functional_call, grad, vmap
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "kernels")]
 
-from benchmarks import measure  # noqa: E402
 from ood_engine import demo  # noqa: E402
+from ood_engine.bench import measure  # noqa: E402
 from ood_engine.data import ImageDataset, open_dataset  # noqa: E402
 from ood_engine.detectors.linear_probe import LinearProbe  # noqa: E402
 from ood_engine.detectors.vector_heads import KNearestNeighbours, Mahalanobis  # noqa: E402

@@ -31,7 +31,7 @@ from torch.func import grad, vmap
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "kernels")]
 
 import ood_kernels as ok  # noqa: E402
-from benchmarks.measure import (  # noqa: E402
+from ood_engine.bench.measure import (  # noqa: E402
     MIB,
     default_results_path,
     interleave,

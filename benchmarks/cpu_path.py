@@ -27,7 +27,7 @@ from torch import Tensor
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "kernels")]
 
 import ood_kernels as ok  # noqa: E402
-from benchmarks.measure import (  # noqa: E402
+from ood_engine.bench.measure import (  # noqa: E402
     default_results_path,
     interleave,
     machine_facts,
@@ -36,7 +36,7 @@ from benchmarks.measure import (  # noqa: E402
     timing_fields,
     write_results,
 )
-from benchmarks.resnet50 import ResNet50  # noqa: E402
+from ood_engine.bench.resnet50 import ResNet50  # noqa: E402
 from ood_engine.subspace import DualBasis  # noqa: E402
 from ood_kernels import pooling  # noqa: E402
 

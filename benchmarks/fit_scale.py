@@ -1,9 +1,10 @@
-"""Fitting a subspace from caches of growing size: time and resident memory against n.
+"""Fitting from caches of growing size: time and resident memory against n.
 
-A synthetic cache of fp16 features is mapped from a file; `ood_engine.subspace.gather` reads it in blocks, then a dual basis is
-found from the anchors. Gathering does the same work for every sample (2·(C·D̃ + C² + D̃² + C·D) flops), and what it holds does not
-depend on n, so time has to grow in proportion and memory not at all; finding the basis depends on the anchors alone. Memory is what
-the process holds itself (RssAnon, looked at every 20 ms), without pages of the mapped file, which the system may drop at any time.
+A synthetic cache of fp16 features is mapped from a file. `ood_engine.subspace.gather` reads it in blocks, and a dual basis is found
+from the anchors. Gathering does the same work for every sample (2·(C·D̃ + C² + D̃² + C·D) flops), and what it holds does not depend
+on n, so time has to grow in proportion and memory not at all; finding the basis depends on the anchors alone. Then engines are
+fitted from the largest cache, a detector each: they look at every sample, and what they collect lies in a file beside the cache.
+Memory is what the process holds itself (RssAnon, looked at every 20 ms), without pages of mapped files, which the system may drop.
 
     python benchmarks/fit_scale.py [--sizes 12500,50000,200000] [--json]
 """
@@ -16,23 +17,25 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "kernels")]
 
+import ood_engine as oe  # noqa: E402
 import ood_kernels as ok  # noqa: E402
-from benchmarks.measure import (  # noqa: E402
+from ood_engine.bench.measure import (  # noqa: E402
     default_results_path,
     machine_facts,
     print_table,
     write_results,
 )
-from ood_engine.cache import CacheRows, FeatureCache  # noqa: E402
 from ood_engine.subspace import DualBasis, gather  # noqa: E402
 
 COLUMNS = {
@@ -45,7 +48,24 @@ COLUMNS = {
 }
 
 
-def make_cache(folder: Path, samples: int, features: int, seed: int = 0) -> FeatureCache:
+DETECTORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dual, mahalanobis": ("low_dim_gradient", {"basis": "dual"}),
+    "dual, mahalanobis and that of the features": ("low_dim_gradient", {"basis": "dual", "a": 1.0}),
+    "factored, mahalanobis": ("low_dim_gradient", {"basis": "factored"}),
+    "class_average, mahalanobis": ("low_dim_gradient", {"basis": "class_average"}),
+    "class_average of nfk-separable, mahalanobis": (
+        "low_dim_gradient",
+        {"basis": "class_average", "normalisation": "nfk-separable"},
+    ),
+    "dual, probe of one epoch": ("low_dim_gradient", {"basis": "dual", "head": "probe_energy", "epochs": 1}),
+    "dual, knn": ("low_dim_gradient", {"basis": "dual", "head": "knn"}),
+    "grad_pca": ("grad_pca", {}),
+    "opnp": ("opnp", {}),
+}
+"""Row → detector and its settings; the number of components and of anchors are added."""
+
+
+def make_cache(folder: Path, samples: int, features: int, seed: int = 0) -> oe.FeatureCache:
     """ReLU-like features with a common mean, in fp16, in a mapped file; written in blocks."""
     array = np.memmap(folder / f"features-{samples}.bin", dtype=np.float16, mode="w+", shape=(samples, features))
     generator = torch.Generator().manual_seed(seed)
@@ -56,10 +76,8 @@ def make_cache(folder: Path, samples: int, features: int, seed: int = 0) -> Feat
             (torch.randn(count, 64, generator=generator) @ mixing + 0.4).relu().half().numpy()
         )
     array.flush()
-    nothing = torch.empty(samples, 0)
     marks = torch.randint(-(2**62), 2**62, (samples,), generator=generator)
-    labels = torch.full((samples,), -1)
-    return FeatureCache(CacheRows(torch.from_numpy(array), marks, labels, nothing, nothing))
+    return oe.FeatureCache.from_features(torch.from_numpy(array), fingerprints=marks, directory=folder)
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -73,7 +91,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             cache = make_cache(Path(name), samples, options.features)
             found: dict[str, Any] = {}
 
-            def run(cache: FeatureCache = cache, found: dict[str, Any] = found) -> None:
+            def run(cache: oe.FeatureCache = cache, found: dict[str, Any] = found) -> None:
                 started = time.perf_counter()
                 found["statistics"] = gather(cache, head, max_anchors=options.anchors, progress=True)
                 found["seconds"] = time.perf_counter() - started
@@ -82,12 +100,29 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             statistics = found["statistics"]
             rows.append(_row("gather", samples, found["seconds"], peak, cache.rows.features.nbytes))
         assert statistics is not None
+        rows += fit_engines(cache, head, options)
         started = time.perf_counter()
         basis = DualBasis.fit(statistics.anchor_p, statistics.anchor_h, n_components=options.components)
         rows.append(
             _row(f"dual basis, K={basis.n_components}", options.anchors, time.perf_counter() - started, None, 0)
         )
     return rows
+
+
+def fit_engines(cache: oe.FeatureCache, head: ok.Head, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row a detector, fitted from the whole cache; classes are those that the head predicts."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(options.features, options.classes))
+    model.load_state_dict({"1.weight": head.weight, "1.bias": head.bias})
+    parts = [(rows.features.float() @ head.weight.T).argmax(1) for rows in cache.batches()]
+    cache = oe.FeatureCache(cache.rows._replace(labels=torch.cat(parts)), cache.directory)
+    images = cache.rows.features[:8].float()[:, :, None, None]
+    for name, (detector, settings) in DETECTORS.items():
+        if detector == "low_dim_gradient":
+            settings = {**settings, "max_anchors": options.anchors, "n_components": options.components}
+        engine = oe.Engine(model, [detector], settings={detector: settings})
+        started = time.perf_counter()
+        peak = peak_anonymous_mib(partial(engine.fit_features, cache, images))
+        yield _row(f"fit {name}", len(cache), time.perf_counter() - started, peak, cache.rows.features.nbytes)
 
 
 def peak_anonymous_mib(call: Callable[[], object]) -> float | None:
@@ -127,6 +162,7 @@ def _row(subject: str, samples: int, seconds: float, peak: float | None, size: i
         "samples": samples,
         "seconds": seconds,
         "samples_per_second": samples / seconds,
+        "ms_per_sample": 1000 * seconds / samples,
         "peak_anonymous_mib": peak,
         "cache_mib": size / 2**20,
     }

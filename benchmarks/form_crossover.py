@@ -21,7 +21,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "kernels")]
 
-from benchmarks.measure import (  # noqa: E402
+from ood_engine.bench.measure import (  # noqa: E402
     default_results_path,
     interleave,
     machine_facts,

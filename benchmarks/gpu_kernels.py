@@ -26,7 +26,7 @@ from benchmarks.gpu_results import OtherRunError, Results, gpu_facts, make_row  
 from benchmarks.gpu_roofline import annotate  # noqa: E402
 from benchmarks.gpu_subjects import subjects_of  # noqa: E402
 from benchmarks.gpu_timing import CudaInstrument, Instrument, Prepared, Subject, interleave, prepare  # noqa: E402
-from benchmarks.measure import default_results_path, print_table, timing_fields  # noqa: E402
+from ood_engine.bench.measure import default_results_path, print_table, timing_fields  # noqa: E402
 
 NO_GPU, BROKEN = 2, 3
 COLUMNS = {

@@ -26,7 +26,7 @@ from benchmarks.gpu_roofline import (  # noqa: E402
     TRITON,
     evaluate,
 )
-from benchmarks.measure import print_table  # noqa: E402
+from ood_engine.bench.measure import print_table  # noqa: E402
 
 Row = Mapping[str, Any]
 

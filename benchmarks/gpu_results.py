@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import MIB, machine_facts
+from ood_engine.bench.measure import MIB, machine_facts
 
 __all__ = ["ROW_FIELDS", "OtherRunError", "Results", "gpu_facts", "make_row"]
 

@@ -24,7 +24,7 @@ from benchmarks.gpu_roofline import (
     products,
 )
 from benchmarks.gpu_timing import Mode, Subject
-from benchmarks.resnet50 import ResNet50
+from ood_engine.bench.resnet50 import ResNet50
 from ood_kernels.workloads import BasisKind, Cost
 
 __all__ = ["TOLERANCES", "subjects_of"]

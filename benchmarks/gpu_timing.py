@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.measure import MIB
+from ood_engine.bench.measure import MIB
 from ood_kernels.workloads import Cost
 
 __all__ = ["CudaInstrument", "Instrument", "Prepared", "Subject", "WrongResultError", "errors", "interleave", "prepare"]

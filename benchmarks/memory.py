@@ -27,7 +27,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in 
 
 import ood_engine as oe  # noqa: E402
 import ood_kernels as ok  # noqa: E402
-from benchmarks.measure import (  # noqa: E402
+from ood_engine.bench.measure import (  # noqa: E402
     MIB,
     default_results_path,
     machine_facts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import shlex
@@ -96,7 +97,7 @@ def test_allocations_are_seen_at_their_peak() -> None:
         del big
         return total + torch.ones(2**20).sum()
 
-    measure = load("measure")
+    measure = importlib.import_module("ood_engine.bench.measure")
     assert measure.peak_allocated_mib(call) == pytest.approx(16, abs=0.1)
     resident = measure.peak_resident_mib(call)
     assert resident is None or 15 < resident < 30
@@ -105,13 +106,13 @@ def test_allocations_are_seen_at_their_peak() -> None:
 def test_rounds_are_interleaved() -> None:
     order: list[str] = []
     subjects = {name: lambda name=name: order.append(name) for name in "abc"}
-    rounds = load("measure").interleave(subjects, 3, warm_up=1, least_seconds=0)
+    rounds = importlib.import_module("ood_engine.bench.measure").interleave(subjects, 3, warm_up=1, least_seconds=0)
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
     assert all(len(figures) == 3 and min(figures) >= 0 for figures in rounds.values())
 
 
 def test_timing_fields_are_quantiles() -> None:
-    fields = load("measure").timing_fields([float(i) for i in range(101)])
+    fields = importlib.import_module("ood_engine.bench.measure").timing_fields([float(i) for i in range(101)])
     assert fields == pytest.approx({"p5_ms": 5, "p50_ms": 50, "p95_ms": 95, "runs": 101})
 
 
@@ -154,7 +155,7 @@ def test_a_wrong_subject_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_results_are_named_after_the_day() -> None:
-    path = load("measure").default_results_path("memory")
+    path = importlib.import_module("ood_engine.bench.measure").default_results_path("memory")
     assert path.parent == FOLDER / "results"
     assert path.name.startswith("memory-20")
     assert len(path.stem) == len("memory-2000-01-01")
@@ -217,7 +218,10 @@ def test_fitting_grows_with_the_samples_and_not_in_memory(tmp_path, monkeypatch)
     arguments = ["--sizes", "300,900", "--features", "16", "--classes", "5", "--anchors", "50", "--components", "5"]
     assert fit_scale.main([*arguments, "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
-    assert [row["samples"] for row in rows] == [300, 900, 50]
+    assert [row["samples"] for row in rows if row["subject"] == "gather"] == [300, 900]
+    fitted = [row["subject"].removeprefix("fit ") for row in rows if row["subject"].startswith("fit ")]
+    assert fitted == list(fit_scale.DETECTORS)
+    assert rows[-1]["samples"] == 50
     made = [{"subject": "gather", "samples": n, "seconds": 3e-6 * n**1.5} for n in (10, 100, 1000)]
     assert fit_scale.exponent(made) == pytest.approx(1.5)
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import ood_kernels as ok
+from ood_engine.bench.resnet50 import ResNet50
 from ood_kernels.workloads import WORKLOADS, Cost
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -614,7 +615,7 @@ def test_a_stage_that_hangs_is_stopped_and_the_next_ones_run(fake_python, tmp_pa
 
 def test_resnet50_has_the_sizes_of_the_paper() -> None:
     with torch.device("meta"):
-        model = load("resnet50").ResNet50()
+        model = ResNet50()
         images = torch.empty(2, 3, 224, 224)
         assert model.features(images).shape == (2, 2048, 7, 7)
         assert model(images).shape == (2, 1000)

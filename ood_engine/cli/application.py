@@ -14,6 +14,7 @@ import torch
 
 from ..errors import OodEngineError, OodEngineWarning
 from ..version import __version__
+from .bench import bench
 from .common import Interrupted
 from .demo import demo
 from .evaluate import evaluate
@@ -44,7 +45,7 @@ def application(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (demo, fit, score, evaluate, explain, inspect):
+for command in (demo, fit, score, evaluate, explain, inspect, bench):
     application.add_command(command)
 
 

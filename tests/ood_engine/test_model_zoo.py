@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
 
+from ood_engine.bench.peers import import_beside_torch
 from ood_engine.discovery import relative_difference
 from ood_engine.tap import Tap
 
-OPERATORS = ["nms", "qnms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d"]
 
-
-@functools.cache
 def library(name):
-    """The library, or a skip.
-
-    Beside a torch of another build torchvision's C++ operators are missing, and its own import, and with it timm's, ends where
-    it refers to them. No classifier runs them, so their names are declared.
-    """
+    """The library, or a skip."""
     try:
-        return importlib.import_module(name)
+        return import_beside_torch(name)
     except ModuleNotFoundError as error:
         pytest.skip(f"{error.name} is not installed")
-    except (RuntimeError, AttributeError, OSError):
-        declared = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in (*OPERATORS, *(f"_{known}_backward" for known in OPERATORS)):
-            declared.define(f"{operator}(Tensor x) -> Tensor")
-        library.declared = declared
-        return importlib.import_module(name)
 
 
 def build(source, name):

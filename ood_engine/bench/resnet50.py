@@ -32,6 +32,7 @@ class Bottleneck(nn.Module):
         self.shortcut = nn.Identity() if is_same else _convolution(inputs, outputs, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, inputs, H, W] → [N, outputs, H / stride, W / stride]."""
         return (self.branch(x) + self.shortcut(x)).relu_()
 
 
@@ -51,5 +52,6 @@ class ResNet50(nn.Module):
         self.head = nn.Linear(inputs, classes)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits."""
         logits: Tensor = self.head(self.features(images).mean((2, 3)))
         return logits
