@@ -237,7 +237,7 @@ def _check_explicit_bytes(head: ok.Head, subspace: _Subspace, max_bytes: int) ->
 
 
 def _too_large(required: int, max_bytes: int) -> str:
-    return f"a basis of {required / 2**20:.1f} MiB: expected at most {max_bytes / 2**20:.1f} MiB; raise the limit or ask for less"
+    return f"a basis of {required / 2**20:.3g} MiB: expected at most {max_bytes / 2**20:.3g} MiB; raise the limit or ask for less"
 
 
 def _line(error: BaseException) -> str:
