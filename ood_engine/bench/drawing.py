@@ -69,7 +69,7 @@ def name_axes(panel: Axes, horizontal: str, vertical: str) -> None:
 
 
 def log_axis(axis: Any, *, by: str = "") -> None:
-    """Logarithmic with plain numbers at the powers of ten, and at 2 and 5 where there are few of these.
+    """Logarithmic with plain numbers at the powers of ten, and between them where there are few of these.
 
     Args:
         axis: of a panel.
@@ -78,10 +78,10 @@ def log_axis(axis: Any, *, by: str = "") -> None:
     ticker = require("matplotlib.ticker")
     axis._set_axes_scale("log")
     low, high = sorted(axis.get_view_interval())
-    steps = (1.0,) if high / low > 300 else (1.0, 2.0, 5.0)
+    steps = (1.0,) if high / low > 300 else (1.0, 2.0, 5.0) if high / low > 8 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
     axis.set_major_locator(ticker.LogLocator(base=10, subs=steps, numticks=12))
     axis.set_major_formatter(
-        ticker.FuncFormatter(lambda value, _: f"{value:,.0f}{by}" if value >= 1 else f"{value:g}{by}")
+        ticker.FuncFormatter(lambda value, _: f"{value:,.0f}{by}" if value >= 100 else f"{value:g}{by}")
     )
     axis.set_minor_locator(ticker.NullLocator())
     axis.grid(color=GRID, linewidth=0.7)

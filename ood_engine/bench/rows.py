@@ -54,7 +54,7 @@ FIELDS = {
     "share_of_limit": "limit_ms by p50_ms (of the GPU alone, where there is one)",
     "note": "for the reader",
     "refused": "why the row has no times: a wrong result, or an error",
-    "interruptions_per_s": "how often others took a core from the process while the case was made and measured; null if unknown",
+    "disturbed": "whether other programs wanted the same cores while the case was made and measured; null if unknown",
     "device": "cpu or cuda",
     "threads": "of torch",
     "cpu": "model",

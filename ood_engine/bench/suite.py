@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .cases import Effort, Plan
+from .disturbance import Disturbance
 from .growth import growth_rows
 from .measure import machine_facts
 from .rows import FIELDS, write_document
@@ -36,13 +37,13 @@ SUBJECTS = (
 )
 """Modules of `ood_engine.bench.subjects`, each with `plans(effort)`, in the order in which they are measured."""
 
-DEFAULT_MINUTES = {"quick": 2.4, "full": 9.0}
+DEFAULT_MINUTES = {"quick": 2.4, "full": 7.5}
 """Until no new case is started, by the name of the effort."""
 
 
 def effort_for(is_quick: bool, device: torch.device) -> Effort:
     """Rounds and seconds of a quick or of a full run."""
-    return Effort("quick", 7, 0.02, 1.0, device) if is_quick else Effort("full", 15, 0.05, 4.0, device)
+    return Effort("quick", 7, 0.02, 1.0, device) if is_quick else Effort("full", 10, 0.03, 2.0, device)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -150,12 +151,12 @@ class Recorder:
             "growth": [],
             "rows": [],
         }
-        self._interruptions = _Interruptions()
+        self._disturbance = Disturbance()
 
     def keep(self, plan: Plan, rows: Sequence[Mapping[str, Any]], missing: Mapping[str, str]) -> None:
         """Add the rows of one case; a provider that is missing for the same reason again is not added again."""
-        rate = self._interruptions.rate()
-        self.document["rows"].extend({**row, "interruptions_per_s": rate} for row in rows)
+        disturbed = self._disturbance()
+        self.document["rows"].extend({**row, "disturbed": disturbed} for row in rows)
         for provider, reason in missing.items():
             entry = {"provider": provider, "reason": reason}
             if entry not in self.document["missing"]:
@@ -172,27 +173,6 @@ class Recorder:
 
     def _write(self) -> None:
         write_document(self.path, self.document)
-
-
-class _Interruptions:
-    """Counts how often the system took a core from this process against its will."""
-
-    def __init__(self) -> None:
-        self._count, self._at = self._now(), time.monotonic()
-
-    def rate(self) -> float | None:
-        """A second, since it was asked before; None where the system does not say."""
-        (count, at), before, begun = (self._now(), time.monotonic()), self._count, self._at
-        self._count, self._at = count, at
-        return None if count is None or before is None else (count - before) / max(at - begun, 1e-9)
-
-    @staticmethod
-    def _now() -> int | None:
-        try:
-            resource = importlib.import_module("resource")
-        except ImportError:
-            return None
-        return int(resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw)
 
 
 def measure(

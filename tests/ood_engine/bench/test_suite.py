@@ -101,7 +101,7 @@ def test_the_document_is_on_disk_after_every_case(tmp_path, row):
         made = row(p50_ms=1e-3 * samples**2, N=samples, sweeps=["N"])
         recorder.keep(plan, [made], {"oodeel": "not installed"})
         document = read_document(path)
-        assert document["rows"][-1] == made | {"interruptions_per_s": document["rows"][-1]["interruptions_per_s"]}
+        assert document["rows"][-1] == made | {"disturbed": document["rows"][-1]["disturbed"]}
         assert not document["complete"]
     recorder.finish([plan], {"files": "broken"})
     document = read_document(path)

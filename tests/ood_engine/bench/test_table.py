@@ -28,7 +28,7 @@ def test_what_is_left_out_is_said_once(row, capsys):
     document = {
         "missing": [{"provider": "oodeel", "reason": "not installed"}],
         "left_out": [f"case {index}" for index in range(15)],
-        "rows": [*refused, row(interruptions_per_s=99.0), row(interruptions_per_s=99.0, threads=1)],
+        "rows": [*refused, row(disturbed=True), row(disturbed=True, threads=1)],
     }
     print_left_out(document)
     lines = capsys.readouterr().out.splitlines()
