@@ -51,6 +51,24 @@ class Results:
             raise LookupError(f"{self.path}: {len(rows)} rows with {wanted}, expected one")
         return rows[0]
 
+    def cases(self, **wanted: Any) -> list[Case]:
+        """The cases of `ood-engine bench` with these values, in their order."""
+        groups: dict[tuple[Any, ...], list[Row]] = {}
+        for row in self.all(**wanted):
+            key = tuple(row[name] for name in ("subject", "workload", "shape", "dtype", "memory_format", "cache"))
+            groups.setdefault(key, []).append(row)
+        return [Case(rows) for rows in groups.values()]
+
+    def largest_cases(self, *subjects: str) -> list[Case]:
+        """Of each subject that was measured the case with most numbers to compute."""
+        found = (self.cases(subject=subject) for subject in subjects)
+        return [max(cases, key=lambda case: case.first["flops"] or 0) for cases in found if cases]
+
+    @property
+    def pictures(self) -> str:
+        """Name of the folder beside the file that has its pictures."""
+        return Path(self.path).stem
+
     @property
     def made(self) -> str:
         """Machine, versions, day and commit in a few words."""
@@ -58,6 +76,45 @@ class Results:
         commit = (facts["commit"] or "unknown").rstrip("+")[:7]
         where = facts.get("gpu") or f"{facts['cores']} cores of {facts['cpu']}"
         return f"{where}, torch {facts['torch']}, {facts['date'][:10]}, commit {commit}"
+
+
+class Case:
+    """The rows of one case of `ood-engine bench`, by provider."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = {row["provider"]: row for row in rows}
+        self.first = rows[0]
+
+    @property
+    def title(self) -> str:
+        """Workload and sizes, and what else tells it apart."""
+        row = self.first
+        return f"{row['workload']}, {row['shape']}, {row['dtype']}" + (", cold" if row["cache"] == "cold" else "")
+
+    @property
+    def title_with_subject(self) -> str:
+        """Method before the rest."""
+        return f"{self.first['subject']}: {self.title}"
+
+    def time(self, provider: str) -> str:
+        """Median and spread in milliseconds; a dash where it was not measured."""
+        row = self._rows.get(provider)
+        if row is None or row["p50_ms"] is None:
+            return "–"
+        return f"{figure(row['p50_ms'])} ({figure(row['p5_ms'], 2)}–{figure(row['p95_ms'], 2)})"
+
+    def memory(self, provider: str) -> str:
+        """Peak extra memory."""
+        row = self._rows.get(provider)
+        return "–" if row is None else f"{figure(row['peak_extra_mib'], 2)} MiB"
+
+    def figures(self, provider: str) -> str:
+        """Milliseconds a call and MiB, with the samples of a call where it took fewer than the case has."""
+        row = self._rows.get(provider)
+        if row is None or row["p50_ms"] is None:
+            return "–"
+        fewer = "" if row["samples_run"] == row["N"] else f" for {row['samples_run']} samples"
+        return f"{figure(row['p50_ms'])}{fewer} ({figure(row['peak_extra_mib'], 2)})"
 
 
 def newest(name: str, folder: Path | None = None) -> Results | None:

@@ -61,3 +61,47 @@ def test_the_newest_file_is_read(readme, tmp_path, monkeypatch):
 )
 def test_figures_are_rounded_and_plain(readme, value, digits, expected):
     assert readme.figure(value, digits) == expected
+
+
+def bench_row(**fields):
+    same = {
+        "subject": "energy",
+        "workload": "R50",
+        "shape": "N=4",
+        "dtype": "float32",
+        "memory_format": "",
+        "cache": "warm",
+    }
+    times = {
+        "p5_ms": 1.04,
+        "p50_ms": 1.234,
+        "p95_ms": 2.0,
+        "peak_extra_mib": 0.5,
+        "flops": 10,
+        "samples_run": 4,
+        "N": 4,
+    }
+    return {**same, **times, **fields}
+
+
+def test_cases_put_the_providers_side_by_side(readme, tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    rows = [
+        bench_row(provider="ood-engine"),
+        bench_row(provider="pytorch-ood", samples_run=2),
+        bench_row(provider="oodeel", p50_ms=None),
+        bench_row(provider="ood-engine", shape="N=8", flops=20, cache="cold"),
+    ]
+    results = readme.Results(tmp_path / "bench-cpu-1.json", {"machine": {}, "rows": rows})
+    small, large = results.cases(subject="energy")
+    assert small.title_with_subject == "energy: R50, N=4, float32"
+    assert large.title == "R50, N=8, float32, cold"
+    assert small.time("ood-engine") == "1.23 (1–2)"
+    assert small.figures("ood-engine") == "1.23 (0.5)"
+    assert small.figures("pytorch-ood") == "1.23 for 2 samples (0.5)"
+    assert [small.time("oodeel"), small.figures("oodeel"), small.time("reference"), small.memory("reference")] == [
+        "–"
+    ] * 4
+    assert small.memory("ood-engine") == "0.5 MiB"
+    assert [case.title for case in results.largest_cases("energy", "msp")] == [large.title]
+    assert results.pictures == "bench-cpu-1"

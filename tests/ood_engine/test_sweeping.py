@@ -239,7 +239,17 @@ def test_the_command_writes_table_and_pictures(place, tmp_path, capsys):
 
 
 def test_the_command_prints_the_best_and_the_refused(place, tmp_path, capsys):
-    command = [*place.evaluate, "--output", str(tmp_path), "--sweep", *place.fit, "--components", "3", "--bases", "dual"]
+    command = [
+        *place.evaluate,
+        "--output",
+        str(tmp_path),
+        "--sweep",
+        *place.fit,
+        "--components",
+        "3",
+        "--bases",
+        "dual",
+    ]
     assert main([*command, "--normalisations", "none,nfk", "--heads", "knn,vim"]) == 0
     out = capsys.readouterr().out
     assert "2 best of 2 combinations" in out
