@@ -80,11 +80,11 @@ def make_cache(folder: Path, samples: int, features: int, seed: int = 0) -> oe.F
     return oe.FeatureCache.from_features(torch.from_numpy(array), fingerprints=marks, directory=folder)
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows, each as soon as it is measured."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(options.classes, options.features, generator=generator) / math.sqrt(options.features) * 4
     head = ok.Head(weight, torch.zeros(options.classes))
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         statistics = None
         for samples in options.sizes:
@@ -98,15 +98,12 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
             peak = peak_anonymous_mib(run)
             statistics = found["statistics"]
-            rows.append(_row("gather", samples, found["seconds"], peak, cache.rows.features.nbytes))
+            yield _row("gather", samples, found["seconds"], peak, cache.rows.features.nbytes)
         assert statistics is not None
-        rows += fit_engines(cache, head, options)
         started = time.perf_counter()
         basis = DualBasis.fit(statistics.anchor_p, statistics.anchor_h, n_components=options.components)
-        rows.append(
-            _row(f"dual basis, K={basis.n_components}", options.anchors, time.perf_counter() - started, None, 0)
-        )
-    return rows
+        yield _row(f"dual basis, K={basis.n_components}", options.anchors, time.perf_counter() - started, None, 0)
+        yield from fit_engines(cache, head, options)
 
 
 def fit_engines(cache: oe.FeatureCache, head: ok.Head, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -116,7 +113,8 @@ def fit_engines(cache: oe.FeatureCache, head: ok.Head, options: argparse.Namespa
     parts = [(rows.features.float() @ head.weight.T).argmax(1) for rows in cache.batches()]
     cache = oe.FeatureCache(cache.rows._replace(labels=torch.cat(parts)), cache.directory)
     images = cache.rows.features[:8].float()[:, :, None, None]
-    for name, (detector, settings) in DETECTORS.items():
+    for name in options.detectors:
+        detector, settings = DETECTORS[name]
         if detector == "low_dim_gradient":
             settings = {**settings, "max_anchors": options.anchors, "n_components": options.components}
         engine = oe.Engine(model, [detector], settings={detector: settings})
@@ -183,6 +181,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--classes", type=int, default=1000, help="C")
     parser.add_argument("--anchors", type=int, default=4096)
     parser.add_argument("--components", type=int, default=1000, help="K")
+    parser.add_argument("--detectors", nargs="*", choices=DETECTORS, default=list(DETECTORS), help="fitted at the end")
     path = default_results_path("fit_scale")
     parser.add_argument("--json", type=Path, nargs="?", const=path, help="write the rows")
     return parser.parse_args(argv)
@@ -192,16 +191,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     machine = machine_facts()
     print(f"D={options.features} C={options.classes} anchors={options.anchors}, features mapped in fp16")
-    rows = measure(options)
+    rows: list[dict[str, Any]] = []
+    growth = None
+    for row in measure(options):
+        rows.append({**row, "shape": f"D={options.features} C={options.classes}", "dtype": "float16"})
+        print(f"{row['subject']}, {row['samples']:,} samples: {row['seconds']:.1f} s", flush=True)
+        if row["subject"] == "gather" and len(rows) > 1:
+            growth = exponent(rows)
+        if options.json:
+            write_results(options.json, machine, rows, time_exponent=growth)
     print_table(rows, COLUMNS)
-    growth = exponent(rows) if len(options.sizes) > 1 else None
     if growth is not None:
         print(f"gathering grows with n^{growth:.2f}")
-    if options.json:
-        shape = f"D={options.features} C={options.classes}"
-        write_results(
-            options.json, machine, [{**row, "shape": shape, "dtype": "float16"} for row in rows], time_exponent=growth
-        )
     return 0
 
 
