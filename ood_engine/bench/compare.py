@@ -10,8 +10,8 @@ call wait for each other for milliseconds. So what a row is held to comes from b
    not ours, or where it has none, of its other providers. The effect of a row is what is nearest to nothing among e as it is, e
    less the drift once and twice, and e less that of its case once and twice; nothing where these disagree in sign. Twice, since
    a core that is slower by some factor for a copy is slower by another one for other work.
-3. The scatter between the runs is 1.4826 × the median distance of e from the median of its provider, over all rows. A provider
-   that was slowed as a whole does not widen it.
+3. The scatter between the runs is the standard deviation of e about the median of its provider, over all rows, as far as half or
+   three quarters of them show it, whichever is larger. A provider that was slowed as a whole does not widen it.
 4. The disturbance of a row is the most milliseconds by which a row that is not ours, and takes at most twice as long, is away from
    the median ratio of its provider, beyond five scatters: what comes on top of short calls comes on top of longer ones too.
 5. A row is faster or slower if its effect is at least a quarter; if it is above five scatters even at the end nearer to nothing
@@ -190,7 +190,9 @@ def _scatter(providers: Mapping[str, Sequence[float]]) -> float:
     ]
     if len(distances) < _LEAST_RESIDUALS:
         return _DEFAULT_SCATTER
-    return max(_LEAST_SCATTER, 1.4826 * float(np.median(distances)))
+    # Of normal numbers half are within 0.674 standard deviations, three quarters within 1.150.
+    half, three_quarters = np.quantile(distances, [0.5, 0.75])
+    return max(_LEAST_SCATTER, float(half) / 0.674, float(three_quarters) / 1.150)
 
 
 def _excess_ms(pair: _Pair, middle: float, scatter: float) -> float:
