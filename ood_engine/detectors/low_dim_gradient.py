@@ -186,11 +186,14 @@ class LowDimGradient(Detector):
 
     def _candidates(self, data: FitData) -> int:
         """Most samples that the basis may be found from; at most half are, see `FitData.split`."""
-        classes, features = data.head.weight.shape
-        means_bytes = class_means_bytes(classes, classes, features + 1, compute_dtype(data.head.weight))
-        if self._form == "class_average" and means_bytes <= MAX_BYTES:
+        if self._form == "class_average" and self._holds_class_means(data):
             return len(data)
         return self._max_anchors if self._anchors == "first" else 16 * self._max_anchors
+
+    def _holds_class_means(self, data: FitData) -> bool:
+        """Whether C class means can be held; what is decided must not depend on how many classes the samples happen to show."""
+        classes, features = data.head.weight.shape
+        return class_means_bytes(classes, classes, features + 1, compute_dtype(data.head.weight)) <= MAX_BYTES
 
     def _fit_basis(self, data: FitData, anchors: Tensor) -> Basis:
         if len(anchors) < 2:
@@ -202,7 +205,10 @@ class LowDimGradient(Detector):
         h = data.collect(("h", len(anchors)), anchors, lambda signals: signals.features)
         if self._form == "class_average":
             labels = data.labels(anchors).to(p.device)
-            return ClassAverageBasis.fit(p, h, labels=labels, max_anchors=self._max_anchors, **self._options)
+            # nfk is exact over class means alone, and says so where they are too large.
+            needs_means = self._holds_class_means(data) or self._options["normalisation"] == "nfk"
+            limits: dict[str, Any] = {"max_anchors": self._max_anchors, "max_bytes": MAX_BYTES if needs_means else 0}
+            return ClassAverageBasis.fit(p, h, labels=labels, **limits, **self._options)
         if self._form not in ("auto", "dual"):
             return BASES[self._form].fit(p, h, max_anchors=self._max_anchors, **self._options)
         chosen: dict[str, Any] = {"max_anchors": self._max_anchors, "anchors": self._anchors}

@@ -169,3 +169,17 @@ def test_a_long_pass_shows_a_bar(model, id_batches, monkeypatch):
         monkeypatch.setattr("ood_engine.fitting._SHORT", short)
         assert len(list(FitData(engine.cache, engine.head, 0, progress).signals(size=100))) == -(-count // 100)
         assert shown[-1] == ("reading features", expected, -(-count // 100))
+
+
+def test_class_means_too_large_to_hold_are_written_over_anchors(model, id_batches, monkeypatch):
+    settings = {"low_dim_gradient": {"basis": "class_average", "max_anchors": 20}}
+    classes, width = oe.Engine(model, ["energy"]).fit(id_batches).head.weight.shape
+    # Of the head's classes all would have to fit, whichever of them the samples show.
+    few = [(images[labels < 2], labels[labels < 2]) for images, labels in id_batches]
+    limit = classes * classes * (width + 1) * 4
+    for most, held in ((limit, True), (limit - 1, False)):
+        monkeypatch.setattr("ood_engine.detectors.low_dim_gradient.MAX_BYTES", most)
+        basis = oe.Engine(model, ["low_dim_gradient"], settings=settings).fit(few).detectors["low_dim_gradient"].basis
+        assert basis.n_components == 2
+        assert (basis.components is not None) == held
+        assert held or len(basis.fitted("anchor_features")) <= 20
