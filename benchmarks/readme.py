@@ -89,7 +89,8 @@ class Case:
     def title(self) -> str:
         """Workload and sizes, and what else tells it apart."""
         row = self.first
-        return f"{row['workload']}, {row['shape']}, {row['dtype']}" + (", cold" if row["cache"] == "cold" else "")
+        words = (row["workload"], row["shape"], row["dtype"], row["memory_format"], "cold" * (row["cache"] == "cold"))
+        return ", ".join(word for word in words if word)
 
     @property
     def title_with_subject(self) -> str:
@@ -101,7 +102,7 @@ class Case:
         row = self._rows.get(provider)
         if row is None or row["p50_ms"] is None:
             return "–"
-        return f"{figure(row['p50_ms'])} ({figure(row['p5_ms'], 2)}–{figure(row['p95_ms'], 2)})"
+        return f"{figure(row['p50_ms'])} ({figure(row['p5_ms'])}–{figure(row['p95_ms'])})"
 
     def memory(self, provider: str) -> str:
         """Peak extra memory."""

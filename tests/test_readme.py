@@ -96,7 +96,7 @@ def test_cases_put_the_providers_side_by_side(readme, tmp_path, monkeypatch):
     small, large = results.cases(subject="energy")
     assert small.title_with_subject == "energy: R50, N=4, float32"
     assert large.title == "R50, N=8, float32, cold"
-    assert small.time("ood-engine") == "1.23 (1–2)"
+    assert small.time("ood-engine") == "1.23 (1.04–2)"
     assert small.figures("ood-engine") == "1.23 (0.5)"
     assert small.figures("pytorch-ood") == "1.23 for 2 samples (0.5)"
     assert [small.time("oodeel"), small.figures("oodeel"), small.time("reference"), small.memory("reference")] == [

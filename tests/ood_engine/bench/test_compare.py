@@ -59,7 +59,8 @@ def slower(factor, *providers):
     return lambda row: factor if row["provider"] in providers else 1.0
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# What is drawn stays the same: one pair of runs in thousands may well be called different.
+@settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 10**6),
     noise=st.sampled_from([0.005, 0.05, 0.2]),
