@@ -7,6 +7,8 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +209,8 @@ def _driver() -> str | None:
 
 
 def _triton_version() -> str | None:
-    try:
-        return str(importlib.import_module("triton").__version__)
-    except ImportError:
-        return None
+    # Not imported to ask it: what Triton is, compiled or interpreted, is settled by its first import.
+    for name in ("triton", "pytorch-triton-rocm", "triton-windows"):
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return None

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -111,3 +113,13 @@ def test_the_document_is_on_disk_after_every_case(tmp_path, row):
     assert [round(one["time_exponent"], 6) for one in document["growth"]] == [2]
     assert document["machine"]["effort"] == "quick"
     assert document["machine"]["device"] == "cpu"
+
+
+def test_triton_is_not_imported_to_ask_its_version():
+    # What comes first would settle for the whole process whether kernels are interpreted.
+    code = (
+        "import sys, torch; from ood_engine.bench.suite import environment; before = 'triton' in sys.modules;"
+        " environment(torch.device('cpu')); assert ('triton' in sys.modules) == before"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
