@@ -31,13 +31,13 @@ from torch.func import functional_call, grad, vmap
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "kernels")]
 
-from ood_engine import demo  # noqa: E402
 from ood_engine.bench import measure  # noqa: E402
-from ood_engine.data import ImageDataset, open_dataset  # noqa: E402
-from ood_engine.detectors.linear_probe import LinearProbe  # noqa: E402
-from ood_engine.detectors.vector_heads import KNearestNeighbours, Mahalanobis  # noqa: E402
-from ood_engine.metrics import auroc, fpr_at_tpr  # noqa: E402
-from ood_engine.models import SmallCNN  # noqa: E402
+from ood_engine.demo import SmallCNN  # noqa: E402
+from ood_engine.demo import run as demo  # noqa: E402
+from ood_engine.detectors.heads.linear_probe import LinearProbe  # noqa: E402
+from ood_engine.detectors.heads.vector_heads import KNearestNeighbours, Mahalanobis  # noqa: E402
+from ood_engine.evaluation.metrics import auroc, fpr_at_tpr  # noqa: E402
+from ood_engine.images.dataset import ImageDataset, open_dataset  # noqa: E402
 from ood_engine.subspace import Basis, ClassAverageBasis, DualBasis, ExplicitBasis  # noqa: E402
 from ood_engine.subspace.samples import count_components, fix_signs  # noqa: E402
 
@@ -165,7 +165,7 @@ def read_images(data: ImageDataset) -> Tensor:
 
 
 def prepare(seed: int, options: argparse.Namespace) -> Digits:
-    """Images, split and training of `ood_engine.demo`; its fitting samples are divided by chance into anchors and others."""
+    """Images, split and training of `ood_engine.demo.run`; its fitting samples are divided by chance into anchors and others."""
     with TemporaryDirectory() as folder:
         images = Path(folder) / "images"
         demo._write_images(images, seed, options.quick)

@@ -5,12 +5,13 @@ scores = engine.score(images)        # detector → float32 [N], higher = more i
 flagged = engine.predict(images)     # detector → bool [N], True = out-of-distribution
 """
 
-from . import detectors, metrics, subspace
-from .cache import FeatureCache
+from . import detectors, subspace
 from .detectors import available_detectors
 from .engine import Engine
 from .errors import OodEngineError, OodEngineWarning
-from .explaining import Explanation, explain
+from .evaluation import metrics
+from .evaluation.explain import Explanation, explain
+from .features.cache import FeatureCache
 from .runtime import Runtime
 from .scores import Scores
 from .version import __version__

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Loader, image_batches
-from .cache import CacheWriter, FeatureCache
 from .calibration import Calibration
-from .canary import Canary
 from .detectors import Detector, changed_settings, create_detector
 from .errors import CalibrationError, DetectorUnavailableError, InputError, NotFittedError, OodEngineWarning
-from .fitting import FitData
-from .pipeline import Pipeline, full_precision
+from .features.cache import CacheWriter, FeatureCache
+from .features.canary import Canary
+from .features.fit_data import FitData
+from .features.loader import Loader, image_batches
+from .model.tap import Tap
 from .runtime import Kernels, Runtime
+from .scorer import Pipeline, full_precision
 from .scores import Scores
-from .tap import Tap
 
 __all__ = ["DEFAULT_DETECTORS", "Engine"]
 
@@ -236,8 +236,8 @@ class Engine(Pipeline):
             self._calibrate_from(self.calibration_cache, rates.pop())
 
     def tune(self, loader: Loader, **options: Any) -> Engine:
-        """Choose settings such as NAP's w and OPNP's ranges on pseudo-OOD data; see `ood_engine.tuning.tune`."""
-        from .tuning import tune
+        """Choose settings such as NAP's w and OPNP's ranges on pseudo-OOD data; see `ood_engine.evaluation.tune.tune`."""
+        from .evaluation.tune import tune
 
         self._require_fitted()
         tune(self, loader, **options)
@@ -328,8 +328,8 @@ class Engine(Pipeline):
         return {name: self.calibrations[name].p_values(score) for name, score in self.score(images).items()}
 
     def save(self, path: str | Path) -> None:
-        """Write everything fitted to a safetensors file; see `ood_engine.storage`."""
-        from .storage import save
+        """Write everything fitted to a safetensors file; see `ood_engine.state`."""
+        from .state import save
 
         self._require_fitted()
         save(self, Path(path))
@@ -347,7 +347,7 @@ class Engine(Pipeline):
             StateError: the file is damaged, of another version, or was fitted to another head.
             TapError: the model's layers are others than those that were fitted.
         """
-        from .storage import load
+        from .state import load
 
         return load(Path(path), model, runtime)
 

@@ -14,7 +14,7 @@ import ood_kernels as ok
 from .errors import InputError
 
 if TYPE_CHECKING:
-    from .signals import GradientBasis, Masks
+    from .features.signals import GradientBasis, Masks
 
 __all__ = ["Kernels", "Runtime"]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from ood_engine.models import SmallCNN
+from ood_engine.demo import SmallCNN
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "all_parameters.py"
 COLUMNS = {"subject", "provider", "shape", "dtype", "p5_ms", "p50_ms", "p95_ms", "runs", "peak_extra_mib", "max_error"}

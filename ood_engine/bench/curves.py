@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..report.curves import LINE_COLOURS
-from ..report.figures import INK, SOFT_INK, _legend, _panels
-from ..report.files import require
+from ..evaluation.report.curves import LINE_COLOURS
+from ..evaluation.report.figures import INK, SOFT_INK, _legend, _panels
+from ..evaluation.report.files import require
 from .cases import OURS
 from .drawing import (
     GRAPH,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..report.curves import LINE_COLOURS
-from ..report.figures import BOLD, GRID, SOFT_INK, _text
-from ..report.files import require
+from ..evaluation.report.curves import LINE_COLOURS
+from ..evaluation.report.figures import BOLD, GRID, SOFT_INK, _text
+from ..evaluation.report.files import require
 from .cases import OURS
 from .rivals import AUTOGRAD, COMPILED, LIBRARY, REFERENCE, VMAP
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..report.curves import LINE_COLOURS
-from ..report.figures import GRID, INK, SOFT_INK, _legend, _panels, _png, _text
-from ..report.files import require, write_atomically
+from ..evaluation.report.curves import LINE_COLOURS
+from ..evaluation.report.figures import GRID, INK, SOFT_INK, _legend, _panels, _png, _text
+from ..evaluation.report.files import require, write_atomically
 from .cases import OURS
 from .curves import bases, latency, memory
 from .drawing import NothingToShowError, duration, factor, log_axis, name_axes, times_as_fast, titled

@@ -14,8 +14,8 @@ from torch import nn
 
 from ..engine import Engine
 from ..errors import InputError
-from ..models import load_model
-from ..preprocess import Preprocess
+from ..images.preprocess import Preprocess
+from ..model.loading import load_model
 
 __all__ = [
     "Interrupted",

@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 import torch
 
-from ..demo import run_demo
-from ..report import print_table
+from ..demo.run import run_demo
+from ..evaluation.report import print_table
 from .common import Interrupted, check_output, device_option, echo_json, json_option, seed_option
 
 __all__ = ["demo"]

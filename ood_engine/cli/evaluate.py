@@ -9,10 +9,10 @@ from typing import Any
 import click
 import torch
 
-from ..data import ImageDataset, open_dataset
-from ..evaluating import evaluate as evaluate_sets
-from ..evaluating import write_report
-from ..report import print_table
+from ..evaluation.evaluate import evaluate as evaluate_sets
+from ..evaluation.evaluate import write_report
+from ..evaluation.report import print_table
+from ..images.dataset import ImageDataset, open_dataset
 from .common import (
     batch_size_option,
     check_output,

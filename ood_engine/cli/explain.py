@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..data import open_dataset
 from ..errors import InputError
-from ..explaining import Explanation
-from ..explaining import explain as explain_image
-from ..preprocess import Preprocess
-from ..report.explanation import explanation_png, largest
-from ..report.files import write_atomically
+from ..evaluation.explain import Explanation
+from ..evaluation.explain import explain as explain_image
+from ..evaluation.report.explanation import explanation_png, largest
+from ..evaluation.report.files import write_atomically
+from ..images.dataset import open_dataset
+from ..images.preprocess import Preprocess
 from .common import (
     check_output,
     device_option,

@@ -11,13 +11,13 @@ from typing import Any
 import click
 import torch
 
-from ..data import ImageDataset, open_dataset
 from ..detectors import available_detectors, create_detector
 from ..engine import DEFAULT_DETECTORS, Engine
 from ..errors import InputError
-from ..fitting import signals_from_rows
-from ..models import load_model
-from ..preprocess import Preprocess
+from ..features.fit_data import signals_from_rows
+from ..images.dataset import ImageDataset, open_dataset
+from ..images.preprocess import Preprocess
+from ..model.loading import load_model
 from .common import (
     batch_size_option,
     check_output,

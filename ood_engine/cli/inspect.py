@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import safe_open
 
-from ..report.evaluation import printable
-from ..storage import read_header
+from ..evaluation.report.evaluation import printable
+from ..state import read_header
 from .common import echo_json, json_option
 
 __all__ = ["inspect"]

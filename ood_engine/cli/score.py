@@ -14,9 +14,8 @@ from pyarrow import csv, parquet
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import Batch, ImageDataset, open_dataset
 from ..engine import Engine
-from ..results import ResultWriter
+from ..images.dataset import Batch, ImageDataset, open_dataset
 from .common import (
     Interrupted,
     batch_size_option,
@@ -29,6 +28,7 @@ from .common import (
     model_options,
     state_option,
 )
+from .results import ResultWriter
 
 __all__ = ["score"]
 

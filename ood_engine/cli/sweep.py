@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 import click
 
-from ..data import ImageDataset
 from ..detectors.low_dim_gradient import HEADS
 from ..engine import Engine
 from ..errors import OodEngineError
-from ..report.sweep import print_sweep, write_sweep_figures, write_sweep_json, write_sweep_table
+from ..evaluation.report.sweep import print_sweep, write_sweep_figures, write_sweep_json, write_sweep_table
+from ..evaluation.sweep import COMPONENTS, NORMALISATIONS, sweep
+from ..images.dataset import ImageDataset
 from ..subspace import BASES
-from ..sweeping import COMPONENTS, NORMALISATIONS, sweep
 from .common import Interrupted, echo_json, echo_skipped
 
 __all__ = ["check_sweep", "run_sweep", "sweep_options"]

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from ..errors import InputError
+from ..features.fit_data import FitData
+from ..features.signals import GradientBasis, Masks, Signals
 from ..fitted import FittedModule
-from ..fitting import FitData
-from ..signals import GradientBasis, Masks, Signals
 
 __all__ = ["Detector", "available_detectors", "changed_settings", "create_detector", "default_settings", "register"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..signals import Signals
+from ..features.signals import Signals
 from .base import Detector, register
 
 __all__ = ["MSP", "Energy", "MaxLogit"]

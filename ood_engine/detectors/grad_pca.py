@@ -13,8 +13,8 @@ import ood_kernels as ok
 from ood_kernels import reference
 
 from ..errors import InputError
-from ..fitting import FitData
-from ..signals import Signals
+from ..features.fit_data import FitData
+from ..features.signals import Signals
 from ..subspace import extend
 from ..subspace.samples import fix_signs
 from .base import Detector, register

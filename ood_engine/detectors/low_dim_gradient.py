@@ -14,14 +14,14 @@ from torch import Tensor
 from ood_kernels.reference import compute_dtype
 
 from ..errors import InputError
-from ..fitting import FitData
-from ..signals import Signals
+from ..features.fit_data import FitData
+from ..features.signals import Signals
 from ..subspace import BASES, Basis, ClassAverageBasis, DualBasis, ExplicitBasis, check_n_components, plan_of
 from ..subspace.anchors import check_anchor_method
 from ..subspace.class_average import MAX_BYTES, class_means_bytes
 from .base import Detector, register
-from .linear_probe import LinearProbe
-from .vector_heads import KNearestNeighbours, Mahalanobis
+from .heads.linear_probe import LinearProbe
+from .heads.vector_heads import KNearestNeighbours, Mahalanobis
 
 __all__ = ["HEADS", "LowDimGradient"]
 

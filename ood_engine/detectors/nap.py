@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..signals import Signals
+from ..features.signals import Signals
 from .base import Detector, register
 
 __all__ = ["NAP", "NAPMSP", "NAPEnergy", "combine"]

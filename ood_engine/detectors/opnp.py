@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..fitting import FitData
-from ..signals import Masks, Signals
+from ..features.fit_data import FitData
+from ..features.signals import Masks, Signals
 from .base import Detector, register
 from .nap import W_GRID, check_eps, check_weight, combine
 

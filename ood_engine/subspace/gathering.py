@@ -6,10 +6,10 @@ from pathlib import Path
 
 import ood_kernels as ok
 
-from ..batches import with_progress
-from ..cache import FeatureCache
 from ..errors import InputError
-from ..signals import wide
+from ..features.cache import FeatureCache
+from ..features.loader import with_progress
+from ..features.signals import wide
 from .statistics import FitStatistics
 
 __all__ = ["gather"]

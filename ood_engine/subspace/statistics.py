@@ -70,7 +70,7 @@ class FitStatistics:
         Args:
             p: softmax [n, C].
             h: features [n, D].
-            fingerprints: int64 [n], see `ood_engine.cache.fingerprint`.
+            fingerprints: int64 [n], see `ood_engine.features.cache.fingerprint`.
             labels: int64 [n], negative where there is none; None without any.
 
         Returns:

@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ood_engine as oe
+from ood_engine.demo import SmallCNN
 from ood_engine.graphs import LARGEST_BUCKET, ScoringGraphs
-from ood_engine.models import SmallCNN
 from ood_engine.runtime import Kernels
 from ood_engine.scores import Scores
 

@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ood_kernels.workloads import WORKLOADS, Cost, Workload
 
-from ...cache import FeatureCache
+from ...demo import SmallCNN
 from ...detectors import available_detectors
 from ...engine import DEFAULT_DETECTORS, Engine
 from ...errors import StateDriftWarning
-from ...models import SmallCNN
+from ...features.cache import FeatureCache
 from ..cases import OURS, Case, Effort, Plan, Provider
 from ..operands import tolerance_of
 from ..resnet50 import ResNet50

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ood_kernels.workloads import Cost
 
-from ...data import ImageDataset, open_dataset
+from ...demo import SmallCNN, small_cnn
 from ...engine import Engine
-from ...models import SmallCNN, small_cnn
-from ...preprocess import Preprocess, import_pillow
+from ...images.dataset import ImageDataset, open_dataset
+from ...images.preprocess import Preprocess, import_pillow
 from ..cases import OURS, Case, Effort, Plan, Provider
 from .engine import FORWARD, forward_cost, load_exact
 
@@ -127,7 +127,7 @@ def _score(folder: _Folder, device: torch.device) -> Path:
     """Run the command as a user does, without its start of Python; returns the table."""
     from ...cli.application import run  # the command line offers this benchmark
 
-    arguments = ["--state", folder.state, "--model", "ood_engine.models:small_cnn", "--weights", folder.weights]
+    arguments = ["--state", folder.state, "--model", "ood_engine.demo:small_cnn", "--weights", folder.weights]
     arguments += ["--data", folder.images, "--output", folder.table, "--batch-size", _BATCH, "--device", device]
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):

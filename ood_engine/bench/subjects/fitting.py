@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import ood_kernels as ok
 from ood_kernels.workloads import WORKLOADS, Cost
 
-from ...cache import FeatureCache
 from ...detectors import available_detectors
 from ...engine import DEFAULT_DETECTORS, Engine
+from ...features.cache import FeatureCache
 from ...subspace import DualBasis, FitStatistics, gather
 from ..cases import OURS, Case, Effort, Plan, Provider
 from ..rivals import LIBRARY

@@ -14,8 +14,8 @@ import ood_kernels as ok
 from ood_kernels.workloads import Cost
 
 from ...detectors import create_detector
-from ...detectors.vector_heads import KNearestNeighbours, Mahalanobis
-from ...signals import Signals
+from ...detectors.heads.vector_heads import KNearestNeighbours, Mahalanobis
+from ...features.signals import Signals
 from ..cases import OURS, Case, Effort, Plan, Provider, providers_of
 from ..operands import SAMPLES, series, sizes_of
 from ..peer_detectors import FRACTION, OODEEL_METHODS, PYTORCH_OOD_METHODS, Scene, oodeel, pytorch_ood

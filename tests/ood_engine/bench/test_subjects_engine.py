@@ -18,7 +18,7 @@ from ood_engine.bench.rivals import LIBRARY
 from ood_engine.bench.rows import SIZES
 from ood_engine.bench.runner import run
 from ood_engine.bench.subjects import engine, files, fitting
-from ood_engine.models import SmallCNN
+from ood_engine.demo import SmallCNN
 from ood_kernels.workloads import Workload
 
 QUICK, FULL = (Effort(name, 2, 0.0, 5.0, torch.device("cpu")) for name in ("quick", "full"))

@@ -1,0 +1,310 @@
+"""Tables of results on disk that survive a killed process and a full disk.
+
+A Parquet file has its footer at the end, so a killed one is lost, and a broken CSV does not show that it is broken.
+Rows are therefore written as small complete part files beside the table, and merged into it at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import operator
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, OodEngineError, OodEngineWarning
+
+__all__ = ["COLUMN_TYPES", "ResultWriter"]
+
+COLUMN_TYPES = ("string", "float", "int", "bool")
+ENDINGS = (".parquet", ".csv")
+ROWS_PER_GROUP = 16384
+PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
+TEMPORARY = ".tmp"
+
+
+class ResultWriter:
+    """Writes a table in parts, and continues one that was broken off.
+
+    The parts are `<path>.parts/part-00000.parquet`, `part-00001.parquet`, …, whatever the ending of `path`: a Parquet
+    part that was cut short is always recognised, a CSV part is not. A part is written to a temporary name, flushed to
+    the disk and renamed, so every part under its final name is whole. `finish` merges them, holding about one row
+    group in memory; the table does not depend on how the rows were divided into parts.
+
+    Parameters
+    ----------
+    path : the table to write; the ending `.parquet` or `.csv` chooses the format. An older file of this name stays as
+        it is until `finish` replaces it.
+    columns : name -> "string", "float" (64 bit), "int" (64 bit) or "bool", in the table's order. Every column may hold
+        None: an empty cell in CSV, where an empty string is `""`. Floats are written in full and read back bitwise.
+    job : what is being computed, as JSON values (a digest of the state, the data and their number, …). A run continues
+        only where this is the same.
+    resume : continue from the parts that are there; with nothing there, start from the beginning.
+
+    Raises
+    ------
+    InputError : another ending, an unknown column type, parts of a broken run without `resume`, `resume` on a table
+        that is complete or on parts of another job.
+    OodEngineError : pyarrow is not installed; the disk is full or may not be written.
+    """
+
+    def __init__(
+        self, path: str | Path, columns: Mapping[str, str], *, job: Mapping[str, Any], resume: bool = False
+    ) -> None:
+        self.path = Path(path)
+        if self.path.suffix.lower() not in ENDINGS:
+            raise InputError(f"{self.path}: the name ends in {self.path.suffix!r}; use .parquet or .csv")
+        if self.path.is_dir() or not self.path.parent.is_dir():
+            problem = "is a folder" if self.path.is_dir() else f"needs the folder {self.path.parent}, which is missing"
+            raise InputError(f"{self.path}: the table {problem}; name a file in a folder that exists")
+        self.columns = _checked_columns(columns)
+        self.parts_folder = self.path.with_name(self.path.name + ".parts")
+        self.rows_done = 0
+        self._arrow = _pyarrow()
+        self._part_count = 0
+        self._finished = False
+        self._schema = self._arrow.schema([(name, _arrow_type(self._arrow, self.columns[name])) for name in columns])
+        with self._saving():
+            self._start({"job": _as_json(job), "columns": self.columns}, resume)
+
+    def write(self, rows: Mapping[str, list[Any]]) -> None:
+        """Write rows, given as column -> values (None for a missing one), as one part that is safe on return.
+
+        Raises InputError for missing or unknown columns, columns of unequal length and values of another type, and
+        OodEngineError when the disk refuses: no row of the call is kept then, all earlier ones are.
+        """
+        if self._finished:
+            raise InputError(f"{self.path}: the table is finished; make a new ResultWriter to write another")
+        table = self._table(rows)
+        if table.num_rows == 0:
+            return
+        part = self._part(self._part_count)
+        self._save(part, lambda file: self._arrow.parquet.write_table(table, file, write_page_checksum=True))
+        self._part_count += 1
+        self.rows_done += table.num_rows
+
+    def finish(self) -> None:
+        """Merge the parts into the table, in order, and remove them; the table appears whole or not at all."""
+        if self._finished:
+            return
+        self._save(self.path, self._merge)
+        # Renamed before it is deleted: a kill while deleting would leave parts with a gap.
+        with self._saving():
+            leftover = self._merged_folder()
+            os.replace(self.parts_folder, leftover)
+        self._finished = True
+        shutil.rmtree(leftover, ignore_errors=True)
+
+    def _start(self, job: dict[str, Any], resume: bool) -> None:
+        shutil.rmtree(self._merged_folder(), ignore_errors=True)
+        if self.parts_folder.exists():
+            if not resume:
+                raise InputError(
+                    f"{self.parts_folder}: parts of an unfinished run are here; use --resume to continue, or delete it"
+                )
+            self._continue(job)
+        elif resume and self.path.exists():
+            raise InputError(f"{self.path}: the table is already complete; leave out --resume to compute it again")
+        else:
+            self.parts_folder.mkdir()
+            try:
+                self._save_job(job)
+            except OodEngineError:
+                with contextlib.suppress(OSError):
+                    self.parts_folder.rmdir()
+                raise
+
+    def _continue(self, job: dict[str, Any]) -> None:
+        """Check the job, delete what is not complete and count the rows that are."""
+        if not self.parts_folder.is_dir():
+            raise InputError(f"{self.parts_folder}: a file is where the folder of parts belongs; move it away")
+        for leftover in self.parts_folder.glob("*" + TEMPORARY):
+            leftover.unlink()
+        job_file = self.parts_folder / "job.json"
+        parts = self._part_numbers()
+        if not job_file.exists() and not parts:
+            self._save_job(job)
+            return
+        _check_same_job(job_file, job)
+        for number in parts:
+            rows = self._rows_of_part(number) if number == self._part_count else None
+            if rows is None:
+                self._drop([later for later in parts if later >= number])
+                return
+            self._part_count += 1
+            self.rows_done += rows
+
+    def _drop(self, numbers: list[int]) -> None:
+        """Delete the parts from the first damaged or missing one on: their rows have to be computed again."""
+        warnings.warn(
+            f"{self._part(self._part_count)}: the part is damaged or missing; the run goes on after row "
+            f"{self.rows_done}, and {len(numbers)} part(s) from there on are computed again",
+            OodEngineWarning,
+            stacklevel=5,
+        )
+        for number in numbers:
+            self._part(number).unlink()
+
+    def _part(self, number: int) -> Path:
+        return self.parts_folder / f"part-{number:05d}.parquet"
+
+    def _part_numbers(self) -> list[int]:
+        names = (PART_NAME.fullmatch(file.name) for file in self.parts_folder.iterdir())
+        return sorted(int(name[1]) for name in names if name)
+
+    def _merged_folder(self) -> Path:
+        return self.path.with_name(self.path.name + ".parts.merged")
+
+    def _rows_of_part(self, number: int) -> int | None:
+        """Rows of a part, or None where it cannot be read in full or holds other columns."""
+        try:
+            return int(self._read(number).num_rows)
+        except OodEngineError:
+            return None
+
+    def _read(self, number: int) -> Any:
+        part = self._part(number)
+        try:
+            with self._arrow.parquet.ParquetFile(part, page_checksum_verification=True) as file:
+                table = file.read()
+        except (OSError, ValueError) as error:
+            raise OodEngineError(f"{part}: cannot be read ({_one_line(error)}); continue with --resume") from error
+        if not table.schema.equals(self._schema):
+            raise OodEngineError(
+                f"{part}: holds {table.schema.names}, not {self._schema.names}; continue with --resume"
+            )
+        return table
+
+    def _table(self, rows: Mapping[str, list[Any]]) -> Any:
+        if set(rows) != set(self.columns):
+            raise InputError(
+                f"rows have the columns {sorted(rows)}, expected {sorted(self.columns)}; give exactly these"
+            )
+        if len({len(values) for values in rows.values()}) > 1:
+            lengths = {name: len(values) for name, values in rows.items()}
+            raise InputError(f"the columns of the rows differ in length: {lengths}; use None for a missing value")
+        arrays = []
+        for field in self._schema:
+            wanted, values = self.columns[field.name], rows[field.name]
+            try:
+                if wanted == "int":  # pyarrow would cut 1.5 to 1
+                    values = [None if value is None else operator.index(value) for value in values]
+                arrays.append(self._arrow.array(values, type=field.type, from_pandas=False))
+            except (ValueError, TypeError, OverflowError) as error:
+                raise InputError(f"column {field.name!r} wants {wanted} or None: {_one_line(error)}") from error
+        return self._arrow.table(arrays, schema=self._schema)
+
+    def _merge(self, file: Any) -> None:
+        parquet = self.path.suffix.lower() == ".parquet"
+        make = self._arrow.parquet.ParquetWriter if parquet else self._arrow.csv.CSVWriter
+        with make(file, self._schema) as writer:
+            for group in self._row_groups():
+                writer.write_table(group)
+
+    def _row_groups(self) -> Iterator[Any]:
+        """The rows of all parts in groups of one size, whatever the size of the parts."""
+        waiting = self._schema.empty_table()
+        for number in range(self._part_count):
+            waiting = self._arrow.concat_tables([waiting, self._read(number)])
+            while waiting.num_rows >= ROWS_PER_GROUP:
+                yield waiting.slice(0, ROWS_PER_GROUP)
+                waiting = waiting.slice(ROWS_PER_GROUP)
+        if waiting.num_rows:
+            yield waiting
+
+    def _save_job(self, job: dict[str, Any]) -> None:
+        text = json.dumps(job, indent=2) + "\n"
+        self._save(self.parts_folder / "job.json", lambda file: file.write(text.encode("ascii")))
+
+    def _save(self, target: Path, fill: Callable[[Any], object]) -> None:
+        """Fill a temporary file, flush it to the disk and give it its name; on failure nothing of it stays."""
+        temporary = self.parts_folder / (target.name + TEMPORARY)
+        with self._saving():
+            try:
+                with open(temporary, "wb") as file:
+                    fill(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+            finally:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+            _sync_folder(target.parent)
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OodEngineError(
+                f"{self.path}: cannot write ({error.strerror or _one_line(error)}); {self.rows_done} rows are safe in "
+                f"{self.parts_folder.name}: make room or give access, then continue with --resume"
+            ) from error
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.csv
+        import pyarrow.parquet
+    except ImportError as error:
+        raise OodEngineError("writing tables needs pyarrow: pip install 'ood-engine[cli]'") from error
+    return pyarrow
+
+
+def _arrow_type(arrow: Any, name: str) -> Any:
+    return {"string": arrow.string(), "float": arrow.float64(), "int": arrow.int64(), "bool": arrow.bool_()}[name]
+
+
+def _checked_columns(columns: Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(columns, Mapping) or not columns:
+        raise InputError(f"columns must be a non-empty mapping of name to type, got {columns!r}")
+    for name, kind in columns.items():
+        if not isinstance(name, str) or not name or kind not in COLUMN_TYPES:
+            raise InputError(f"column {name!r} has the type {kind!r}; expected one of {', '.join(COLUMN_TYPES)}")
+    return dict(columns)
+
+
+def _as_json(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The job as it reads back from a file, so that tuples and lists compare equal."""
+    try:
+        return dict(json.loads(json.dumps(dict(job), allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the job must hold JSON values only: {_one_line(error)}") from error
+
+
+def _check_same_job(job_file: Path, job: dict[str, Any]) -> None:
+    try:
+        stored = json.loads(job_file.read_bytes())
+        before, columns = dict(stored["job"]), dict(stored["columns"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{job_file}: cannot be read as a job; delete {job_file.parent} and start again") from error
+    way_out = f"give the same arguments, or delete {job_file.parent} and start again"
+    for key in sorted(before.keys() | job["job"].keys()):
+        old, new = (json.dumps(side[key]) if key in side else "nothing" for side in (before, job["job"]))
+        if old != new:
+            raise InputError(f"--resume: {key!r} was {old} in the unfinished run and is {new} now; {way_out}")
+    if list(columns.items()) != list(job["columns"].items()):
+        raise InputError(
+            f"--resume: 'columns' were {columns} in the unfinished run and are {job['columns']} now; {way_out}"
+        )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system lets folders be opened."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

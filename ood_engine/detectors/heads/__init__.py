@@ -1,0 +1,1 @@
+"""Heads: detectors of a vector such as the gradient coordinates."""

@@ -1,0 +1,162 @@
+"""A linear probe on vectors [N, K], trained as the code of arXiv 2310.17163 does, and what ReAct and BATS do before it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import InputError
+from ...fitted import FittedModule
+
+__all__ = ["LinearProbe"]
+
+_BATCH = 128
+_MOST_QUANTILE_VALUES = 2**27
+_BLOCK_ROWS = 8192
+
+
+class LinearProbe(FittedModule):
+    """BatchNorm → Linear classifier on vectors, scored by the Energy or MSP of its logits (arXiv 2310.17163).
+
+    Trained as the paper's code does: cross-entropy, SGD with momentum 0.9, weight decay 5e-4, learning rate 0.1, 10 epochs. The
+    batch of 128 is ours. Deterministic by the seed, on any device: it is trained on the CPU.
+
+    After training, vectors may be clamped before the probe. "react" (arXiv 2111.12797) clips the late dimensions from above at
+    a quantile of their training values; "bats" (arXiv 2210.04200) clamps every dimension to mean ± width · standard deviation,
+    as the batch norm has them.
+
+    Args:
+        score: "energy" or "msp".
+        epochs: passes over the vectors.
+        clamp: "none", "react" or "bats".
+        react_from: first dimension that ReAct clips; the paper's code takes 10 on CIFAR, 950 on ImageNet.
+        react_quantile: where it clips; the paper's code takes 0.9 and 0.7, of the test data, here of the training data (of the
+            first 2^27 values where there are more).
+        bats_width: of the interval in standard deviations; 1 is ours.
+        validation_share: share of the vectors held out; the epoch with the best accuracy on them is kept, and training stops
+            after three epochs without a better one. 0, the paper's, holds out none.
+
+    Attributes:
+        accuracy: 0-d, of the trained probe on the held-out vectors where there are any, else on its own; None before `fit`.
+    """
+
+    accuracy: Tensor | None
+
+    def __init__(
+        self,
+        score: str = "energy",
+        epochs: int = 10,
+        *,
+        clamp: str = "none",
+        react_from: int = 10,
+        react_quantile: float = 0.9,
+        bats_width: float = 1.0,
+        validation_share: float = 0.0,
+    ) -> None:
+        super().__init__("weight", "bias", "lower", "upper", "accuracy")
+        if score not in ("energy", "msp"):
+            raise InputError(f"probe score {score!r}: expected 'energy' or 'msp'")
+        if not isinstance(epochs, int) or epochs < 1:
+            raise InputError(f"epochs={epochs!r}: expected a whole number of at least 1")
+        if clamp not in ("none", "react", "bats"):
+            raise InputError(f"probe clamp {clamp!r}: expected 'none', 'react' or 'bats'")
+        if not 0 < react_quantile <= 1 or react_from < 0:
+            raise InputError(
+                f"react_from={react_from!r}, react_quantile={react_quantile!r}: expected a dimension of at least 0 and a fraction"
+                " in (0, 1]"
+            )
+        if not bats_width > 0:
+            raise InputError(f"bats_width={bats_width!r}: expected standard deviations above 0")
+        if not 0 <= validation_share < 1:
+            raise InputError(f"validation_share={validation_share!r}: expected a fraction in [0, 1)")
+        self.score = score
+        self.epochs = epochs
+        self._clamp = (clamp, react_from, react_quantile, bats_width)
+        self._validation_share = validation_share
+
+    def fit(self, x: Tensor, labels: Tensor, classes: int, seed: int = 0) -> None:
+        """Train on x [m, K] with labels [m] in 0 … classes - 1.
+
+        Raises:
+            InputError: fewer than two samples.
+        """
+        if x.shape[0] < 2:
+            raise InputError(
+                f"a probe on {x.shape[0]} samples: expected at least 2 ID samples beside the anchors; fit on more"
+            )
+        # What was made in inference mode cannot be trained on; anything else may be mapped from a file, and stays there.
+        x, labels = (part.clone() if part.is_inference() else part for part in (x.detach().float().cpu(), labels.cpu()))
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            # `torch.manual_seed` would seed the generators of all devices, which are not put back.
+            torch.default_generator.manual_seed(seed)
+            norm, linear = nn.BatchNorm1d(x.shape[1]), nn.Linear(x.shape[1], classes)
+            accuracy = _train(nn.Sequential(norm, linear), x, labels, self.epochs, self._validation_share)
+        # In evaluation the norm is an affine map, which folds into the linear layer.
+        assert norm.running_var is not None
+        assert norm.running_mean is not None
+        deviation = (norm.running_var + norm.eps).sqrt()
+        weight = linear.weight * (norm.weight / deviation)
+        lower, upper = self._bounds(x, norm.running_mean, deviation)
+        self.set_fitted(
+            weight=weight,
+            bias=linear.bias + linear.weight @ norm.bias - weight @ norm.running_mean,
+            lower=lower,
+            upper=upper,
+            accuracy=torch.tensor(accuracy),
+        )
+
+    def _bounds(self, x: Tensor, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
+        """What the vectors are clamped to, [K] each."""
+        kind, react_from, react_quantile, bats_width = self._clamp
+        if kind == "bats":
+            return mean - bats_width * deviation, mean + bats_width * deviation
+        lower, upper = torch.full_like(mean, -torch.inf), torch.full_like(mean, torch.inf)
+        late = x[: max(1, _MOST_QUANTILE_VALUES // x.shape[1]), react_from:]
+        if kind == "react" and late.numel():
+            # `torch.quantile` takes no more than 2^24 values.
+            upper[react_from:] = late.flatten().kthvalue(max(1, round(react_quantile * late.numel()))).values
+        return lower, upper
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N] lse or largest probability of the probe's logits."""
+        weight = self.fitted("weight")
+        x = torch.clamp(x.to(weight.dtype), self.fitted("lower"), self.fitted("upper"))
+        logits = F.linear(x, weight, self.fitted("bias"))
+        return logits.logsumexp(1) if self.score == "energy" else logits.softmax(1).amax(1)
+
+
+def _train(probe: nn.Sequential, x: Tensor, labels: Tensor, epochs: int, validation_share: float) -> float:
+    """Train in place; returns the accuracy, on held-out samples where a share of them is asked for."""
+    held_out = int(validation_share * x.shape[0])
+    order = torch.randperm(x.shape[0]) if held_out else torch.arange(x.shape[0])
+    validation, training = order[:held_out], order[held_out:]
+    optimiser = torch.optim.SGD(probe.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    best, best_state, waited = -1.0, None, 0
+    for _ in range(epochs):
+        probe.train()
+        for index in training[torch.randperm(len(training))].split(_BATCH):
+            if len(index) == 1:  # a batch norm cannot be trained on one sample
+                continue
+            optimiser.zero_grad()
+            F.cross_entropy(probe(x[index]), labels[index]).backward()
+            optimiser.step()
+        if held_out:
+            accuracy = _accuracy(probe, x[validation], labels[validation])
+            waited = 0 if accuracy > best else waited + 1
+            if accuracy > best:
+                best, best_state = accuracy, {name: value.clone() for name, value in probe.state_dict().items()}
+            if waited == 3:
+                break
+    if best_state is not None:
+        probe.load_state_dict(best_state)
+        probe.eval()
+        return best
+    return _accuracy(probe, x, labels)
+
+
+@torch.no_grad()
+def _accuracy(probe: nn.Sequential, x: Tensor, labels: Tensor) -> float:
+    probe.eval()
+    parts = zip(x.split(_BLOCK_ROWS), labels.split(_BLOCK_ROWS), strict=True)
+    return sum(int((probe(part).argmax(1) == right).sum()) for part, right in parts) / len(x)

@@ -1,0 +1,126 @@
+"""Detectors on vectors [N, K]: the heads that judge low-dimensional gradients, and features beside them.
+
+Each is fitted by `fit(x, ...)` and scores by `forward(x)`, higher = more in-distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...errors import InputError
+from ...fitted import FittedModule
+
+__all__ = ["KNearestNeighbours", "Mahalanobis"]
+
+_BLOCK_ELEMENTS = 4 * 2**20
+_BLOCK_ROWS = 8192
+
+
+class KNearestNeighbours(FittedModule):
+    """Cosine similarity to the k-th nearest of a bank of ID vectors (arXiv 2204.06507).
+
+    On L2-normalised vectors it is 1 - r_k²/2 with r_k the distance to the k-th neighbour: the order of -r_k, and well
+    conditioned where r_k is small.
+
+    Args:
+        k: which neighbour; the gradient paper's code uses 5 and 10.
+    """
+
+    def __init__(self, k: int = 10) -> None:
+        super().__init__("bank")
+        if not isinstance(k, int) or k < 1:
+            raise InputError(f"k={k!r}: expected a whole number of at least 1")
+        self.k = k
+
+    def fit(self, x: Tensor) -> None:
+        """Keep the normalised vectors x [m, K].
+
+        Raises:
+            InputError: fewer than k vectors.
+        """
+        if x.shape[0] < self.k:
+            raise InputError(
+                f"k={self.k} neighbours with a bank of {x.shape[0]}: expected at least k ID samples; fit on more"
+            )
+        self.set_fitted(bank=F.normalize(x, dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N] similarity, in [-1, 1]."""
+        bank = self.fitted("bank")
+        rows = max(1, _BLOCK_ELEMENTS // bank.shape[0])
+        normalised = F.normalize(x.to(bank.dtype), dim=1)
+        scores = x.new_empty(x.shape[0], dtype=bank.dtype)
+        for start in range(0, x.shape[0], rows):
+            scores[start : start + rows] = (normalised[start : start + rows] @ bank.T).topk(self.k, dim=1).values[:, -1]
+        return scores
+
+
+class Mahalanobis(FittedModule):
+    """S = -min_c (x - μ_c)ᵀ Σ⁻¹ (x - μ_c), class means and one shared covariance (arXiv 1807.03888).
+
+    Σ is whitened once, in fp64. Directions with less than 1e-6 of the largest variance are given that much, so that fewer
+    samples than dimensions still give finite scores (ours).
+
+    Args:
+        normalise: L2-normalise the vectors first, which is Mahalanobis++ (arXiv 2505.18032).
+    """
+
+    def __init__(self, normalise: bool = False) -> None:
+        super().__init__("whitening", "means")
+        self.normalise = normalise
+
+    def fit(self, x: Tensor, labels: Tensor) -> None:
+        """Estimate from x [m, K] and labels [m].
+
+        Raises:
+            InputError: fewer than two samples, or none that differs from its class mean by more than rounding.
+        """
+        if x.shape[0] < 2:
+            raise InputError(
+                f"a covariance of {x.shape[0]} samples: expected at least 2 ID samples beside the anchors; fit on more"
+            )
+        classes, index = labels.to(x.device).unique(return_inverse=True)
+        means, largest_value = self._class_means(x, index, len(classes))
+        covariance = torch.zeros((x.shape[1], x.shape[1]), dtype=torch.float64, device=x.device)
+        for part, members in self._blocks(x, index):
+            centred = part.double() - means[members]
+            covariance += centred.T @ centred
+        variances, directions = torch.linalg.eigh(covariance / x.shape[0])
+        largest = float(variances[-1])
+        rounding = torch.finfo(x.dtype).eps * largest_value
+        if not largest > rounding**2:
+            raise InputError(
+                f"a covariance of {x.shape[0]} samples in {len(classes)} classes: expected some that differ within their class"
+                " beside the anchors; fit on more, and more varied, ID samples"
+            )
+        variances = variances.clamp_min(largest * 1e-6)
+        whitening = directions / variances.sqrt()
+        self.set_fitted(whitening=whitening, means=means @ whitening)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N] negative squared distance to the nearest class, computed in fp64."""
+        whitened, means = self._prepare(x).double() @ self.fitted("whitening"), self.fitted("means")
+        squared = whitened.square().sum(1, keepdim=True) - 2 * whitened @ means.T + means.square().sum(1)
+        return -squared.amin(1).clamp_min(0)
+
+    def _class_means(self, x: Tensor, index: Tensor, classes: int) -> tuple[Tensor, float]:
+        """([classes, K] means in fp64, the largest magnitude)."""
+        sums = torch.zeros((classes, x.shape[1]), dtype=torch.float64, device=x.device)
+        largest = 0.0
+        for part, members in self._blocks(x, index):
+            sums.index_add_(0, members, part.double())
+            largest = max(largest, float(part.abs().max()))
+        return sums / torch.bincount(index, minlength=classes)[:, None], largest
+
+    def _blocks(self, x: Tensor, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """x, which may be mapped from a file larger than the memory, and the class of each row, some rows at a time."""
+        for start in range(0, x.shape[0], _BLOCK_ROWS):
+            here = slice(start, start + _BLOCK_ROWS)
+            yield self._prepare(x[here]), index[here]
+
+    def _prepare(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1) if self.normalise else x

@@ -1,0 +1,1 @@
+"""How well detectors do: metrics, evaluation, tuning, sweeps, explanations and reports."""

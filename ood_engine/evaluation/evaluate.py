@@ -1,0 +1,136 @@
+"""Score an ID set and OOD sets of images with a fitted engine, and write what a report shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..engine import Engine
+from ..features.cache import NO_LABEL
+from ..features.loader import image_batches
+from ..images.dataset import ImageDataset, ImageLoader
+from ..scores import Scores
+from ..version import __version__
+from .report import Evaluation, write_figures, write_html, write_json
+
+__all__ = ["SetResult", "evaluate", "score_set", "write_report"]
+
+EXAMPLES = 8
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """One set of images, scored: `accuracy` is a fraction, or None without labels; `skipped` are (name, error)."""
+
+    scores: Scores
+    accuracy: float | None
+    skipped: list[tuple[str, str]]
+
+
+def score_set(engine: Engine, loader: ImageLoader, what: str, *, progress: bool = False) -> SetResult:
+    """Scores of all readable images, and the share that the model classifies as labelled, from one forward pass each."""
+    parts, correct, labelled = [], 0, 0
+    with torch.no_grad():
+        for images, labels in image_batches(loader, what, progress):
+            captured = engine.run(images)
+            parts.append(engine.score_captured(images, captured).cpu())
+            predicted = captured.logits.argmax(1).cpu()
+            labelled += int((labels != NO_LABEL).sum())
+            correct += int((predicted == labels).sum())
+    result = Scores.concatenate(parts)
+    result.report()
+    return SetResult(result, correct / labelled if labelled else None, loader.skipped)
+
+
+def evaluate(
+    engine: Engine,
+    id_data: ImageDataset,
+    ood_data: Mapping[str, ImageDataset],
+    *,
+    title: str = "Out-of-distribution detection",
+    id_name: str = "in-distribution",
+    kinds: Mapping[str, str] | None = None,
+    information: Mapping[str, str] | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> tuple[Evaluation, dict[str, SetResult]]:
+    """Score every set and gather what a report needs.
+
+    Args:
+        engine: fitted; thresholds are shown where it is calibrated.
+        id_data: ID images that neither `fit` nor `calibrate` has seen; with labels the accuracy is measured too.
+        ood_data: OOD set name → images.
+        title: heading of the report.
+        id_name: name of the ID set.
+        kinds: OOD set name → "near", "far" or another label.
+        information: facts that are shown first.
+        batch_size: images a forward pass.
+        progress: show a bar for every set.
+
+    Returns:
+        The evaluation, and the result of every set by its name.
+
+    Raises:
+        DataError: a set without a readable image.
+        InputError: images that the model rejects.
+    """
+    sets = {id_name: id_data, **ood_data}
+    results = {name: score_set(engine, data.loader(batch_size), name, progress=progress) for name, data in sets.items()}
+    evaluation = Evaluation(
+        title=title,
+        id_name=id_name,
+        id_scores={name: score.numpy() for name, score in results[id_name].scores.items()},
+        ood_scores={
+            set_name: {name: score.numpy() for name, score in results[set_name].scores.items()} for set_name in ood_data
+        },
+        kinds=dict(kinds or {}),
+        information={**(information or {}), **_facts(engine, sets)},
+        example_images={name: images for name, data in sets.items() if (images := _examples(data)) is not None},
+        thresholds={name: float(calibration.threshold) for name, calibration in engine.calibrations.items()},
+        accuracy=results[id_name].accuracy,
+    )
+    return evaluation, results
+
+
+def write_report(evaluation: Evaluation, folder: Path) -> list[Path]:
+    """Write `evaluation.json`, `report.html`, `histograms.png` and `roc.png`; returns their paths.
+
+    Raises:
+        OodEngineError: the folder cannot be written, or an optional package is missing.
+    """
+    return [
+        write_json(evaluation, folder / "evaluation.json"),
+        write_html(evaluation, folder / "report.html"),
+        *write_figures(evaluation, folder),
+    ]
+
+
+def _facts(engine: Engine, sets: Mapping[str, ImageDataset]) -> dict[str, str]:
+    plan = asdict(engine.plan)
+    head = engine.head.weight.shape
+    facts = {
+        "head": f"{plan['head']} ({head[0]} classes × {head[1]} features)",
+        "feature map": f"{plan['feature_map'] or 'none'} ({'proven' if plan['proven'] else 'not proven'})",
+        "images": ", ".join(f"{name} {len(data)}" for name, data in sets.items()),
+        "versions": f"ood-engine {__version__}, torch {torch.__version__}",
+        "device": str(engine.tap.device),
+    }
+    rates = sorted({calibration.false_alarm_rate for calibration in engine.calibrations.values()})
+    return facts | ({"false-alarm rate": f"{100 * rates[0]:g} %"} if rates else {})
+
+
+def _examples(data: ImageDataset) -> np.ndarray | None:
+    """Some images spread over the set as [n, H, W] or [n, H, W, 3] in [0, 1], the normalisation undone."""
+    positions = np.linspace(0, len(data) - 1, min(EXAMPLES, len(data))).round().astype(int)
+    images: list[Tensor] = [sample.image for index in positions if (sample := data[int(index)]).image is not None]
+    if not images:
+        return None
+    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (data.preprocess.mean, data.preprocess.std))
+    pixels: Any = (torch.stack(images) * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    return np.asarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)

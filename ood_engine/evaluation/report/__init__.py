@@ -1,0 +1,14 @@
+"""What an evaluation leaves behind: a table for terminal and Markdown, JSON, pictures and one self-contained HTML page.
+
+Scores are higher for what is more in-distribution (ID). AUROC and FPR95 are shown in percent with ID as the positive
+class; the full table of the page and the JSON file (in fractions) hold the other conventions beside them.
+"""
+
+from __future__ import annotations
+
+from .evaluation import Evaluation
+from .figures import write_figures
+from .page import write_html
+from .table import markdown_table, print_table, rows, write_json
+
+__all__ = ["Evaluation", "markdown_table", "print_table", "rows", "write_figures", "write_html", "write_json"]

@@ -1,0 +1,154 @@
+"""One HTML file that shows an evaluation and needs nothing else: no network, no script, no font, no image beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .curves import LINE_COLOURS, histogram, roc_curve, ticks
+from .evaluation import Evaluation, finite, printable
+from .files import require, write_atomically
+from .table import METRICS, percent, rows, summarise
+
+__all__ = ["write_html"]
+
+TEMPLATE = "report.html.j2"
+IMAGES_OF_A_SET = 8
+IMAGE_PIXELS = 128
+HISTOGRAM_BOX = (16.0, 8.0, 268.0, 112.0)
+ROC_BOX = (38.0, 10.0, 222.0, 222.0)
+
+
+def write_html(evaluation: Evaluation, path: str | os.PathLike[str]) -> Path:
+    """Write the report: summary, table, score histograms, ROC curves, example images, all metrics, facts about the run.
+
+    Every name and value is escaped. The file is whole or not there.
+
+    Raises:
+        OodEngineError: Jinja2 (or, with example images, Pillow) is not installed, or the path cannot be written.
+    """
+    jinja2 = require("jinja2")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
+    )
+    source = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
+    return write_atomically(path, environment.from_string(source).render(_context(evaluation)).encode())
+
+
+def _shown(value: Any) -> Any:
+    """What the template prints for a value; markup of the template itself passes."""
+    return value if hasattr(value, "__html__") else printable(value)
+
+
+def _context(evaluation: Evaluation) -> dict[str, Any]:
+    table = rows(evaluation)
+    summary = summarise(table)
+    detectors = list(summary.lines)
+    of_pair = {(row["detector"], row["ood_set"]): row for row in table if not row["mean"]}
+    return {
+        "evaluation": evaluation,
+        "rows": table,
+        "summary": summary,
+        "metrics": METRICS,
+        "percent": percent,
+        "detectors": detectors,
+        "strokes": {name: _stroke(index) for index, name in enumerate(detectors)},
+        "hardest": _hardest(evaluation, detectors, of_pair),
+        "invalid": _invalid_counts(evaluation),
+        "n_id": max(scores.size for scores in evaluation.id_scores.values()),
+        "n_ood": {name: max(array.size for array in scores.values()) for name, scores in evaluation.ood_scores.items()},
+        "pairs": of_pair,
+        "histograms": {pair: _histogram_panel(evaluation, *pair) for pair in of_pair},
+        "curves": {pair: _roc_path(evaluation, *pair) for pair in of_pair},
+        "roc_order": {name: _ranked(detectors, name, of_pair) for name in evaluation.ood_scores},
+        "histogram_box": HISTOGRAM_BOX,
+        "roc_box": ROC_BOX,
+        "images": {name: _png_images(images) for name, images in evaluation.example_images.items() if len(images)},
+    }
+
+
+def _stroke(index: int) -> dict[str, Any]:
+    return {"colour": index % len(LINE_COLOURS) + 1, "dashed": index >= len(LINE_COLOURS)}
+
+
+def _ranked(detectors: Sequence[str], ood_set: str, of_pair: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
+    def auroc(detector: str) -> float:
+        value = of_pair[detector, ood_set]["auroc"]
+        return -math.inf if value is None else value
+
+    return sorted(detectors, key=auroc, reverse=True)
+
+
+def _hardest(
+    evaluation: Evaluation, detectors: Sequence[str], of_pair: dict[tuple[str, str], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """The best row of the OOD set on which the best detector is weakest; None with a single set or without numbers."""
+    best_of_set = [of_pair[_ranked(detectors, ood_set, of_pair)[0], ood_set] for ood_set in evaluation.ood_scores]
+    known = [row for row in best_of_set if row["auroc"] is not None]
+    return min(known, key=lambda row: row["auroc"]) if len(known) > 1 else None
+
+
+def _invalid_counts(evaluation: Evaluation) -> dict[tuple[str, int], list[str]]:
+    """(Name of a set, how many scores are not finite) to the detectors with so many; a bad image is bad for most."""
+    detectors: dict[tuple[str, int], list[str]] = {}
+    for name, scores in [(evaluation.id_name, evaluation.id_scores), *evaluation.ood_scores.items()]:
+        for detector, array in scores.items():
+            detectors.setdefault((name, array.size - finite(array).size), []).append(detector)
+    return {(name, count): affected for (name, count), affected in detectors.items() if count}
+
+
+def _histogram_panel(evaluation: Evaluation, detector: str, ood_set: str) -> dict[str, Any] | None:
+    bars = histogram(finite(evaluation.id_scores[detector]), finite(evaluation.ood_scores[ood_set][detector]))
+    if bars is None:
+        return None
+    left, top, width, height = HISTOGRAM_BOX
+    low, high = float(bars.edges[0]), float(bars.edges[-1])
+
+    def x(score: float) -> float:
+        return left + width * (score - low) / (high - low)
+
+    threshold = evaluation.thresholds.get(detector, math.nan)
+    edges = [x(edge) for edge in bars.edges]
+    return {
+        "id": _staircase(edges, top + height * (1 - bars.id_heights), top + height),
+        "ood": _staircase(edges, top + height * (1 - bars.ood_heights), top + height),
+        "ticks": [(x(value), label) for value, label in ticks(low, high)],
+        "threshold": x(threshold) if low <= threshold <= high else None,
+    }
+
+
+def _staircase(edges: Sequence[float], tops: np.ndarray, base: float) -> str:
+    """The outline of a histogram as SVG path data."""
+    steps = "".join(f"V{y:.1f}H{edge:.1f}" for y, edge in zip(tops, edges[1:], strict=True))
+    return f"M{edges[0]:.1f} {base:.1f}{steps}V{base:.1f}Z"
+
+
+def _roc_path(evaluation: Evaluation, detector: str, ood_set: str) -> str | None:
+    curve = roc_curve(finite(evaluation.id_scores[detector]), finite(evaluation.ood_scores[ood_set][detector]))
+    if curve is None:
+        return None
+    left, top, width, height = ROC_BOX
+    points = zip(left + width * curve[0], top + height * (1 - curve[1]), strict=True)
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+
+
+def _png_images(images: np.ndarray) -> list[str]:
+    """The first images as data URIs of small PNG files; values outside [0, 1] are clipped, NaN is black."""
+    image = require("PIL.Image")
+    uris = []
+    for array in images[:IMAGES_OF_A_SET]:
+        levels = np.clip(np.nan_to_num(array, nan=0.0, posinf=1.0, neginf=0.0), 0.0, 1.0)
+        picture = image.fromarray(np.rint(255 * levels).astype(np.uint8))
+        picture.thumbnail((IMAGE_PIXELS, IMAGE_PIXELS))
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG")
+        uris.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii"))
+    return uris

@@ -1,0 +1,276 @@
+"""The feature cache: what one pass over the ID data leaves behind, and all that fitting ever reads.
+
+In memory while it is small; beyond a size the user sets, in raw files that are memory-mapped.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError, OodEngineError
+
+__all__ = ["NO_LABEL", "CacheRows", "CacheWriter", "FeatureCache", "fingerprint"]
+
+NO_LABEL = -1
+"""Label of a sample that came without one."""
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class CacheRows(NamedTuple):
+    """Rows of the cache: some samples, or all.
+
+    Attributes:
+        features: [n, D] penultimate features, fp32 (fp64 for an fp64 model) or as the cache was asked to keep them.
+        fingerprints: int64 [n] content hash of each input image, see `fingerprint`.
+        labels: int64 [n], `NO_LABEL` where there was none.
+        maximum: [n, D] per-channel maximum of the feature map; [n, 0] for a model without a map.
+        nap_mean: [n, D] mean of the map that NAP looks at, where it is not `features`; else [n, 0].
+    """
+
+    features: Tensor
+    fingerprints: Tensor
+    labels: Tensor
+    maximum: Tensor
+    nap_mean: Tensor
+
+    def select(self, index: Tensor | slice) -> CacheRows:
+        """The rows at `index`, in that order."""
+        return CacheRows(*(column[index] for column in self))
+
+
+class FeatureCache:
+    """The finished cache: columns as CPU tensors, in memory or mapped from files.
+
+    Attributes:
+        rows: every column, see `CacheRows`.
+        directory: folder for files that are mapped; None where everything is in memory.
+    """
+
+    def __init__(self, rows: CacheRows, directory: Path | None = None, _keep: Any = None) -> None:
+        self.rows = rows
+        self.directory = directory
+        # The writer, whose folder lives exactly as long as the cache that is mapped from it.
+        self._keep = _keep
+
+    def __len__(self) -> int:
+        return self.rows.features.shape[0]
+
+    @classmethod
+    def from_features(
+        cls,
+        features: Tensor,
+        labels: Tensor | None = None,
+        *,
+        maximum: Tensor | None = None,
+        fingerprints: Tensor | None = None,
+        directory: str | Path | None = None,
+    ) -> FeatureCache:
+        """A cache of features that are there already; nothing is copied.
+
+        A file is mapped by `torch.from_numpy(np.load("features.npy", mmap_mode="c"))`.
+
+        Args:
+            features: [n, D] penultimate features of ID samples, fp16, bf16, fp32 or fp64.
+            labels: [n] whole numbers; None without any.
+            maximum: [n, D] per-channel maximum of the feature map, which NAP needs; None without.
+            fingerprints: int64 [n]; None takes content hashes of the features, by which `Engine.calibrate` then cannot tell images
+                that it has seen.
+            directory: where fitting may put what it collects of all samples, in files without a name; None keeps it in memory.
+
+        Raises:
+            InputError: other shapes or dtypes, or no sample.
+        """
+        if features.ndim != 2 or not features.is_floating_point() or 0 in features.shape:
+            raise InputError(
+                f"features: expected floating point [n, D] with n and D of at least 1, got {features.dtype} {list(features.shape)}"
+            )
+        count = len(features)
+        if maximum is not None and (maximum.shape != features.shape or not maximum.is_floating_point()):
+            raise InputError(
+                f"maximum: expected floating point {list(features.shape)}, as the features, got {maximum.dtype}"
+                f" {list(maximum.shape)}"
+            )
+        if labels is not None and (
+            labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool
+        ):
+            raise InputError(f"labels: expected whole numbers [{count}], got {labels.dtype} {list(labels.shape)}")
+        if fingerprints is None:
+            fingerprints = torch.cat([fingerprint(part) for part in features.split(4096)])
+        if fingerprints.shape != (count,) or fingerprints.dtype != torch.int64:
+            raise InputError(
+                f"fingerprints: expected int64 [{count}], got {fingerprints.dtype} {list(fingerprints.shape)}"
+            )
+        nothing = torch.empty((count, 0), dtype=features.dtype)
+        labels = torch.full((count,), NO_LABEL) if labels is None else labels.to(torch.int64)
+        rows = CacheRows(features, fingerprints, labels, nothing if maximum is None else maximum, nothing)
+        return cls(rows, None if directory is None else Path(directory))
+
+    def empty(self, shape: tuple[int, int], like: Tensor) -> Tensor:
+        """Room for `shape` numbers of like's dtype: in a file of the cache's folder where it has one, else on like's device."""
+        if self.directory is None or 0 in shape:
+            return like.new_empty(shape)
+        with tempfile.NamedTemporaryFile(dir=self.directory) as file:
+            # The file has no name any more once it is closed, and goes with the last tensor that is mapped from it.
+            file.truncate(shape[0] * shape[1] * like.element_size())
+            mapped = torch.from_file(file.name, shared=True, size=shape[0] * shape[1], dtype=like.dtype)
+        return mapped.view(shape)
+
+    @property
+    def has_map(self) -> bool:
+        """Whether the per-channel maximum is there, which NAP needs."""
+        return self.rows.maximum.shape[1] > 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all columns."""
+        return sum(column.numel() * column.element_size() for column in self.rows)
+
+    def batches(self, index: Tensor | None = None, size: int = 4096) -> Iterator[CacheRows]:
+        """The rows at `index` (default: all), `size` at a time, so that a mapped cache never comes to memory whole."""
+        count = len(self) if index is None else index.shape[0]
+        for start in range(0, count, size):
+            here = slice(start, min(start + size, count))
+            yield self.rows.select(here if index is None else index[here])
+
+
+class CacheWriter:
+    """Appends batches of unknown number; moves to disk when `limit_bytes` is passed.
+
+    Args:
+        limit_bytes: largest size that is kept in memory.
+        directory: where a folder of its own is made beyond that, and removed with the cache; None takes the system's.
+        dtype: that features and maxima are kept in, such as float16 for half the room; None keeps them as they come.
+    """
+
+    def __init__(
+        self,
+        limit_bytes: int = 4 * 2**30,
+        directory: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if dtype is not None and dtype not in _DTYPES:
+            raise InputError(f"cache dtype {dtype}: expected one of {', '.join(map(str, _DTYPES))}, or None")
+        self._dtype = dtype
+        self._limit = limit_bytes
+        self._parent = Path(directory) if directory is not None else Path(tempfile.gettempdir())
+        self._directory: Path | None = None
+        self._batches: list[CacheRows] = []
+        self._bytes = 0
+        self._count = 0
+
+    def append(self, rows: CacheRows) -> None:
+        """Add a batch (moved to the CPU).
+
+        Raises:
+            InputError: finite values that the dtype cannot hold.
+            OodEngineError: the disk is full.
+        """
+        rows = CacheRows(*(self._kept(column.detach()).cpu() for column in rows))
+        self._bytes += sum(column.numel() * column.element_size() for column in rows)
+        self._count += rows.features.shape[0]
+        self._batches.append(rows)
+        if self._bytes > self._limit:
+            self._spill()
+
+    def _kept(self, column: Tensor) -> Tensor:
+        if self._dtype is None or not column.is_floating_point():
+            return column
+        largest = column.abs().nan_to_num(0, 0).max() if column.numel() else torch.zeros(())
+        if largest > torch.finfo(self._dtype).max:
+            raise InputError(
+                f"features up to {float(largest):.3g} do not fit {self._dtype}: expected at most"
+                f" {torch.finfo(self._dtype).max:.3g}; keep the cache in float32 or bfloat16"
+            )
+        return column.to(self._dtype)
+
+    def finish(self) -> FeatureCache:
+        """The cache of all that was appended.
+
+        Raises:
+            InputError: nothing was appended.
+        """
+        if self._count == 0:
+            raise InputError("the loader gave no images: expected at least one batch; check its path and filters")
+        if self._directory is None:
+            return FeatureCache(CacheRows(*(torch.cat(columns) for columns in zip(*self._batches, strict=True))))
+        columns = []
+        for name, column in self._template._asdict().items():
+            shape = (self._count, *column.shape[1:])
+            if 0 in shape:
+                columns.append(column.new_empty(shape))
+                continue
+            # NumPy has no bfloat16: the bytes are mapped, and read as what they are.
+            size = column.element_size()
+            array = np.memmap(self._file(name), dtype=np.uint8, mode="r+", shape=(*shape[:-1], shape[-1] * size))
+            columns.append(torch.from_numpy(array).view(column.dtype))
+        return FeatureCache(CacheRows(*columns), self._directory, self)
+
+    def _spill(self) -> None:
+        try:
+            if self._directory is None:
+                self._make_directory()
+            for name, parts in zip(CacheRows._fields, zip(*self._batches, strict=True), strict=True):
+                with open(self._file(name), "ab") as file:
+                    for column in parts:
+                        file.write(column.contiguous().view(torch.uint8).numpy().tobytes())
+        except OSError as error:
+            if self._directory is not None:
+                shutil.rmtree(self._directory, ignore_errors=True)
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OodEngineError(
+                f"no space left in {self._parent} for the feature cache ({self._bytes / 2**20:.0f} MiB so far): expected"
+                " room for n · 2D numbers; free some, or name another folder by cache_directory=..."
+            ) from error
+        self._template = self._batches[-1]
+        self._batches = []
+
+    def _make_directory(self) -> None:
+        # A folder of its own: files that another cache is still mapped from are never written over.
+        self._parent.mkdir(parents=True, exist_ok=True)
+        self._directory = Path(tempfile.mkdtemp(prefix="ood-engine-cache-", dir=self._parent))
+        weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+
+    def _file(self, name: str) -> Path:
+        assert self._directory is not None
+        return self._directory / f"{name}.bin"
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """A 64-bit content hash of each row of [N, ...], int64 [N], the same on every device and in every batch.
+
+    h = mix(Σ_i mix(bits_i + (i + 1)·φ)) in wrapping 64-bit integers, so neither the order of summation nor the batch
+    matters. Equal inputs have equal fingerprints; the anchors of a gradient basis are those with the smallest ones, which
+    makes the choice independent of the order of the data.
+    """
+    rows = tensor.detach().flatten(1)
+    kind = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[rows.element_size()]
+    bits = rows.contiguous().view(kind)
+    total = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
+    width = 2**13
+    for start in range(0, bits.shape[1], width):
+        part = bits[:, start : start + width].to(torch.int64)
+        position = torch.arange(start + 1, start + 1 + part.shape[1], device=rows.device) * _GOLDEN
+        total += _mix(part + position).sum(1)
+    return _mix(total)
+
+
+_GOLDEN = -7046029254386353131  # 2^64 / golden ratio as a signed 64-bit integer
+
+
+def _mix(value: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on signed integers, with logical shifts."""
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        value = (value ^ ((value >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return value ^ ((value >> 31) & ((1 << 33) - 1))

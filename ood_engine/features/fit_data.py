@@ -1,0 +1,145 @@
+"""What detectors are fitted from: the feature cache in an order of its own, split into anchors and the rest."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+import ood_kernels as ok
+
+from ..errors import InputError, OodEngineWarning
+from .cache import NO_LABEL, CacheRows, FeatureCache
+from .loader import with_progress
+from .signals import Signals, wide
+
+__all__ = ["FitData", "signals_from_rows"]
+
+T = TypeVar("T")
+_SHORT = 65536
+
+
+def signals_from_rows(rows: CacheRows, head: ok.Head) -> Signals:
+    """Signals of cached samples, on the device of the head; no model is run."""
+    features, maximum, nap_mean = (
+        wide(column.to(head.weight.device)) for column in (rows.features, rows.maximum, rows.nap_mean)
+    )
+    if maximum.shape[1] == 0:
+        return Signals(features, head)
+    return Signals(features, head, ok.PoolStatistics(features, nap_mean if nap_mean.shape[1] else features, maximum))
+
+
+class FitData:
+    """ID samples in the order of their fingerprints, so that nothing fitted depends on the order of the loader.
+
+    Args:
+        cache: the ID samples.
+        head: the unpruned head.
+        seed: of everything that is drawn while fitting.
+        progress: show a bar for every pass over a cache of more than 65 536 samples.
+
+    Raises:
+        InputError: samples that are not finite, or labels out of the head's range.
+    """
+
+    def __init__(self, cache: FeatureCache, head: ok.Head, seed: int = 0, progress: bool = False) -> None:
+        self.cache = cache
+        self._progress = progress and len(cache) > _SHORT
+        self.head = head
+        self.seed = seed
+        self._order = torch.argsort(cache.rows.fingerprints, stable=True)
+        self._shared: dict[Hashable, Any] = {}
+        self._check()
+
+    def _check(self) -> None:
+        count, classes = len(self.cache), self.head.weight.shape[0]
+        start = 0
+        for rows in self.cache.batches():
+            bad = ~torch.isfinite(rows.features).all(1)
+            if bad.any():
+                first = start + int(bad.nonzero()[0])
+                raise InputError(
+                    f"sample {first} of {count} gives NaN or infinite features: expected finite ID images; look at that image,"
+                    " or leave it out"
+                )
+            start += rows.features.shape[0]
+        labels = self.cache.rows.labels
+        wrong = ((labels < 0) & (labels != NO_LABEL)) | (labels >= classes)
+        if wrong.any():
+            first = int(wrong.nonzero()[0])
+            raise InputError(
+                f"label {int(labels[first])} of sample {first} is out of range: expected 0 to {classes - 1}, for the head has"
+                f" {classes} classes; map the labels to the model's own"
+            )
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    @property
+    def distinct(self) -> int:
+        """How many of the samples differ."""
+        return int(self.cache.rows.fingerprints.unique().numel())
+
+    def shared(self, key: Hashable, build: Callable[[], T]) -> T:
+        """What `build` returns, built once for all detectors that ask by the same key."""
+        if key not in self._shared:
+            self._shared[key] = build()
+        value: T = self._shared[key]
+        return value
+
+    def split(self, max_anchors: int) -> tuple[Tensor, Tensor]:
+        """(anchors, others): indices of the samples a subspace is found from, and of those its detectors are fitted on.
+
+        Anchors are the samples with the smallest fingerprints, at most `max_anchors` and at most half; equal images stay on one
+        side.
+        An anchor's own coordinates are optimistic, so nothing is fitted or calibrated on them.
+        """
+        wanted = min(max_anchors, len(self) // 2)
+        ordered = self.cache.rows.fingerprints[self._order]
+        cut = int(torch.searchsorted(ordered, ordered[wanted]))
+        return self._order[:cut], self._order[cut:]
+
+    def signals(self, index: Tensor | None = None, size: int = 4096) -> Iterator[Signals]:
+        """Signals of the samples at `index` (default: all, in canonical order), `size` at a time."""
+        index = self._order if index is None else index
+        batches = self.cache.batches(index, size)
+        for rows in with_progress(batches, "reading features", self._progress, total=-(-len(index) // size)):
+            yield signals_from_rows(rows, self.head)
+
+    def collect(self, key: Hashable, index: Tensor, of: Callable[[Signals], Tensor]) -> Tensor:
+        """[m, K] what `of` gives for the samples at `index`, collected once for all detectors that ask by the same key.
+
+        On the head's device, or, where the cache is mapped from files, in one more mapped file beside them.
+        """
+        return self.shared(("collected", key), lambda: self._collect(index, of))
+
+    def _collect(self, index: Tensor, of: Callable[[Signals], Tensor]) -> Tensor:
+        collected, start = torch.empty(0), 0
+        for signals in self.signals(index):
+            part = of(signals)
+            if start == 0:
+                collected = self.cache.empty((len(index), part.shape[1]), part)
+            collected[start : start + len(part)] = part
+            start += len(part)
+        return collected
+
+    def labels(self, index: Tensor) -> Tensor:
+        """int64 labels of the samples at `index`, on the head's device; the predicted class where none came with the data."""
+        labels = self.cache.rows.labels[index].to(self.head.weight.device)
+        missing = labels == NO_LABEL
+        if missing.any():
+            self.shared("missing labels", lambda: _warn_missing(int(missing.sum())))
+            predicted = torch.cat([signals.probabilities.argmax(1) for signals in self.signals(index)])
+            labels = torch.where(missing, predicted, labels)
+        return labels
+
+
+def _warn_missing(count: int) -> None:
+    warnings.warn(
+        f"{count} samples have no label, so their predicted classes stand in; give a loader of (images, labels) for true ones",
+        OodEngineWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,73 @@
+"""What a loader yields, taken apart and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .cache import NO_LABEL
+
+__all__ = ["Loader", "image_batches", "with_progress"]
+
+Loader = Iterable[Any]
+"""Yields images [n, C, H, W], (images,), or (images, labels [n])."""
+
+
+def image_batches(loader: Loader, what: str, progress: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images, int64 labels) of every batch that is not empty; `NO_LABEL` where there are none.
+
+    Raises:
+        InputError: a batch of another kind, or labels that are not one whole number an image.
+    """
+    for number, batch in enumerate(with_progress(loader, what, progress)):
+        images, labels = (
+            (*batch, None)[:2] if isinstance(batch, (tuple, list)) and len(batch) in (1, 2) else (batch, None)
+        )
+        if not isinstance(images, Tensor):
+            raise InputError(
+                f"batch {number} of the loader: expected images as a tensor, or (images, labels), got {type(batch).__name__}"
+            )
+        if images.shape[:1] == (0,):
+            continue
+        yield images, _checked_labels(labels, images.shape[0], number)
+
+
+def _checked_labels(labels: Any, count: int, number: int) -> Tensor:
+    if labels is None:
+        return torch.full((count,), NO_LABEL, dtype=torch.int64)
+    try:
+        labels = torch.as_tensor(labels).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"labels of batch {number}: expected whole numbers [{count}], one an image, got a {type(labels).__name__} that is no"
+            " array of numbers"
+        ) from error
+    if labels.shape != (count,) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise InputError(
+            f"labels of batch {number}: expected whole numbers [{count}], one an image, got {labels.dtype} {list(labels.shape)}"
+        )
+    return labels.to(torch.int64)
+
+
+def with_progress(
+    loader: Loader, what: str, progress: bool, total: int | None = None, unit: str = "batch"
+) -> Iterable[Any]:
+    """The loader behind a progress bar with rate and remaining time; silent where standard error is not a terminal.
+
+    Raises:
+        InputError: a bar is wanted and tqdm is not installed.
+    """
+    if not progress:
+        return loader
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise InputError("progress=True needs tqdm: pip install 'ood-engine[cli]', or leave progress out") from error
+    if total is None and isinstance(loader, Sized):
+        total = len(loader)
+    bar: Iterable[Any] = tqdm(loader, desc=what, total=total, unit=unit, disable=None)
+    return bar

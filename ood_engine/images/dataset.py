@@ -1,0 +1,219 @@
+"""Images from disk: a folder, a `.npy` or an `.npz` file becomes numbered samples of float32 [C, H, W].
+
+What cannot be read is a sample with its error, never an exception, so one broken file does not end a run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError, InputError, OodEngineError
+from .preprocess import Preprocess, import_pillow
+from .sources import IMAGE_ENDINGS, ImageSource, array_source, folder_source, one_line
+
+__all__ = ["IMAGE_ENDINGS", "Batch", "ImageDataset", "ImageLoader", "Preprocess", "Sample", "open_dataset"]
+
+PREFETCHED_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a dataset: `image` is float32 [C, H, W], or None where `error` says why, in one line."""
+
+    index: int
+    name: str
+    image: Tensor | None
+    label: int | None
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive samples of a dataset.
+
+    `indices` and `names` have one entry a sample, `labels` (int64 [n], or None) too. `images` is float32 [g, C, H, W]
+    of the g readable ones, None for g = 0; `good` are their positions in the batch, in order, and `errors` maps the
+    other positions to one line each.
+    """
+
+    indices: list[int]
+    names: list[str]
+    images: Tensor | None
+    good: list[int]
+    errors: dict[int, str]
+    labels: Tensor | None
+
+
+class ImageDataset:
+    """Numbered images with names, made by `open_dataset`.
+
+    `names` are paths relative to the folder (with `/`), or `file.npy[17]`; `labels` is int64 [N] or None, and
+    `class_names` the names of the class folders or None. Without a resize all images must have the size of the first
+    readable one.
+    """
+
+    def __init__(self, source: ImageSource, preprocess: Preprocess) -> None:
+        self.names = source.names
+        self.labels = source.labels
+        self.class_names = source.class_names
+        self.preprocess = preprocess
+        self._read = source.read
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`; only an index out of range raises (IndexError)."""
+        index = range(len(self))[index]
+        image, error = self._image_or_error(index)
+        if image is not None and image.shape != self._first_shape:
+            expected = "x".join(str(n) for n in self._first_shape[1:])
+            came = "x".join(str(n) for n in image.shape[1:])
+            image, error = None, f"height x width is {came}, the first image has {expected}; give a size to resize to"
+        label = None if self.labels is None else int(self.labels[index])
+        return Sample(index, self.names[index], image, label, error)
+
+    def subset(self, indices: list[int]) -> ImageDataset:
+        """The samples at these indices, in this order, as a dataset of their own."""
+        labels = None if self.labels is None else self.labels[indices]
+        names = [self.names[index] for index in indices]
+        source = ImageSource(names, lambda position: self._read(indices[position]), labels, self.class_names)
+        return ImageDataset(source, self.preprocess)
+
+    def batches(self, batch_size: int, start: int = 0, workers: int = 4) -> Iterator[Batch]:
+        """Batches in order from sample `start` on, decoded ahead by `workers` threads.
+
+        The division into batches counts from `start`; the last batch may be smaller. Raises InputError for a batch
+        size or a number of workers below 1 and a start outside [0, N].
+        """
+        _check_count("batch_size", batch_size, 1)
+        _check_count("workers", workers, 1)
+        _check_count("start", start, 0, len(self))
+        return self._batches(batch_size, start, workers)
+
+    def loader(self, batch_size: int, workers: int = 4) -> ImageLoader:
+        """The readable images alone, for fitting and calibrating."""
+        _check_count("batch_size", batch_size, 1)
+        _check_count("workers", workers, 1)
+        return ImageLoader(self, batch_size, workers)
+
+    def _batches(self, batch_size: int, start: int, workers: int) -> Iterator[Batch]:
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="ood-engine-images")
+        waiting: deque[list[Future[Sample]]] = deque()
+        try:
+            for first in range(start, len(self), batch_size):
+                indices = range(first, min(first + batch_size, len(self)))
+                waiting.append([pool.submit(self.__getitem__, index) for index in indices])
+                if len(waiting) > PREFETCHED_BATCHES:
+                    yield self._batch(waiting.popleft())
+            while waiting:
+                yield self._batch(waiting.popleft())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _batch(self, futures: list[Future[Sample]]) -> Batch:
+        samples = [future.result() for future in futures]
+        images = {position: s.image for position, s in enumerate(samples) if s.image is not None}
+        indices = [sample.index for sample in samples]
+        return Batch(
+            indices=indices,
+            names=[sample.name for sample in samples],
+            images=torch.stack(list(images.values())) if images else None,
+            good=list(images),
+            errors={position: s.error for position, s in enumerate(samples) if s.error is not None},
+            labels=None if self.labels is None else self.labels[indices],
+        )
+
+    @cached_property
+    def _first_shape(self) -> torch.Size:
+        if self.preprocess.size is not None:
+            return torch.Size((self.preprocess.channels, *self.preprocess.size))
+        images = (self._image_or_error(index)[0] for index in range(len(self)))
+        return next(image.shape for image in images if image is not None)
+
+    def _image_or_error(self, index: int) -> tuple[Tensor | None, str | None]:
+        try:
+            return self.preprocess(self._read(index)), None
+        except OodEngineError as error:
+            return None, one_line(error)
+        except FileNotFoundError:
+            return None, "the file does not exist; was it moved, or is it a link to nothing?"
+        except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, … on damaged files
+            return None, f"cannot be read as an image ({type(error).__name__}: {one_line(error)})"
+
+
+class ImageLoader:
+    """Yields images [n, C, H, W], or (images, labels [n]) where the dataset has labels, leaving out what is unreadable.
+
+    `skipped` lists (name, error) of what the latest pass left out so far. A pass that yields nothing at all raises
+    DataError. `len` is the largest number of batches a pass may have.
+    """
+
+    def __init__(self, dataset: ImageDataset, batch_size: int, workers: int) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.workers = workers
+        self.skipped: list[tuple[str, str]] = []
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.dataset) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+        self.skipped = []
+        for batch in self.dataset.batches(self.batch_size, workers=self.workers):
+            self.skipped += [(batch.names[position], error) for position, error in batch.errors.items()]
+            if batch.images is not None:
+                yield batch.images if batch.labels is None else (batch.images, batch.labels[batch.good])
+        if len(self.skipped) == len(self.dataset):
+            name, error = self.skipped[0]
+            raise DataError(f"none of the {len(self.dataset)} images can be used; the first, {name}: {error}")
+
+
+def open_dataset(path: str | Path, preprocess: Preprocess) -> ImageDataset:
+    """The images at `path`, with their labels where there are any.
+
+    - A folder with image files (`IMAGE_ENDINGS`, in any case; other and hidden files are ignored): no labels.
+    - A folder with a folder a class: labels are the positions of the class folders' names in sorted order; files lie
+      anywhere below them. A class folder may be a link, links to folders further down are not followed.
+    - `.npy`: [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3, uint8 or float, mapped and not read.
+    - `.npz`: such an array called `images`, or the only one that fits, and integers `labels` [N] where present.
+
+    Of files with several frames the first is taken; EXIF orientation is not applied. Nothing is unpickled.
+
+    Raises DataError where nothing is there, nothing fits, or it is not clear what fits; OodEngineError where Pillow is
+    needed and not installed. Unreadable single images are found later, as samples with an error.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            import_pillow()
+            return ImageDataset(folder_source(path), preprocess)
+        if not path.exists():
+            raise DataError(f"{path}: does not exist; give a folder of images, a .npy or a .npz file")
+        if path.suffix.lower() not in (".npy", ".npz"):
+            raise DataError(
+                f"{path}: is a file ending in {path.suffix!r}; give a folder of images, a .npy or a .npz file"
+            )
+        source = array_source(path)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or one_line(error)}); check the path and its access"
+        ) from error
+    if preprocess.size is not None:
+        import_pillow()
+    return ImageDataset(source, preprocess)
+
+
+def _check_count(name: str, value: int, low: int, high: float = math.inf) -> None:
+    if type(value) is not int or not low <= value <= high:
+        wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise InputError(f"{name} = {value!r}: expected an integer {wanted}")

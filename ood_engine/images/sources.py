@@ -1,0 +1,186 @@
+"""What lies on disk: a folder of images, or a NumPy file, as names and a function that reads one image."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from numpy.lib.npyio import NpzFile
+from torch import Tensor
+
+from ..errors import DataError
+from .preprocess import import_pillow, pillow_pixels
+
+__all__ = ["IMAGE_ENDINGS", "ImageSource", "array_source", "folder_source", "one_line"]
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+# Named, because Pillow would otherwise go by content and hand a PostScript file called x.png to an interpreter.
+PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+
+
+class ImageSource(NamedTuple):
+    """Numbered images: `read(index)` gives the pixels [H, W] or [H, W, C] and raises where it cannot."""
+
+    names: list[str]
+    read: Callable[[int], np.ndarray]
+    labels: Tensor | None = None
+    class_names: list[str] | None = None
+
+
+def folder_source(root: Path) -> ImageSource:
+    """The images of a folder, or of a folder a class; raises DataError where it is neither."""
+    files = sorted(entry.name for entry in root.iterdir() if _is_image(entry.name) and not entry.is_dir())
+    folders = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    own_parents = {root.resolve(), *root.resolve().parents}  # a link to these would make the whole folder a class
+    below = {name: _images_below(root / name) for name in sorted(folders) if (root / name).resolve() not in own_parents}
+    filled = [name for name, paths in below.items() if paths]
+    if files and filled:
+        raise DataError(
+            f"{root}: holds image files (such as {_printable(files[0])}) beside class folders (such as "
+            f"{_printable(filled[0])}); keep only the files, or only a folder a class"
+        )
+    if files:
+        return ImageSource([_printable(name) for name in files], partial(_read_file, [root / name for name in files]))
+    if not filled:
+        raise DataError(
+            f"{root}: holds no image; expected files ending in {' '.join(IMAGE_ENDINGS)}, or a folder a class"
+        )
+    if len(filled) < len(below):
+        empty = next(name for name, paths in below.items() if not paths)
+        raise DataError(f"{root / _printable(empty)}: the class folder holds no image; add images to it, or remove it")
+    paths = [path for name in filled for path in below[name]]
+    return ImageSource(
+        [_printable(path.relative_to(root).as_posix()) for path in paths],
+        partial(_read_file, paths),
+        torch.tensor([label for label, name in enumerate(filled) for _ in below[name]]),
+        [_printable(name) for name in filled],
+    )
+
+
+def _images_below(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise error
+
+    paths = []
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [Path(parent, name) for name in files if _is_image(name)]
+    return sorted(paths, key=lambda path: path.as_posix())
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
+
+
+def _read_file(paths: list[Path], index: int) -> np.ndarray:
+    image_module, path = import_pillow(), paths[index]
+    if path.exists() and not path.is_file():
+        raise DataError("is not a regular file; put the image itself here")
+    try:
+        with image_module.open(path, formats=PILLOW_FORMATS) as image:
+            limit = image_module.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
+                raise DataError(f"{image.height}x{image.width} pixels are more than the {limit} Pillow takes for safe")
+            return pillow_pixels(image)
+    except image_module.UnidentifiedImageError as error:
+        raise DataError(f"not a readable image; expected one of {', '.join(PILLOW_FORMATS)}") from error
+
+
+def array_source(path: Path) -> ImageSource:
+    """The images of a `.npy` or `.npz` file; raises DataError where it does not hold images."""
+    labels = None
+    try:
+        if path.suffix.lower() == ".npy":
+            images: np.ndarray = open_memmap(path, mode="r")
+        else:
+            images, labels = _from_archive(path)
+    except DataError:
+        raise
+    except Exception as error:  # NumPy raises ValueError, EOFError, BadZipFile, zlib.error, … on damaged files
+        raise DataError(
+            f"{path}: cannot be read as a NumPy file without pickles ({one_line(error)}); "
+            "save a plain uint8 or float array"
+        ) from error
+    channels_first = _checked_layout(images, path)
+    names = [f"{_printable(path.name)}[{index}]" for index in range(len(images))]
+    label_tensor = None if labels is None else _checked_labels(labels, len(images), path)
+    return ImageSource(names, partial(_read_row, images, channels_first), label_tensor)
+
+
+def _from_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    with open(path, "rb") as file, NpzFile(file, allow_pickle=False) as archive:
+        labels = _member(archive, "labels") if "labels" in archive.files else None
+        if "images" in archive.files:
+            return _member(archive, "images"), labels
+        fitting = []
+        for name in archive.files:
+            with contextlib.suppress(ValueError):  # objects or other files, which cannot be the images
+                array = _member(archive, name)
+                if array.ndim in (3, 4) and (array.dtype == np.uint8 or array.dtype.kind == "f"):
+                    fitting.append(array)
+        if len(fitting) != 1:
+            raise DataError(
+                f"{path}: holds the arrays {archive.files}, {len(fitting)} of which could be the images; "
+                "save the right one, uint8 or float, as 'images'"
+            )
+        return fitting[0], labels
+
+
+def _member(archive: NpzFile, name: str) -> np.ndarray:
+    array = archive[name]
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{name!r} is no array")
+    return array
+
+
+def _checked_layout(images: np.ndarray, path: Path) -> bool:
+    """Whether the channels come before height and width; raises DataError for what is not a stack of images."""
+    if images.dtype != np.uint8 and images.dtype.kind != "f":
+        raise DataError(f"{path}: images of dtype {images.dtype}; save them as uint8, or as float in [0, 1]")
+    if images.ndim not in (3, 4):
+        raise DataError(f"{path}: images of shape {list(images.shape)}; save [N, H, W], [N, H, W, C] or [N, C, H, W]")
+    if images.size == 0:
+        raise DataError(f"{path}: images of shape {list(images.shape)} are none at all; save at least one image")
+    if images.ndim == 3:
+        return False
+    first, last = (images.shape[axis] in (1, 3) for axis in (1, 3))
+    if first == last:
+        problem = "could be read either way" if first else "have neither 1 nor 3 channels"
+        raise DataError(
+            f"{path}: images of shape {list(images.shape)} {problem}; save [N, H, W], or [N, H, W, C] or [N, C, H, W] "
+            "with C = 1 or 3 and other heights and widths"
+        )
+    return first
+
+
+def _checked_labels(labels: np.ndarray, count: int, path: Path) -> Tensor:
+    if labels.dtype.kind not in "iu" or labels.shape != (count,):
+        raise DataError(
+            f"{path}: labels of dtype {labels.dtype} and shape {list(labels.shape)}; save integers of shape [{count}]"
+        )
+    labels = labels.astype(np.int64)
+    if labels.min() < 0:
+        raise DataError(f"{path}: the smallest label is {labels.min()}; labels count classes from 0")
+    return torch.from_numpy(labels)
+
+
+def _read_row(images: np.ndarray, channels_first: bool, index: int) -> np.ndarray:
+    image = np.asarray(images[index])
+    return image.transpose(1, 2, 0) if channels_first else image
+
+
+def _printable(name: str) -> str:
+    """The name as text that can be encoded, whatever bytes the file system holds."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error as one line of text that can be encoded."""
+    return " ".join(str(error).encode("utf-8", "backslashreplace").decode().split())

@@ -1,0 +1,124 @@
+"""A shallow twin of a model: its own module objects and hooks over the same parameters and buffers.
+
+Hooks on the twin never fire for the user's own calls, and the twin is in evaluation mode whatever the user's mode is. Parameters
+and buffers are the very same dictionaries, so a later `load_state_dict` or `.to()` of the model is seen by the twin. Modules and
+hooks that are added or replaced later are not.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from contextlib import suppress
+from functools import partial
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import TapError
+
+__all__ = ["shallow_twin"]
+
+_SHARED = ("_parameters", "_buffers")
+_CALLABLES = (MethodType, FunctionType, partial)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module beneath torch.compile and (distributed) data parallelism.
+
+    Raises:
+        TapError: not an nn.Module, or a TorchScript module, whose inside cannot be hooked.
+    """
+    if not isinstance(model, nn.Module):
+        raise TapError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TapError(
+            f"model: the TorchScript module {model.original_name!r} cannot be hooked; pass the nn.Module it was scripted from"
+        )
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrap(model.module)
+    # An OptimizedModule of torch.compile, told by its attribute, because importing its class takes seconds.
+    compiled = getattr(model, "_orig_mod", None)
+    return model if compiled is None else unwrap(compiled)
+
+
+def shallow_twin(model: nn.Module) -> Any:
+    """Copy the module tree of `model` in evaluation mode, sharing parameters and buffers; the model itself is not changed.
+
+    References to modules are led to their twins in attributes, lists, tuples, sets, dicts, bound methods, partials and the
+    closures of functions. A module that is reachable only through another kind of object stays the model's own.
+
+    Raises:
+        TapError: not an nn.Module, or one that is or holds a TorchScript module.
+    """
+    return _twin_of(model, {})
+
+
+def _twin_of(module: nn.Module, known: dict[int, Any]) -> Any:
+    module = unwrap(module)
+    if id(module) in known:
+        return known[id(module)]
+    # Not the class's own __new__, which may want arguments, or lose the forward, as that of a GraphModule does.
+    twin = object.__new__(type(module))
+    known[id(module)] = twin
+    for name, value in vars(module).items():
+        vars(twin)[name] = value if name in _SHARED else _translate(value, known)
+    # Not by eval(), which a class may override to change the shared weights, such as to merge its adapter into them.
+    vars(twin)["training"] = False
+    # Compiled code would run past the twin's hooks.
+    eager = getattr(type(module).forward, "_torchdynamo_orig_callable", None)
+    if eager is not None and "forward" not in vars(module):
+        vars(twin)["forward"] = MethodType(eager, twin)
+    return twin
+
+
+def _translate(value: Any, known: dict[int, Any]) -> Any:
+    """Copy containers and callables, and lead the modules in them to their twins."""
+    if isinstance(value, nn.Module):
+        return _twin_of(value, known)
+    if id(value) in known:
+        return known[id(value)]
+    kind = type(value)
+    if kind in (dict, OrderedDict, defaultdict):
+        known[id(value)] = copy = value.copy()
+        copy.clear()
+        for key, item in value.items():
+            copy[_translate(key, known)] = _translate(item, known)
+    elif kind is list:
+        known[id(value)] = copy = []
+        copy.extend(_translate(item, known) for item in value)
+    elif kind in (tuple, set, frozenset):
+        copy = known[id(value)] = kind(_translate(item, known) for item in value)
+    elif kind is CellType:
+        copy = known[id(value)] = CellType()
+        with suppress(ValueError):
+            copy.cell_contents = _captured(value.cell_contents, known)
+    elif kind in _CALLABLES:
+        copy = known[id(value)] = _translate_callable(value, known)
+    else:
+        copy = value
+    return copy
+
+
+def _captured(value: Any, known: dict[int, Any]) -> Any:
+    """What a closure holds: data, such as the list that a user's hook fills, stays the user's own."""
+    return _translate(value, known) if isinstance(value, (nn.Module, *_CALLABLES)) else value
+
+
+def _translate_callable(value: Any, known: dict[int, Any]) -> Any:
+    if isinstance(value, MethodType):
+        return MethodType(_translate(value.__func__, known), _captured(value.__self__, known))
+    if isinstance(value, partial):
+        arguments = [_captured(argument, known) for argument in value.args]
+        keywords = {key: _captured(argument, known) for key, argument in value.keywords.items()}
+        return partial(_translate(value.func, known), *arguments, **keywords)
+    if hasattr(value, "_torchdynamo_orig_callable"):
+        return _translate(value._torchdynamo_orig_callable, known)
+    if value.__closure__ is None:
+        return value
+    closure = tuple(_translate(cell, known) for cell in value.__closure__)
+    copy = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
+    copy.__kwdefaults__ = value.__kwdefaults__
+    vars(copy).update(vars(value))
+    return copy

@@ -1,0 +1,286 @@
+"""Runs a classifier and hands over its feature map and what its head received; the model itself is not touched."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..errors import InputError, NotFittedError, TapError
+from .discovery import (
+    LAYOUTS,
+    TapPlan,
+    agrees_with_logits,
+    discover,
+    first_argument,
+    logits_of,
+    relative_difference,
+)
+from .shallow_copy import shallow_twin
+
+__all__ = ["Captured", "Tap", "TapPlan"]
+
+_PROOF_SAMPLES = 32
+# AcceleratorError is younger than the oldest torch that is supported.
+_DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+
+
+class Captured(NamedTuple):
+    """What one forward pass left behind.
+
+    Attributes:
+        feature_map: [N, D, H, W], a view of the model's own tensor where it is proven; None where the plan has no map.
+        head_input: [N, D] what the head received.
+        logits: [N, C] the model's own output.
+    """
+
+    feature_map: Tensor | None
+    head_input: Tensor
+    logits: Tensor
+
+
+class Tap:
+    """Finds head and feature map of a model by proof and captures both while the model runs.
+
+    Hooks live on a shallow twin of the model and catch per thread, so the user's model stays as it was, several taps on one
+    model do not meet, and threads may call at the same time. Hooks that the user had set by then run on the twin too, because a
+    model may need them, as pruning does.
+
+    Args:
+        model: the classifier; a compiled or data-parallel one is unwrapped.
+        head: name of the head where it is to be given by hand.
+        feature_map: name of the module whose output is the map, where it is to be given by hand.
+
+    Raises:
+        TapError: a scripted model, a name that is not in it, no `nn.Linear`, or weights that are not loaded or not finite.
+    """
+
+    def __init__(self, model: nn.Module, *, head: str | None = None, feature_map: str | None = None) -> None:
+        self._twin: nn.Module = shallow_twin(model)
+        self._modules: dict[str, nn.Module] = dict(self._twin.named_modules(remove_duplicate=False))
+        # A module that is registered twice goes by its first name.
+        self._first_names = {module: name for name, module in self._twin.named_modules()}
+        self._caught = threading.local()
+        self._handles: list[Any] = []
+        self._plan: TapPlan | None = None
+        self._wanted_head = None if head is None else self._known(head, f"head={head!r}")
+        self._wanted_map = None if feature_map is None else self._known(feature_map, f"feature_map={feature_map!r}")
+        linears = [module for module in self._modules.values() if isinstance(module, nn.Linear)]
+        if not linears:
+            raise TapError(
+                f"{type(model).__name__} has no nn.Linear: expected a classifier whose logits come from one; a head that is a 1×1"
+                " convolution can be replaced by the equal nn.Linear"
+            )
+        self._last_linear = linears[-1] if head is None else self._linear(head, f"head={head!r}")
+        self._check_finite()
+
+    def _known(self, name: str, what: str) -> str:
+        if name not in self._modules:
+            last = ", ".join([known for known in self._modules if known][-8:])
+            raise TapError(f"{what}: the model has no module of that name; its last modules are {last}")
+        return self._first_names[self._modules[name]]
+
+    def _linear(self, name: str, what: str) -> nn.Linear:
+        module = self._modules[self._known(name, what)]
+        if not isinstance(module, nn.Linear):
+            raise TapError(
+                f"{what}: expected an nn.Linear, got a {type(module).__name__}; name the layer that makes the logits"
+            )
+        return module
+
+    def _check_finite(self) -> None:
+        buffers = dict(self._twin.named_buffers())
+        for name, tensor in (*self._twin.named_parameters(), *buffers.items()):
+            if tensor.is_meta or is_lazy(tensor):
+                raise TapError(
+                    f"the model's {name!r} has no values yet (lazy, or on the meta device): expected loaded weights; run the model"
+                    " once, or load a checkpoint"
+                )
+            if not tensor.is_floating_point():
+                continue
+            bad = ~torch.isfinite(tensor)
+            if name in buffers:
+                # An attention mask holds -inf where it blocks.
+                bad &= ~torch.isneginf(tensor)
+            if bad.any():
+                raise TapError(
+                    f"the model's {name!r} has {int(bad.sum())} NaN or infinite values of {tensor.numel()}: expected finite"
+                    " weights; load a sound checkpoint"
+                )
+
+    @property
+    def plan(self) -> TapPlan:
+        """What was found. Raises NotFittedError before `find` or `adopt`."""
+        if self._plan is None:
+            raise NotFittedError("head and feature map are not known yet: call fit(loader) first")
+        return self._plan
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head is."""
+        return next(self.head.parameters()).device
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether head and map are known."""
+        return self._plan is not None
+
+    @property
+    def head(self) -> nn.Linear:
+        """The twin's head, which shares weight and bias with the model's; before `find` the last nn.Linear of the model."""
+        module = self._last_linear if self._plan is None else self._modules[self._plan.head]
+        assert isinstance(module, nn.Linear)
+        return module
+
+    def find(self, images: Tensor) -> TapPlan:
+        """Find head and map by running the first finite samples of a batch, prove them, and start capturing.
+
+        Raises:
+            InputError: not a batch of floating point images, or none of them is finite.
+            TapError: no nn.Linear makes the model's output, or the logits recomputed from the map differ from the model's.
+        """
+        _check_images(images)
+        finite = images[torch.isfinite(images).flatten(1).all(1)][:_PROOF_SAMPLES]
+        if not len(finite):
+            raise InputError(
+                f"images {list(images.shape)}: none is free of NaN and infinite values; expected at least one sound image"
+            )
+        modules = {name: module for module, name in self._first_names.items()}
+        self.adopt(discover(modules, lambda: self._run(finite), self._wanted_head, self._wanted_map))
+        try:
+            self._prove(finite)
+        except TapError:
+            self._release()
+            raise
+        return self.plan
+
+    def _prove(self, images: Tensor) -> None:
+        captured = self(images)
+        features = source = captured.head_input
+        if captured.feature_map is not None and self.plan.proven:
+            source = captured.feature_map
+            features = self.features(source.to(torch.promote_types(source.dtype, torch.float32)).mean((2, 3)))
+        with torch.no_grad():
+            logits = F.linear(features.to(self.head.weight.dtype), self.head.weight, self.head.bias)
+        if not agrees_with_logits(logits, captured.logits, source.dtype):
+            raise TapError(
+                f"logits recomputed from {self.plan.feature_map or 'the input'!r} and head {self.plan.head!r} differ from the"
+                f" model's own by up to {relative_difference(logits, captured.logits):.3g} relative to their size: expected them"
+                " equal; name the right layers by head=... and feature_map=..."
+            )
+
+    def adopt(self, plan: TapPlan) -> None:
+        """Capture by a plan that is already known, such as that of a state file.
+
+        Raises:
+            TapError: a module of the plan is not in this model, or its head is not an nn.Linear of floating point weights.
+        """
+        head = self._linear(plan.head, f"{plan.head!r} was fitted as the head")
+        if not head.weight.is_floating_point():
+            raise TapError(
+                f"the head {plan.head!r} has {head.weight.dtype} weights: expected floating point; leave it out of quantisation"
+            )
+        for name in (plan.feature_map, plan.tail):
+            if name is not None:
+                self._known(name, f"{name!r} was fitted")
+        self._release()
+        self._handles = [head.register_forward_pre_hook(self._catch_head_input, with_kwargs=True)]
+        if plan.feature_map is not None:
+            self._handles.append(self._modules[plan.feature_map].register_forward_hook(self._catch_map))
+        self._plan = plan
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._plan = [], None
+
+    def __call__(self, images: Tensor) -> Captured:
+        """Run the model on a copy of images [N, ...] in its device and dtype, and return what was caught.
+
+        Raises:
+            InputError: not a batch of floating point images, or images that the model rejects.
+            TapError: the model did not call the modules of the plan, or did not return one row of logits an image.
+        """
+        plan = self.plan
+        caught: dict[str, Tensor] = {}
+        self._caught.tensors = caught
+        self._caught.calls = {"head_input": 0, "feature_map": 0}
+        try:
+            logits = self._run(images)
+        finally:
+            del self._caught.tensors, self._caught.calls
+        if "head_input" not in caught or (plan.feature_map is not None and "feature_map" not in caught):
+            raise TapError(
+                f"the model ran past its modules {plan.head!r} and {plan.feature_map!r}: expected both to be called on every"
+                " forward; name others by head=... and feature_map=..."
+            )
+        return Captured(caught.get("feature_map"), caught["head_input"], logits)
+
+    def features(self, pooled: Tensor) -> Tensor:
+        """What the head receives for the spatial mean `pooled` [N, D] of a proven map: the mean itself, or the tail's output."""
+        if self.plan.tail is None:
+            return pooled
+        tail = self._modules[self.plan.tail]
+        with torch.no_grad():
+            weight = next(tail.parameters(), self.head.weight)
+            vector = pooled.reshape(pooled.shape[0], *self.plan.tail_shape).to(weight.dtype)
+            output: Tensor = tail(vector).flatten(1)
+        return output
+
+    def _run(self, images: Tensor) -> Tensor:
+        _check_images(images)
+        # The first weight, because a model may hold its head in another dtype or on another device than its stem.
+        stem = next((weight for weight in self._twin.parameters() if weight.is_floating_point()), self.head.weight)
+        # Inference tensors must not stay in what a model keeps between calls, and the copy is the model's to change in place.
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                output = self._twin(images.detach().to(stem.device, stem.dtype, copy=True))
+            except _DEVICE_ERRORS:
+                raise
+            except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+                first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise InputError(
+                    f"images {list(images.shape)}: the model rejects them; expected the channels and size it was trained on"
+                    f" ({first})"
+                ) from error
+            logits = logits_of(output).detach()
+        if len(logits) != len(images):
+            raise TapError(
+                f"the model returned {len(logits)} rows of logits for {len(images)} images: expected one row an image"
+            )
+        return logits
+
+    def _next_call(self, what: str) -> int | None:
+        """Which call of the forward pass of this thread this is; None outside of one."""
+        if getattr(self._caught, "tensors", None) is None:
+            return None
+        call: int = self._caught.calls[what]
+        self._caught.calls[what] = call + 1
+        return call
+
+    def _catch_head_input(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._next_call("head_input") == self.plan.head_call:
+            # A copy, which is small, because the model may change its features in place afterwards.
+            self._caught.tensors["head_input"] = first_argument(args, kwargs).detach().clone()
+
+    def _catch_map(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self._next_call("feature_map") != self.plan.call:
+            return
+        feature_map = LAYOUTS[self.plan.layout](output.detach())
+        if self.plan.relu:
+            feature_map = feature_map.relu()
+        elif not self.plan.proven:
+            # Nothing has shown that the model leaves it as it is: an in-place ReLU may follow.
+            feature_map = feature_map.clone()
+        self._caught.tensors["feature_map"] = feature_map
+
+
+def _check_images(images: Any) -> None:
+    if not isinstance(images, Tensor) or images.ndim < 2 or not images.is_floating_point():
+        came = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        hint = "; convert as in training, such as images.float() / 255" if isinstance(images, Tensor) else ""
+        raise InputError(f"images: expected a floating point batch [N, C, H, W], got {came}{hint}")

@@ -1,0 +1,448 @@
+"""The table writer: what is on disk after a kill, a full disk, a damaged part, and what reads back."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ood_engine.cli import results
+from ood_engine.cli.results import ResultWriter
+from ood_engine.errors import InputError, OodEngineError, OodEngineWarning
+
+COLUMNS = {"path": "string", "energy": "float", "label": "int", "flagged": "bool", "error": "string"}
+JOB = {"state": "abc123", "data": ["images", 40], "batch_size": 8}
+ENDINGS = pytest.mark.parametrize("ending", ["parquet", "csv"])
+
+
+def make_rows(start: int, stop: int) -> dict[str, list]:
+    numbers = range(start, stop)
+    return {
+        "path": [f"cat, {i}/'ü'\n\"{i}\".png" for i in numbers],
+        "energy": [None if i % 7 == 0 else math.sin(i) * 10.0 ** (i % 30 - 15) for i in numbers],
+        "label": [None if i % 5 == 0 else i - 3 for i in numbers],
+        "flagged": [None if i % 7 == 0 else i % 2 == 0 for i in numbers],
+        "error": ["unreadable" if i % 7 == 0 else None for i in numbers],
+    }
+
+
+def parts_of(path: Path) -> Path:
+    return path.with_name(path.name + ".parts")
+
+
+def write_parts(path: Path, start: int, stop: int, size: int = 8, resume: bool = False) -> ResultWriter:
+    writer = ResultWriter(path, COLUMNS, job=JOB, resume=resume)
+    for first in range(start, stop, size):
+        writer.write(make_rows(first, min(first + size, stop)))
+    return writer
+
+
+def uninterrupted(path: Path, size: int = 8) -> bytes:
+    write_parts(path, 0, 40, size).finish()
+    return path.read_bytes()
+
+
+def read_back(path: Path) -> dict[str, list]:
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.read_table(path).to_pydict()
+    types = {"string": pyarrow.string(), "float": pyarrow.float64(), "int": pyarrow.int64(), "bool": pyarrow.bool_()}
+    return pyarrow.csv.read_csv(
+        path,
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types={name: types[kind] for name, kind in COLUMNS.items()},
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+            null_values=[""],
+        ),
+    ).to_pydict()
+
+
+@ENDINGS
+def test_what_is_written_reads_back(tmp_path, ending):
+    path = tmp_path / f"scores.{ending}"
+    uninterrupted(path)
+    assert read_back(path) == make_rows(0, 40)
+    assert list(read_back(path)) == list(COLUMNS)
+    assert sorted(os.listdir(tmp_path)) == [path.name]
+
+
+@ENDINGS
+def test_the_table_does_not_depend_on_the_parts(tmp_path, ending, monkeypatch):
+    monkeypatch.setattr(results, "ROWS_PER_GROUP", 16)
+    tables = {uninterrupted(tmp_path / f"{size}.{ending}", size) for size in (1, 7, 8, 16, 40)}
+    assert len(tables) == 1
+    assert read_back(tmp_path / f"7.{ending}") == make_rows(0, 40)
+
+
+def test_csv_is_what_the_standard_library_reads(tmp_path):
+    path = tmp_path / "scores.csv"
+    uninterrupted(path)
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    expected = make_rows(0, 40)
+    assert [row["path"] for row in rows] == expected["path"]
+    assert [float(row["energy"]) if row["energy"] else None for row in rows] == expected["energy"]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(
+        st.tuples(
+            st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
+            st.none() | st.floats(allow_nan=False),
+            st.none() | st.integers(-(2**63), 2**63 - 1),
+            st.none() | st.booleans(),
+            st.none() | st.just("") | st.just("a,b"),
+        ),
+        max_size=12,
+    ),
+    st.sampled_from(["parquet", "csv"]),
+    st.integers(1, 5),
+)
+def test_any_values_survive(values, ending, size):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"scores.{ending}"
+        writer = ResultWriter(path, COLUMNS, job={})
+        for first in range(0, len(values), size):
+            part = values[first : first + size]
+            writer.write({name: [row[k] for row in part] for k, name in enumerate(COLUMNS)})
+        writer.finish()
+        back = read_back(path)
+    assert back == {name: [row[k] for row in values] for k, name in enumerate(COLUMNS)}
+
+
+@ENDINGS
+def test_not_a_number_is_not_a_missing_value(tmp_path, ending):
+    path = tmp_path / f"scores.{ending}"
+    writer = ResultWriter(path, COLUMNS, job={})
+    writer.write(
+        {
+            "path": ["a", "b"],
+            "energy": [float("nan"), None],
+            "label": [1, 2],
+            "flagged": [True] * 2,
+            "error": [None] * 2,
+        }
+    )
+    writer.finish()
+    energy = read_back(path)["energy"]
+    assert math.isnan(energy[0])
+    assert energy[1] is None
+
+
+# The child writes parts of 8 rows and is killed where its second argument says.
+CHILD = """
+import os, signal, sys
+sys.path[:0] = {paths!r}
+import tests_of_results as tests
+from pathlib import Path
+def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+path, moment = Path(sys.argv[1]), sys.argv[2]
+if moment == "between": tests.write_parts(path, 0, 24); die()
+writer = tests.write_parts(path, 0, 16 if moment == "part" else 40)
+if moment == "part": os.fsync = die; writer.write(tests.make_rows(16, 24))
+if moment == "merge": os.fsync = die; writer.finish()
+"""
+
+
+def run_killed(path: Path, moment: str, folder: Path) -> None:
+    (folder / "tests_of_results.py").write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    code = CHILD.format(paths=[str(folder), *sys.path])
+    child = subprocess.run([sys.executable, "-c", code, str(path), moment], capture_output=True, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+@pytest.mark.parametrize(
+    ("ending", "moment", "safe"),
+    [
+        ("parquet", "between", 24),
+        ("csv", "between", 24),
+        ("csv", "part", 16),
+        ("parquet", "part", 16),
+        ("parquet", "merge", 40),
+    ],
+)
+def test_killed_and_resumed_gives_the_same_table(tmp_path, tmp_path_factory, ending, moment, safe):
+    path = tmp_path / f"scores.{ending}"
+    run_killed(path, moment, tmp_path_factory.mktemp("child"))
+    assert not path.exists()
+    assert bool(list(parts_of(path).glob("*.tmp"))) == (moment != "between")
+
+    writer = ResultWriter(path, COLUMNS, job=JOB, resume=True)
+    assert writer.rows_done == safe
+    assert not list(parts_of(path).glob("*.tmp"))
+    for first in range(writer.rows_done, 40, 8):
+        writer.write(make_rows(first, first + 8))
+    writer.finish()
+    assert path.read_bytes() == uninterrupted(tmp_path / f"whole.{ending}")
+
+
+def test_a_kill_while_the_parts_are_removed_leaves_a_complete_table(tmp_path, monkeypatch):
+    path = tmp_path / "scores.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr(results.shutil, "rmtree", lambda *_, **__: None)
+        uninterrupted(path)
+    assert (tmp_path / "scores.csv.parts.merged").is_dir()
+    with pytest.raises(InputError, match="already complete"):
+        ResultWriter(path, COLUMNS, job=JOB, resume=True)
+    assert os.listdir(tmp_path) == ["scores.csv"]
+
+
+@pytest.mark.parametrize(("damaged", "safe"), [(4, 32), (1, 8)])
+def test_a_truncated_part_is_computed_again(tmp_path, damaged, safe):
+    path = tmp_path / "scores.csv"
+    write_parts(path, 0, 40)
+    part = parts_of(path) / f"part-{damaged:05d}.parquet"
+    os.truncate(part, part.stat().st_size - 20)
+    with pytest.warns(OodEngineWarning, match=f"part-{damaged:05d}.parquet: the part is damaged or missing"):
+        writer = write_parts(path, safe, 40, resume=True)
+    assert writer.rows_done == 40
+    writer.finish()
+    assert path.read_bytes() == uninterrupted(tmp_path / "whole.csv")
+
+
+def test_a_changed_byte_in_a_part_is_noticed(tmp_path):
+    path = tmp_path / "scores.csv"
+    write_parts(path, 0, 40)
+    part = parts_of(path) / "part-00003.parquet"
+    content = bytearray(part.read_bytes())
+    content[content.index(b"unreadable")] ^= 1
+    part.write_bytes(content)
+    with pytest.warns(OodEngineWarning, match="part-00003"):
+        assert ResultWriter(path, COLUMNS, job=JOB, resume=True).rows_done == 24
+
+
+def test_a_missing_part_is_computed_again(tmp_path):
+    path = tmp_path / "scores.parquet"
+    write_parts(path, 0, 40)
+    (parts_of(path) / "part-00002.parquet").unlink()
+    with pytest.warns(OodEngineWarning, match="goes on after row 16, and 2 part"):
+        assert ResultWriter(path, COLUMNS, job=JOB, resume=True).rows_done == 16
+    assert sorted(os.listdir(parts_of(path))) == ["job.json", "part-00000.parquet", "part-00001.parquet"]
+
+
+def test_parts_of_other_columns_are_not_merged(tmp_path):
+    path = tmp_path / "scores.csv"
+    write_parts(path, 0, 8)
+    pyarrow.parquet.write_table(pyarrow.table({"other": [1.0]}), parts_of(path) / "part-00001.parquet")
+    with pytest.warns(OodEngineWarning, match="part-00001"):
+        assert ResultWriter(path, COLUMNS, job=JOB, resume=True).rows_done == 8
+
+
+def test_damage_found_while_merging_is_one_line(tmp_path):
+    path = tmp_path / "scores.csv"
+    writer = write_parts(path, 0, 16)
+    (parts_of(path) / "part-00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(OodEngineError, match=r"part-00001.parquet: cannot be read .* continue with --resume"):
+        writer.finish()
+    assert os.listdir(tmp_path) == ["scores.csv.parts"]
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def half_written(_, file, **__):
+    file.write(b"PAR1half")
+    no_space()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "broken"), [(os, "fsync", no_space), (pyarrow.parquet, "write_table", half_written)]
+)
+def test_a_full_disk_keeps_the_rows_and_says_how_many(tmp_path, monkeypatch, owner, name, broken):
+    path = tmp_path / "scores.csv"
+    writer = write_parts(path, 0, 24)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, broken)
+        with pytest.raises(OodEngineError, match=r"No space left on device.*24 rows are safe.*--resume") as caught:
+            writer.write(make_rows(24, 32))
+    assert "\n" not in str(caught.value)
+    assert sorted(os.listdir(parts_of(path))) == ["job.json", *(f"part-{i:05d}.parquet" for i in range(3))]
+    write_parts(path, 24, 40, resume=True).finish()
+    assert path.read_bytes() == uninterrupted(tmp_path / "whole.csv")
+
+
+@ENDINGS
+def test_a_disk_full_while_merging_keeps_the_parts_and_the_older_table(tmp_path, monkeypatch, ending):
+    path = tmp_path / f"scores.{ending}"
+    path.write_bytes(b"older")
+    writer = write_parts(path, 0, 40)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        with pytest.raises(OodEngineError, match="40 rows are safe"):
+            writer.finish()
+    assert path.read_bytes() == b"older"
+    assert len(os.listdir(parts_of(path))) == 6
+    ResultWriter(path, COLUMNS, job=JOB, resume=True).finish()
+    assert path.read_bytes() == uninterrupted(tmp_path / f"whole.{ending}")
+
+
+def test_no_permission_is_one_line(tmp_path, monkeypatch):
+    def forbidden(self, *_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    with pytest.raises(OodEngineError, match=r"cannot write \(Permission denied\); 0 rows are safe"):
+        ResultWriter(tmp_path / "scores.csv", COLUMNS, job=JOB)
+
+
+def test_a_disk_full_at_the_start_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OodEngineError, match="0 rows are safe"):
+        ResultWriter(tmp_path / "scores.csv", COLUMNS, job=JOB)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("job", "columns", "message"),
+    [
+        ({**JOB, "state": "other"}, COLUMNS, '\'state\' was "abc123" in the unfinished run and is "other" now'),
+        ({**JOB, "data": ["images", 41]}, COLUMNS, "'data' was"),
+        ({**JOB, "device": "cpu"}, COLUMNS, "'device' was nothing in the unfinished run"),
+        ({key: JOB[key] for key in ("data", "batch_size")}, COLUMNS, "'state' was \"abc123\" .* is nothing now"),
+        (JOB, {**COLUMNS, "nap": "float"}, "'columns' were"),
+        (JOB, dict(reversed(COLUMNS.items())), "'columns' were"),
+    ],
+)
+def test_another_job_is_refused(tmp_path, job, columns, message):
+    path = tmp_path / "scores.parquet"
+    write_parts(path, 0, 16)
+    with pytest.raises(InputError, match=message):
+        ResultWriter(path, columns, job=job, resume=True)
+    assert ResultWriter(path, COLUMNS, job={**JOB, "data": ("images", 40)}, resume=True).rows_done == 16
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"job": 3, "columns": {}}', b"\xff"])
+def test_a_damaged_job_file_is_refused(tmp_path, content):
+    path = tmp_path / "scores.parquet"
+    write_parts(path, 0, 16)
+    (parts_of(path) / "job.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"job.json: cannot be read as a job; delete .*scores.parquet.parts"):
+        ResultWriter(path, COLUMNS, job=JOB, resume=True)
+
+
+def test_the_job_file_holds_the_job_and_the_columns(tmp_path):
+    write_parts(tmp_path / "scores.csv", 0, 8)
+    stored = json.loads((tmp_path / "scores.csv.parts" / "job.json").read_text())
+    assert stored == {"job": JOB, "columns": COLUMNS}
+
+
+def test_resume_where_nothing_is_starts_from_the_beginning(tmp_path):
+    path = tmp_path / "scores.csv"
+    assert ResultWriter(path, COLUMNS, job=JOB, resume=True).rows_done == 0
+    assert ResultWriter(path, COLUMNS, job=JOB, resume=True).rows_done == 0
+    (parts_of(path) / "job.json").unlink()
+    write_parts(path, 0, 40, resume=True).finish()
+    assert read_back(path) == make_rows(0, 40)
+
+
+def test_parts_without_resume_are_kept(tmp_path):
+    path = tmp_path / "scores.csv"
+    write_parts(path, 0, 16)
+    with pytest.raises(InputError, match="use --resume to continue, or delete it"):
+        ResultWriter(path, COLUMNS, job=JOB)
+    assert ResultWriter(path, COLUMNS, job=JOB, resume=True).rows_done == 16
+
+
+def test_a_complete_table_is_replaced_only_at_the_end(tmp_path):
+    path = tmp_path / "scores.csv"
+    before = uninterrupted(path)
+    with pytest.raises(InputError, match="already complete"):
+        ResultWriter(path, COLUMNS, job=JOB, resume=True)
+    writer = write_parts(path, 0, 8)
+    assert path.read_bytes() == before
+    writer.finish()
+    assert read_back(path) == make_rows(0, 8)
+
+
+@ENDINGS
+def test_no_rows_give_a_table_with_its_columns(tmp_path, ending):
+    path = tmp_path / f"scores.{ending}"
+    writer = ResultWriter(path, COLUMNS, job=JOB)
+    writer.write(make_rows(0, 0))
+    assert os.listdir(parts_of(path)) == ["job.json"]
+    writer.finish()
+    writer.finish()
+    assert read_back(path) == make_rows(0, 0)
+    with pytest.raises(InputError, match="finished"):
+        writer.write(make_rows(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("path", 3, "column 'path' wants string or None"),
+        ("path", "\udcff", "column 'path' wants string or None"),
+        ("energy", "high", "column 'energy' wants float or None"),
+        ("label", 1.5, "column 'label' wants int or None"),
+        ("label", 2**70, "column 'label' wants int or None"),
+        ("flagged", 1, "column 'flagged' wants bool or None"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(tmp_path, column, value, message):
+    writer = ResultWriter(tmp_path / "scores.csv", COLUMNS, job=JOB)
+    with pytest.raises(InputError, match=message):
+        writer.write({**make_rows(1, 2), column: [value]})
+    assert writer.rows_done == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"path": ["a"]}, "rows have the columns"),
+        ({**make_rows(0, 2), "more": [1, 2]}, "rows have the columns"),
+        ({**make_rows(0, 2), "energy": [1.0]}, "differ in length"),
+    ],
+)
+def test_rows_of_another_shape_are_refused(tmp_path, rows, message):
+    with pytest.raises(InputError, match=message):
+        ResultWriter(tmp_path / "scores.csv", COLUMNS, job=JOB).write(rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "job", "message"),
+    [
+        ("scores.txt", COLUMNS, JOB, "ends in '.txt'; use .parquet or .csv"),
+        ("scores", COLUMNS, JOB, "ends in ''; use .parquet or .csv"),
+        ("missing/scores.csv", COLUMNS, JOB, "needs the folder"),
+        ("folder.csv", COLUMNS, JOB, "is a folder"),
+        ("scores.csv", {}, JOB, "non-empty mapping"),
+        ("scores.csv", ["path"], JOB, "non-empty mapping"),
+        ("scores.csv", {"path": "text"}, JOB, "column 'path' has the type 'text'; expected one of string, float"),
+        ("scores.csv", COLUMNS, {"state": object()}, "JSON values only"),
+        ("scores.csv", COLUMNS, {"state": float("nan")}, "JSON values only"),
+    ],
+)
+def test_bad_arguments_are_refused(tmp_path, name, columns, job, message):
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(InputError, match=message):
+        ResultWriter(tmp_path / name, columns, job=job)
+    assert os.listdir(tmp_path) == ["folder.csv"]
+
+
+def test_a_file_in_the_place_of_the_parts_is_refused(tmp_path):
+    (tmp_path / "scores.csv.parts").write_text("mine")
+    with pytest.raises(InputError, match="a file is where the folder of parts belongs"):
+        ResultWriter(tmp_path / "scores.csv", COLUMNS, job=JOB, resume=True)
+
+
+def test_without_pyarrow_the_way_out_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(OodEngineError, match=r"pip install 'ood-engine\[cli\]'"):
+        ResultWriter(tmp_path / "scores.csv", COLUMNS, job=JOB)

@@ -1,0 +1,209 @@
+"""GradPCA against dense PCA of class means of autograd's gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ood_engine as oe
+import ood_kernels as ok
+from ood_engine.detectors import create_detector, grad_pca
+from ood_engine.errors import InputError, NotFittedError, OodEngineWarning
+from ood_engine.features.cache import CacheRows, FeatureCache
+from ood_engine.features.fit_data import FitData
+from ood_engine.features.signals import Signals
+from ood_kernels.reference import COTANGENTS
+
+
+def data_of(h, labels, weight, bias):
+    empty = h.new_empty((len(h), 0))
+    rows = CacheRows(h, torch.arange(len(h)), labels, empty, empty)
+    return FitData(FeatureCache(rows), ok.Head(weight, bias))
+
+
+def dense(gradients, labels, test, explained=0.99):
+    """Scores [N] and the number of components, from gradients [n, C, D̃] themselves."""
+    means = torch.stack([gradients[labels == each].mean(0) for each in labels.unique()]).flatten(1)
+    mean = means.mean(0)
+    _, s, v = torch.linalg.svd(means - mean, full_matrices=False)
+    s = s[s > 1e-9 * s[0]]
+    count = int((s.square().cumsum(0) / s.square().sum() < explained).sum()) + 1
+    centred = test.flatten(1) - mean
+    return (centred @ v[:count].T).norm(dim=1) / centred.norm(dim=1), count
+
+
+@pytest.fixture(params=["class means", "anchors"])
+def form(request, monkeypatch):
+    """Class means in memory, or beyond it over anchors."""
+    if request.param == "anchors":
+        monkeypatch.setattr(grad_pca, "_CLASS_MEAN_BYTES", 0)
+    return request.param
+
+
+@pytest.fixture
+def problem(make_problem):
+    """(h, labels, weight, bias, test features): five classes of unequal size, of which class 3 has no sample."""
+    _, h, weight, bias = make_problem(60, 5)
+    labels = torch.tensor([0, 1, 2, 4]).repeat(15)
+    labels[:9] = 1
+    return h[:40], labels[:40], weight, bias, h[40:]
+
+
+@pytest.mark.parametrize("kind", COTANGENTS)
+@pytest.mark.parametrize("explained", [0.5, 0.99, 1.0])
+def test_score_is_that_of_autograds_class_means(kind, explained, form, problem, autograd_gradients):
+    h, labels, weight, bias, test = problem
+    detector = create_detector("grad_pca", cotangent=kind, explained=explained, anchors_per_class=100)
+    detector.fit(data_of(h, labels, weight, bias))
+    score = detector(Signals(test, ok.Head(weight, bias)))
+    gradients, of_test = (autograd_gradients(x, weight, bias, kind, True) for x in (h, test))
+    expected, count = dense(gradients, labels, of_test, explained)
+    assert detector.n_components == count
+    assert (score - expected).abs().max() < 1e-10
+    is_explicit = kind != "sum_logits" and form == "class means"
+    assert isinstance(detector.tensors(), ok.ExplicitTensors if is_explicit else ok.DualTensors)
+
+
+def test_sum_logits_is_pca_of_class_mean_features(problem):
+    h, labels, weight, bias, test = problem
+    detector = create_detector("grad_pca")
+    detector.fit(data_of(h, labels, weight, bias))
+    expected, _ = dense(h, labels, test)
+    assert (detector(Signals(test, ok.Head(weight, bias))) - expected).abs().max() < 1e-10
+
+
+def test_anchors_are_the_first_of_every_class(problem, autograd_gradients, monkeypatch):
+    monkeypatch.setattr(grad_pca, "_CLASS_MEAN_BYTES", 0)
+    monkeypatch.setattr(grad_pca, "_GRAM_BLOCK", 5)
+    h, labels, weight, bias, test = problem
+    detector = create_detector("grad_pca", cotangent="energy", anchors_per_class=3)
+    detector.fit(data_of(h, labels, weight, bias))
+    kept = torch.cat([(labels == each).nonzero()[:3, 0] for each in labels.unique()])
+    gradients, of_test = (autograd_gradients(x, weight, bias, "energy", True) for x in (h, test))
+    expected, _ = dense(gradients[kept], labels[kept], of_test)
+    assert len(detector.fitted("anchor_features")) == 12
+    assert (detector(Signals(test, ok.Head(weight, bias))) - expected).abs().max() < 1e-10
+
+
+def test_class_means_over_several_batches(problem, monkeypatch):
+    h, labels, weight, bias, test = problem
+    scores = []
+    original = FitData.signals
+    for size in (4096, 7):
+        monkeypatch.setattr(FitData, "signals", lambda self, index=None, size=size: original(self, index, size))
+        for kind in ("sum_logits", "predicted"):
+            detector = create_detector("grad_pca", cotangent=kind)
+            detector.fit(data_of(h, labels, weight, bias))
+            scores.append(detector(Signals(test, ok.Head(weight, bias))))
+    assert (scores[0] - scores[2]).abs().max() < 1e-10
+    assert (scores[1] - scores[3]).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["sum_logits", "predicted"])
+def test_predicted_classes_stand_in_for_missing_labels(kind, problem):
+    h, _, weight, bias, test = problem
+    head = ok.Head(weight, bias)
+    predicted = Signals(h, head).probabilities.argmax(1)
+    labelled, unlabelled = (create_detector("grad_pca", cotangent=kind) for _ in range(2))
+    labelled.fit(data_of(h, predicted, weight, bias))
+    with pytest.warns(OodEngineWarning, match="40 samples have no label"):
+        unlabelled.fit(data_of(h, torch.full_like(predicted, -1), weight, bias))
+    assert torch.equal(labelled(Signals(test, head)), unlabelled(Signals(test, head)))
+
+
+@pytest.mark.parametrize("kind", COTANGENTS)
+def test_single_precision(kind, form, problem, autograd_gradients):
+    h, labels, weight, bias, test = problem
+    detector = create_detector("grad_pca", cotangent=kind, anchors_per_class=100)
+    detector.fit(data_of(h.float(), labels, weight.float(), bias.float()))
+    score = detector(Signals(test.float(), ok.Head(weight.float(), bias.float())))
+    expected, _ = dense(
+        *(autograd_gradients(h, weight, bias, kind, True), labels), autograd_gradients(test, weight, bias, kind, True)
+    )
+    assert score.dtype == torch.float32
+    assert (score - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", COTANGENTS)
+def test_one_class_is_refused(kind, problem):
+    h, labels, weight, bias, _ = problem
+    with pytest.raises(InputError, match="40 ID samples of 1 class: expected at least 2 classes"):
+        create_detector("grad_pca", cotangent=kind).fit(data_of(h, torch.zeros_like(labels), weight, bias))
+
+
+@pytest.mark.parametrize("kind", COTANGENTS)
+def test_equal_samples_are_refused(kind, form, problem):
+    h, labels, weight, bias, _ = problem
+    with pytest.raises(InputError, match="the mean gradients of all 4 classes are equal"):
+        create_detector("grad_pca", cotangent=kind).fit(data_of(h[:1].repeat(40, 1), labels, weight, bias))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 10**6),
+    distinct=st.integers(2, 5),
+    kind=st.sampled_from(("sum_logits", "energy")),
+    max_bytes=st.sampled_from((0, 2**30)),
+)
+def test_duplicates_give_scores_between_0_and_1(make_problem, autograd_gradients, seed, distinct, kind, max_bytes):
+    _, h, weight, bias = make_problem(distinct + 6, 5, seed=seed)
+    labels = (torch.arange(distinct) % 5).repeat(4)
+    detector = create_detector("grad_pca", cotangent=kind, explained=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grad_pca, "_CLASS_MEAN_BYTES", max_bytes)
+        detector.fit(data_of(h[:distinct].repeat(4, 1), labels, weight, bias))
+    assert detector.n_components == distinct - 1
+    score = detector(Signals(h, ok.Head(weight, bias)))
+    assert ((score >= 0) & (score <= 1)).all()
+    assert (score[:distinct] - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_mean_itself_is_in_distribution(dtype):
+    h = torch.tensor([[1.0, 3.0, 5.0], [3.0, 5.0, 7.0]], dtype=dtype)
+    weight, bias = torch.eye(3, dtype=dtype), torch.zeros(3, dtype=dtype)
+    head, detector = ok.Head(weight, bias), create_detector("grad_pca")
+    detector.fit(data_of(h, torch.tensor([0, 1]), weight, bias))
+    score = detector(Signals(torch.stack([h.mean(0), h[0], h.mean(0) + h.new_tensor([1.0, -1.0, 0.0])]), head))
+    assert (score - h.new_tensor([1.0, 1.0, 0.0])).abs().max() < 1e-6
+    assert detector(Signals(h * torch.nan, head)).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"cotangent": "loss"}, "cotangent='loss': expected one of energy"),
+        ({"explained": 0.0}, r"explained=0.0: expected a share in \(0, 1\]"),
+        ({"explained": True}, "explained=True"),
+        ({"explained": float("nan")}, "explained=nan"),
+        ({"anchors_per_class": 0}, "anchors_per_class=0: expected a whole number"),
+    ],
+)
+def test_bad_settings(settings_, message):
+    with pytest.raises(InputError, match=message):
+        create_detector("grad_pca", **settings_)
+
+
+@pytest.mark.parametrize("kind", COTANGENTS)
+def test_state_of_either_form_is_loaded_by_any_detector(kind, form, model, id_batches, test_images, tmp_path):
+    engine = oe.Engine(model, ["grad_pca"], settings={"grad_pca": {"cotangent": kind}})
+    with pytest.raises(NotFittedError):
+        create_detector("grad_pca").tensors()
+    engine.fit(id_batches)
+    engine.save(tmp_path / "state.safetensors")
+    loaded = oe.Engine.load(tmp_path / "state.safetensors", model)
+    assert torch.equal(loaded.score(test_images)["grad_pca"], engine.score(test_images)["grad_pca"])
+
+
+def test_refit_with_another_cotangent_leaves_no_buffers_of_the_old_form(problem):
+    h, labels, weight, bias, _ = problem
+    detector = create_detector("grad_pca", cotangent="energy")
+    detector.fit(data_of(h, labels, weight, bias))
+    names = set(detector.state_dict())
+    other = create_detector("grad_pca")
+    other.fit(data_of(h, labels, weight, bias))
+    assert names == {"constants", "mean", "mean_square", "components"}
+    other.load_state_dict(detector.state_dict())
+    assert set(other.state_dict()) == names

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ood_engine as oe
+from ood_engine.evaluation.explain import explain
+
+HEADS = ("low_dim_gradient", "low_dim_gradient_projected_norm")
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("cotangent", ["energy", "predicted"])
+def test_contributions_add_up_to_the_score(make_engine, test_images, name, cotangent):
+    engine = make_engine((name,), settings={name: {"cotangent": cotangent}})
+    scores = engine.score(test_images[:4])[name].double()
+    for image, score in zip(test_images[:4], scores, strict=True):
+        explanation = oe.explain(engine, image, name)
+        score = float(score if name == HEADS[0] else score.square())
+        size = float(explanation.classes.abs().sum()) + abs(explanation.offset)
+        assert abs(explanation.score - score) < 1e-4 * size
+        # The features are the model's, in fp32; the places are summed from the map in fp64.
+        for parts, tolerance in (
+            (explanation.classes.sum(), 1e-9),
+            (explanation.channels.sum() + explanation.bias, 1e-9),
+            (explanation.places.sum(), 1e-6),
+        ):
+            assert abs(float(parts) + explanation.offset - explanation.score) < tolerance * size
+
+
+def test_contributions_are_those_of_the_materialised_gradient(make_engine, test_images):
+    engine = make_engine(("low_dim_gradient_projected_norm",))
+    detector = engine.detectors["low_dim_gradient_projected_norm"]
+    explanation = explain(engine, test_images[0], detector.name)
+    captured = engine.run(test_images[:1])
+    h = captured.head_input.double()
+    weight, bias = engine.head.weight.double().requires_grad_(), engine.head.bias.double().requires_grad_()
+    (h @ weight.T + bias).logsumexp(1).backward()
+    gradient = torch.cat([weight.grad, bias.grad[:, None]], 1)
+    centred = gradient - detector.basis.mean.double()
+    components = detector.basis.to_explicit().fitted("components").double()
+    coordinates = (components * centred).sum((1, 2))
+    contributions = (coordinates[:, None, None] * components).sum(0) * centred
+    scale = contributions.abs().sum()
+    assert (explanation.classes - contributions.sum(1)).abs().max() < 1e-5 * scale
+    assert (explanation.channels - contributions.sum(0)[:-1]).abs().max() < 1e-5 * scale
+    assert explanation.predicted == int((h @ weight.T + bias).argmax())
+
+
+def test_places_follow_the_activations(make_engine, test_images):
+    engine = make_engine(("low_dim_gradient_projected_norm",))
+    explanation = explain(engine, test_images[0], "low_dim_gradient_projected_norm")
+    assert explanation.places.shape == engine.run(test_images[:1]).feature_map.shape[2:]
+    assert float(explanation.places.std()) > 0
+
+
+def test_other_detectors_and_batches_are_refused(make_engine, test_images):
+    engine = make_engine(("low_dim_gradient_knn", "energy"))
+    for name in ("low_dim_gradient_knn", "energy", "nothing"):
+        with pytest.raises(oe.OodEngineError, match=f"explain '{name}': expected a low-dimensional-gradient detector"):
+            explain(engine, test_images[0], name)
+    engine = make_engine(("low_dim_gradient",))
+    with pytest.raises(oe.OodEngineError, match=r"expected one image \[C, H, W\]"):
+        explain(engine, test_images[:2])

@@ -1,0 +1,474 @@
+from __future__ import annotations
+
+import ast
+import errno
+import io
+import json
+import math
+import os
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+import ood_engine.evaluation.report
+from ood_engine.errors import InputError, OodEngineError
+from ood_engine.evaluation import metrics
+from ood_engine.evaluation.report import (
+    Evaluation,
+    markdown_table,
+    print_table,
+    rows,
+    write_figures,
+    write_html,
+    write_json,
+)
+from ood_engine.evaluation.report.curves import histogram, roc_curve, ticks
+from ood_engine.evaluation.report.table import summarise
+
+SCRIPT = "<script>alert(1)</script>"
+METRICS = ("auroc", "aupr_id", "aupr_ood", "fpr95_id", "fpr95_ood")
+VOID_TAGS = {"meta", "img", "br", "hr", "input", "link"}
+
+
+def evaluation_of(n_detectors=3, n_sets=2, n=60, **fields):
+    """Detector k is the better the smaller k; set j is the farther the larger j."""
+    rng = np.random.default_rng(0)
+    detectors = [f"detector_{k}" for k in range(n_detectors)]
+    id_scores = {name: rng.normal(2.0, 1.0, n) for name in detectors}
+    ood_scores = {
+        f"set_{j}": {name: rng.normal(-0.7 * j + 0.3 * k, 1.0, n) for k, name in enumerate(detectors)}
+        for j in range(n_sets)
+    }
+    return Evaluation(
+        **{"title": "A title", "id_name": "digits", "id_scores": id_scores, "ood_scores": ood_scores, **fields}
+    )
+
+
+def hostile_evaluation(name):
+    """The same text as every name and value there is."""
+    scores = {name: np.arange(20.0)}
+    far = {name: {name: np.append(np.arange(20.0) - 8, np.nan)}, "second": {name: np.arange(20.0) - 15}}
+    return Evaluation(
+        title=name,
+        id_name=f"ID {name}",
+        id_scores=scores,
+        ood_scores=far,
+        kinds={name: name},
+        information={name: name},
+        example_images={name: np.zeros((1, 2, 2))},
+        thresholds={name: 3.0},
+        accuracy=0.5,
+    )
+
+
+def printed(evaluation, width=120, styled=False):
+    colours = "standard" if styled else None
+    console = Console(file=io.StringIO(), width=width, force_terminal=styled, color_system=colours, _environ={})
+    print_table(evaluation, console)
+    return console.file.getvalue()
+
+
+class Page(HTMLParser):
+    """Collects tags and text, and fails on tags that do not match."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], []
+        self.feed(source)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID_TAGS:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def attributes(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def page_of(evaluation, folder):
+    return Page(write_html(evaluation, folder / "report.html").read_text(encoding="utf-8"))
+
+
+class TestRows:
+    def test_hold_the_metrics_of_each_detector_and_set(self):
+        evaluation = evaluation_of(n_detectors=2, n_sets=2, kinds={"set_1": "far"})
+        table = rows(evaluation)
+        assert [(row["detector"], row["ood_set"], row["mean"]) for row in table] == [
+            (detector, ood_set, ood_set == "mean")
+            for detector in ("detector_0", "detector_1")
+            for ood_set in ("set_0", "set_1", "mean")
+        ]
+        expected = metrics.evaluate(evaluation.id_scores["detector_1"], evaluation.ood_scores["set_0"]["detector_1"])
+        assert {name: table[3][name] for name in METRICS} == {name: expected[name] for name in METRICS}
+        assert [row["kind"] for row in table[:3]] == [None, "far", None]
+
+    def test_mean_is_over_the_sets_and_only_with_several(self):
+        *of_sets, mean = rows(evaluation_of(n_detectors=1, n_sets=3))
+        for name in METRICS:
+            assert mean[name] == pytest.approx(sum(row[name] for row in of_sets) / 3, abs=1e-12)
+        assert (mean["n_id"], mean["n_ood"], mean["n_invalid"]) == (60, 180, 0)
+        assert [row["mean"] for row in rows(evaluation_of(n_detectors=1, n_sets=1))] == [False]
+
+    def test_non_finite_scores_are_left_out_and_counted(self):
+        evaluation = evaluation_of(n_detectors=1)
+        clean = rows(evaluation)
+        broken = Evaluation(
+            "t",
+            "digits",
+            {"detector_0": np.append(evaluation.id_scores["detector_0"], [np.nan, np.inf])},
+            {name: {"detector_0": np.append(s["detector_0"], -np.inf)} for name, s in evaluation.ood_scores.items()},
+        )
+        table = rows(broken)
+        assert [row["n_invalid"] for row in table] == [3, 3, 4]
+        assert [{**row, "n_invalid": 0} for row in table] == clean
+
+    def test_nothing_finite_gives_no_metric_and_no_mean(self):
+        evaluation = evaluation_of(n_detectors=2)
+        evaluation.ood_scores["set_0"]["detector_0"][:] = np.nan
+        nothing, something, mean, *others = rows(evaluation)
+        assert all(nothing[name] is None and mean[name] is None for name in METRICS)
+        assert (nothing["n_ood"], nothing["n_invalid"]) == (0, 60)
+        assert all(isinstance(row[name], float) for row in (something, *others) for name in METRICS)
+
+
+class TestSummary:
+    def test_is_sorted_by_mean_auroc_with_the_undefined_last(self):
+        evaluation = evaluation_of(n_detectors=4)
+        evaluation.id_scores["detector_0"][:] = np.nan
+        assert list(summarise(rows(evaluation)).lines) == ["detector_1", "detector_2", "detector_3", "detector_0"]
+
+    def test_numbers_that_read_the_same_are_both_best(self):
+        def row(detector, auroc, fpr95):
+            return {
+                "detector": detector,
+                "ood_set": "s",
+                "kind": None,
+                "mean": False,
+                "auroc": auroc,
+                "fpr95_id": fpr95,
+            }
+
+        lines = summarise([row("a", 0.90001, 0.2), row("b", 0.90002, 0.1), row("c", 0.8, 0.3)]).lines
+        assert {name: [cell.best for cell in pairs[0]] for name, pairs in lines.items()} == {
+            "a": [True, False],
+            "b": [True, True],
+            "c": [False, False],
+        }
+
+    def test_nothing_is_marked_where_all_read_the_same(self):
+        evaluation = evaluation_of(n_detectors=3)
+        evaluation.ood_scores["set_0"] = dict.fromkeys(evaluation.detectors, np.full(4, 99.0))
+        lines = summarise(rows(evaluation)).lines.values()
+        assert [any(cell.best for pairs in lines for cell in pairs[column]) for column in range(3)] == [
+            False,
+            True,
+            True,
+        ]
+
+    def test_a_lone_detector_is_not_marked(self):
+        lines = summarise(rows(evaluation_of(n_detectors=1))).lines
+        assert not any(cell.best for pair in lines["detector_0"] for cell in pair)
+
+
+class TestPrintedTable:
+    def test_has_one_line_per_detector_and_names_the_convention(self):
+        text = printed(evaluation_of(n_detectors=6, n_sets=3, kinds={"set_0": "near"}))
+        assert [len(re.findall(f"^detector_{k} ", text, re.M)) for k in range(6)] == [1] * 6
+        assert "A title" in text
+        assert "set_0 (near)" in text
+        assert "ID as the positive class" in text
+
+    def test_best_of_each_column_is_bold(self):
+        evaluation = evaluation_of(n_detectors=2, n_sets=1)
+        best = next(row for row in rows(evaluation) if row["detector"] == "detector_0")
+        line = next(line for line in printed(evaluation, styled=True).splitlines() if "detector_0" in line)
+        assert re.findall(r"\x1b\[1m *([\d.]+)\x1b\[0m", line) == [
+            f"{100 * best['auroc']:.2f}",
+            f"{100 * best['fpr95_id']:.2f}",
+        ]
+
+    @pytest.mark.parametrize("width", [40, 80])
+    def test_sets_that_do_not_fit_go_below(self, width):
+        text = printed(evaluation_of(n_detectors=2, n_sets=6), width)
+        assert max(map(len, text.splitlines())) <= width
+        assert all(f"set_{j}" in text for j in range(6))
+        lines = [line for line in text.splitlines() if line.startswith("detector_0")]
+        assert sum(len(re.findall(r"\d+\.\d\d", line)) for line in lines) == 14
+
+    def test_names_are_text_not_markup_or_control_codes(self):
+        text = printed(hostile_evaluation("[red]x[/red]\x1b[31m"))
+        assert "[red]x[/red]\N{REPLACEMENT CHARACTER}[31m" in text
+        assert "\x1b" not in text
+
+
+class TestMarkdownTable:
+    def test_marks_the_best_and_names_the_convention(self):
+        evaluation = evaluation_of(n_detectors=2, n_sets=1, kinds={"set_0": "near"})
+        first, second = rows(evaluation)
+        a, b = ([f"{100 * row[name]:.2f}" for name in ("auroc", "fpr95_id")] for row in (first, second))
+        assert markdown_table(evaluation).splitlines()[:4] == [
+            "| Detector | set_0 (near) |",
+            "| --- | ---: |",
+            f"| detector_0 | **{a[0]}** / **{a[1]}** |",
+            f"| detector_1 | {b[0]} / {b[1]} |",
+        ]
+        assert "ID as the positive class" in markdown_table(evaluation)
+
+    def test_names_cannot_break_the_table(self):
+        table = markdown_table(hostile_evaluation("a|b <i> *c* `d`\n_e_")).splitlines()
+        assert {line.count("|") for line in table[:3]} == {5}
+        assert r"a&#124;b &lt;i&gt; \*c\* \`d\` \_e\_" in table[2]
+
+
+class TestJson:
+    def test_round_trip(self, tmp_path):
+        evaluation = evaluation_of(information={"model": "CNN"}, thresholds={"detector_0": math.nan}, accuracy=0.75)
+        evaluation.ood_scores["set_0"]["detector_0"][:] = np.nan
+        path = write_json(evaluation, tmp_path / "new" / "folder" / "result.json")
+        document = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        assert document["rows"] == rows(evaluation)
+        assert document["thresholds"] == {"detector_0": None}
+        assert (document["format"], document["title"], document["accuracy"]) == (1, "A title", 0.75)
+        assert document["information"] == {"model": "CNN"}
+
+    def test_a_full_disk_leaves_the_old_file_and_says_so(self, tmp_path, monkeypatch):
+        path = tmp_path / "result.json"
+        path.write_text("old")
+
+        def full(_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OodEngineError, match=r"cannot write '.*result\.json' \(No space left on device\)"):
+            write_json(evaluation_of(), path)
+        assert path.read_text() == "old"
+        assert os.listdir(tmp_path) == ["result.json"]
+
+    def test_a_path_that_is_a_folder_is_refused(self, tmp_path):
+        with pytest.raises(OodEngineError, match="choose another path"):
+            write_json(evaluation_of(), tmp_path)
+
+
+class TestHtml:
+    def test_needs_nothing_from_elsewhere(self, tmp_path):
+        page = page_of(evaluation_of(example_images={"digits": np.zeros((3, 4, 4))}), tmp_path)
+        source = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert not re.search(r"https?:|//[a-z]|url\(|@import|javascript:", source)
+        assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
+        assert all(image["src"].startswith("data:image/png;base64,") for image in page.attributes("img"))
+        assert len(page.attributes("img")) == 3
+
+    def test_every_name_is_escaped(self, tmp_path):
+        hostile = f"{SCRIPT}\"'>&"
+        page = page_of(hostile_evaluation(hostile), tmp_path)
+        assert "script" not in {tag for tag, _ in page.tags}
+        assert "".join(page.text).count(hostile) >= 12
+        assert sum(hostile in attributes.get("aria-label", "") for _, attributes in page.tags) >= 4
+
+    def test_can_be_read_without_seeing_it(self, tmp_path):
+        page = page_of(evaluation_of(n_sets=2, example_images={"digits": np.zeros((2, 4, 4))}), tmp_path)
+        assert page.attributes("html") == [{"lang": "en"}]
+        assert all("aria-label" in svg or svg.get("aria-hidden") == "true" for svg in page.attributes("svg"))
+        assert all("alt" in image for image in page.attributes("img"))
+        assert all(heading.get("scope") in {"row", "col", "colgroup"} for heading in page.attributes("th"))
+        assert [tag for tag, _ in page.tags].count("h1") == 1
+
+    def test_shows_numbers_left_out_scores_and_facts(self, tmp_path):
+        evaluation = evaluation_of(
+            n_detectors=2, kinds={"set_0": "near"}, information={"Head": "fc, 10 classes"}, accuracy=0.987
+        )
+        evaluation.ood_scores["set_0"]["detector_1"][:3] = np.inf
+        text = " ".join("".join(page_of(evaluation, tmp_path).text).split())
+        mean = rows(evaluation)[2]
+        assert f"detector_0 separates best of 2 detectors with a mean AUROC of {100 * mean['auroc']:.2f}" in text
+        assert "The hardest set is set_0 (near)" in text
+        assert "3 on set_0: detector_1" in text
+        assert "fc, 10 classes" in text
+        assert "98.70" in text
+
+    def test_threshold_is_drawn_where_it_is(self, tmp_path):
+        scores, ood = {"d": np.linspace(0, 10, 101)}, {"s": {"d": np.linspace(0, 10, 101)}}
+        evaluation = Evaluation("t", "digits", scores, ood, thresholds={"d": 5.0})
+        lines = [
+            path["d"] for path in page_of(evaluation, tmp_path).attributes("path") if path.get("class") == "threshold"
+        ]
+        assert sum(line.startswith("M150.0 ") for line in lines) == 1
+        evaluation.thresholds["d"] = 50.0
+        outside = [
+            path["d"] for path in page_of(evaluation, tmp_path).attributes("path") if path.get("class") == "threshold"
+        ]
+        assert len(outside) == len(lines) - 1
+
+    @pytest.mark.parametrize(("n_detectors", "n_sets"), [(1, 1), (1, 6), (10, 1), (10, 6)])
+    def test_has_a_panel_for_everything(self, n_detectors, n_sets, tmp_path):
+        page = page_of(evaluation_of(n_detectors, n_sets), tmp_path)
+        labels = [svg.get("aria-label", "") for svg in page.attributes("svg")]
+        assert sum(label.startswith("Histogram of ") for label in labels) == n_detectors * n_sets
+        assert sum(label.startswith("ROC curves of ") for label in labels) == n_sets
+        curves = {path["class"] for path in page.attributes("path") if path.get("class", "").startswith("curve")}
+        assert len(curves) == n_detectors
+
+
+class TestFigures:
+    @pytest.mark.parametrize("name", [f"$\\frac{{$ 数字 \x00\udc80 {SCRIPT}", "_hidden"])
+    def test_are_png_files_whatever_the_names(self, name, tmp_path):
+        paths = write_figures(hostile_evaluation(name), tmp_path)
+        assert [path.name for path in paths] == ["histograms.png", "roc.png"]
+        for path in paths:
+            content = path.read_bytes()
+            assert content.startswith(b"\x89PNG\r\n\x1a\n")
+            assert int.from_bytes(content[16:20], "big") > 300
+
+    def test_many_detectors_and_sets(self, tmp_path):
+        assert len(write_figures(evaluation_of(10, 2), tmp_path)) == 2
+
+
+DEGENERATE = {
+    "constant": ([1.0] * 5, [1.0] * 5),
+    "constant and large": ([1e30] * 5, [1e30] * 5),
+    "two constants": ([1.0] * 5, [0.0] * 5),
+    "one each": ([3.0], [4.0]),
+    "nearly equal": ([1e16, 1e16 + 2], [1e16, 1e16 + 2]),
+    "extreme": ([1.7e308, -1.7e308], [5e-324, 0.0]),
+    "no ID": ([], [1.0, 2.0]),
+    "no OOD": ([1.0, 2.0], []),
+    "only NaN": ([np.nan], [np.nan]),
+}
+
+
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_degenerate_scores_never_stop_a_report(case, tmp_path):
+    id_scores, ood_scores = DEGENERATE[case]
+    evaluation = Evaluation("t", "digits", {"d": id_scores}, {"s": {"d": ood_scores}}, thresholds={"d": np.nan})
+    page = page_of(evaluation, tmp_path)
+    assert not any(re.search("nan|inf", path.get("d", "")) for path in page.attributes("path"))
+    write_figures(evaluation, tmp_path)
+    write_json(evaluation, tmp_path / "result.json")
+    assert "| d |" in markdown_table(evaluation)
+    assert "d" in printed(evaluation)
+
+
+scores = st.lists(st.floats(-1e3, 1e3) | st.sampled_from([0.0, 1.0, -2.5]), min_size=1, max_size=40).map(np.array)
+
+
+class TestCurves:
+    @given(scores, scores)
+    @settings(deadline=None, max_examples=60)
+    def test_the_area_under_the_roc_curve_is_the_auroc(self, id_scores, ood_scores):
+        fpr, tpr = roc_curve(id_scores, ood_scores)
+        area = float(np.sum(np.diff(fpr) * (tpr[1:] + tpr[:-1]) / 2))
+        assert area == pytest.approx(metrics.auroc(id_scores, ood_scores), abs=1e-9)
+
+    @given(scores, scores)
+    @settings(deadline=None, max_examples=60)
+    def test_thinned_roc_curves_keep_their_ends_and_points(self, id_scores, ood_scores):
+        full = set(zip(*roc_curve(id_scores, ood_scores, n_points=100_000), strict=True))
+        fpr, tpr = roc_curve(id_scores, ood_scores, n_points=5)
+        assert len(fpr) <= 5
+        assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
+        assert set(zip(fpr, tpr, strict=True)) <= full
+        assert (np.diff(fpr) >= 0).all()
+        assert (np.diff(tpr) >= 0).all()
+
+    @given(scores, scores)
+    @settings(deadline=None, max_examples=60)
+    def test_histograms_share_bins_and_scale(self, id_scores, ood_scores):
+        bars = histogram(id_scores, ood_scores)
+        assert (np.diff(bars.edges) > 0).all()
+        assert max(bars.id_heights.max(), bars.ood_heights.max()) == 1
+        swapped = histogram(ood_scores, id_scores)
+        np.testing.assert_array_equal(swapped.id_heights, bars.ood_heights)
+        np.testing.assert_array_equal(swapped.edges, bars.edges)
+
+    def test_histogram_limits_ignore_outliers(self):
+        bulk = np.linspace(0, 1, 1000)
+        bars = histogram(np.append(bulk, 1e6), np.append(bulk, -1e6))
+        assert -0.01 < bars.edges[0] < bars.edges[-1] < 1.01
+
+    @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
+    @settings(deadline=None, max_examples=100)
+    def test_ticks_are_few_inside_and_told_apart(self, low, span):
+        marks = ticks(low, low + span)
+        values, labels = zip(*marks, strict=True)
+        slack = 1e-9 * (abs(low) + span)
+        assert 2 <= len(marks) <= 6
+        assert low - slack <= min(values) <= max(values) <= low + span + slack
+        assert len(set(labels)) == len(labels)
+        assert [float(label) for label in labels] == pytest.approx(values, rel=1e-6, abs=slack)
+
+
+class TestEvaluation:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"id_scores": {}}, "id_scores is empty"),
+            ({"ood_scores": {}}, "ood_scores is empty"),
+            ({"ood_scores": {"far": {"other": [1.0]}}}, r"OOD set 'far' has scores of \['other'\]"),
+            ({"id_scores": {"d": [[1.0]]}}, r"scores of 'd' on 'digits' have shape \[1, 1\], expected \[N\]"),
+            ({"id_scores": {"d": ["a"]}}, "scores of 'd' on 'digits' are not numbers"),
+            ({"kinds": {"near": "x"}}, r"kinds names \['near'\], expected an OOD set out of \['far'\]"),
+            ({"thresholds": {"e": 1.0}}, r"thresholds names \['e'\], expected a detector"),
+            ({"accuracy": 98.0}, r"accuracy is 98.0, expected a fraction in \[0, 1\]"),
+            ({"example_images": {"far": np.zeros((2, 3, 8, 8))}}, r"have shape \[2, 3, 8, 8\], expected \[n, H, W\]"),
+            ({"example_images": {"far": np.zeros((2, 8, 8), np.uint8)}}, "have dtype uint8, expected floats"),
+        ],
+    )
+    def test_bad_input_is_named(self, fields, message):
+        good = {"title": "t", "id_name": "digits", "id_scores": {"d": [1.0]}, "ood_scores": {"far": {"d": [0.0]}}}
+        with pytest.raises(InputError, match=message) as caught:
+            Evaluation(**{**good, **fields})
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("package", "make"),
+    [
+        ("jinja2", lambda folder: write_html(evaluation_of(), folder / "report.html")),
+        ("matplotlib.figure", lambda folder: write_figures(evaluation_of(), folder)),
+        ("rich.table", lambda folder: print_table(evaluation_of(), Console(file=io.StringIO()))),
+    ],
+)
+def test_a_missing_package_names_the_extra(package, make, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        OodEngineError, match=rf"package '{package.partition('.')[0]}'.*pip install 'ood-engine\[cli\]'"
+    ):
+        make(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_optional_packages_are_not_imported_with_the_module():
+    for path in Path(ood_engine.evaluation.report.__file__).parent.glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.partition(".")[0] for name in names} & {"matplotlib", "jinja2", "rich", "PIL"}
+
+
+def test_only_some_detectors_can_be_shown():
+    scores = {name: np.arange(3.0) + index for index, name in enumerate(("a", "b", "c"))}
+    whole = Evaluation("t", "id", scores, {"ood": scores}, thresholds={"a": 1.0, "c": 2.0})
+    part = whole.only(("c", "b"))
+    assert part.detectors == ["c", "b"]
+    assert list(part.ood_scores["ood"]) == ["c", "b"]
+    assert part.thresholds == {"c": 2.0}
+    assert whole.detectors == ["a", "b", "c"]
+    with pytest.raises(InputError, match="'d'"):
+        whole.only(("a", "d"))

@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ood_engine as oe
+from ood_engine.cli import main
+from ood_engine.demo import SmallCNN
+from ood_engine.detectors.low_dim_gradient import HEADS
+from ood_engine.evaluation import sweep as sweeping
+from ood_engine.evaluation.metrics import auroc, fpr_at_tpr
+from ood_engine.evaluation.report.sweep import FAMILIES, combinations, write_sweep_figures
+from ood_engine.evaluation.sweep import COLUMNS, sweep
+from ood_engine.features.cache import CacheRows, FeatureCache
+
+SPEC = "ood_engine.demo:small_cnn"
+
+
+@pytest.fixture(scope="module")
+def caches(engine, images, loader):
+    """(fit, ID test, OOD sets)."""
+    noise = torch.rand((30, 3, 8, 8), generator=torch.Generator().manual_seed(8))
+    dark = 0.2 * torch.rand((20, 3, 8, 8), generator=torch.Generator().manual_seed(9))
+    id_cache = engine.extract(loader(*images(40, 11), 64), "ID")
+    return engine.cache, id_cache, {"noise": engine.extract([noise], "noise"), "dark": engine.extract([dark], "dark")}
+
+
+@pytest.mark.parametrize(("basis", "head"), [("dual", "knn"), ("explicit", "vim"), ("factored", "projected_norm")])
+def test_rows_are_those_of_a_detector_fitted_alone(engine, model, id_batches, caches, basis, head):
+    fit_cache, id_cache, ood_caches = caches
+    rows = sweep(engine.head, fit_cache, id_cache, ood_caches, bases=[basis], components=[6], heads=[head, "residual"])
+    assert [(row["head"], row["ood_set"]) for row in rows] == [
+        (name, ood_set) for name in (head, "residual") for ood_set in ("noise", "dark")
+    ]
+    alone = oe.Engine(
+        model,
+        ["low_dim_gradient"],
+        settings={"low_dim_gradient": {"basis": basis, "head": head, "n_components": 6}},
+    ).fit(id_batches)
+    scores = {name: alone.score_rows(cache)["low_dim_gradient"] for name, cache in ood_caches.items()}
+    id_scores = alone.score_rows(id_cache)["low_dim_gradient"]
+    fitted = alone.detectors["low_dim_gradient"].basis
+    for row in rows[:2]:
+        assert tuple(row) == COLUMNS
+        assert row["auroc"] == auroc(id_scores, scores[row["ood_set"]])
+        assert row["fpr95"] == fpr_at_tpr(id_scores, scores[row["ood_set"]])
+        assert row["n_components"] == fitted.n_components == 6
+        assert row["refused"] is None
+    assert rows[2]["bytes"] == fitted.bytes
+    assert rows[2]["flops_per_sample"] == round(fitted.flops(64) / 64)
+    bank = 120 * 6 if head == "knn" else 0
+    assert rows[0]["flops_per_sample"] - rows[2]["flops_per_sample"] == 2 * bank
+    assert rows[0]["bytes"] - rows[2]["bytes"] == 4 * bank
+
+
+@pytest.mark.filterwarnings("ignore:n_components=500")
+def test_what_cannot_be_fitted_is_a_row_and_the_sweep_goes_on(engine, caches):
+    rows = sweep(
+        engine.head,
+        *caches,
+        bases=["dual", "explicit"],
+        components=[4, 500],
+        heads=["knn", "residual"],
+        normalisations=["none", "nfk"],
+        max_bytes=30_000,
+    )
+    reasons = {(row["basis"], row["normalisation"], row["components_wanted"]): row["refused"] for row in rows}
+    assert reasons["dual", "none", 4] is None
+    assert reasons["explicit", "nfk", 4] is None
+    assert re.search(r"a basis of 0\.0\d+ MiB: expected at most 0\.0286 MiB", reasons["dual", "none", 500])
+    assert "normalisation='nfk' with basis='dual'" in reasons["dual", "nfk", 4]
+    assert re.search(r"a basis of 0\.\d+ MiB: expected at most 0\.0286 MiB", reasons["explicit", "none", 500])
+    refused = [row for row in rows if row["refused"] is not None]
+    assert len(refused) == 6 * 2 - 2
+    assert all(row["auroc"] is None and row["ood_set"] is None for row in refused)
+    assert all("\n" not in row["refused"] for row in refused)
+    assert [
+        row["refused"]
+        for row in sweep(engine.head, *caches, bases=["dual"], components=[4], heads=["knn"], max_bytes=9)
+    ]
+
+
+def test_a_head_that_fails_leaves_the_others(engine, caches):
+    small = FeatureCache(caches[0].rows.select(slice(0, 16)))
+    rows = sweep(engine.head, small, *caches[1:], bases=["dual"], components=[3], heads=["residual", "knn"])
+    assert [row["refused"] is None for row in rows] == [True, True, False]
+    assert "k=10 neighbours with a bank of 8" in rows[-1]["refused"]
+
+
+@pytest.mark.filterwarnings("ignore:n_components=32")
+def test_default_components_are_what_the_anchors_can_span(engine, caches):
+    def wanted(samples):
+        fit_cache = FeatureCache(caches[0].rows.select(slice(0, samples)))
+        rows = sweep(engine.head, fit_cache, *caches[1:], heads=["residual"])
+        return {row["components_wanted"] for row in rows if row["basis"] == "dual"}, rows
+
+    assert wanted(240)[0] == {8, 32}
+    assert wanted(12)[0] == {5}
+    assert {row["n_components"] for row in wanted(240)[1] if row["basis"] == "class_average"} == {5}
+
+
+def test_rows_are_handed_over_as_they_come(engine, caches):
+    lengths = []
+    sweep(
+        engine.head,
+        *caches,
+        bases=["dual"],
+        components=[3],
+        heads=["knn", "vim"],
+        on_rows=lambda r: lengths.append(len(r)),
+    )
+    assert lengths == [2, 4]
+
+
+def test_fit_samples_and_broken_ones_are_not_measured(engine, caches):
+    fit_cache, id_cache, ood_caches = caches
+    options = {"bases": ["dual"], "components": [4], "heads": ["knn"]}
+    expected = [row["auroc"] for row in sweep(engine.head, *caches, **options)]
+    mixed = FeatureCache(CacheRows(*(torch.cat(pair) for pair in zip(id_cache.rows, fit_cache.rows, strict=True))))
+    broken = ood_caches["noise"].rows.select(slice(None))
+    features = torch.cat([broken.features, torch.full((1, 12), math.nan)])
+    others = [torch.cat([column, column[:1]]) for column in broken[1:]]
+    with pytest.warns(oe.errors.OodEngineWarning) as caught:
+        rows = sweep(
+            engine.head,
+            fit_cache,
+            mixed,
+            {**ood_caches, "noise": FeatureCache(CacheRows(features, *others))},
+            **options,
+        )
+    assert {str(warning.message) for warning in caught} == {
+        "ID: 240 of 280 samples are also fit samples, and are left out",
+        "noise: 1 of 31 samples have NaN or infinite features, and are left out",
+    }
+    assert [row["auroc"] for row in rows] == expected
+    with pytest.raises(oe.errors.InputError, match="all 240 samples of ID are also fit samples"):
+        sweep(engine.head, fit_cache, fit_cache, ood_caches, **options)
+
+
+@pytest.mark.filterwarnings("default::ood_engine.errors.OodEngineWarning")
+def test_a_warning_comes_once(engine, caches):
+    rows = caches[0].rows
+    unlabelled = FeatureCache(rows._replace(labels=torch.full_like(rows.labels, -1)))
+    with pytest.warns(oe.errors.OodEngineWarning) as caught:
+        sweep(engine.head, unlabelled, *caches[1:], components=[3, 4], heads=["mahalanobis"])
+    assert [str(warning.message).split(",")[0] for warning in caught] == ["120 samples have no label"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bases": ["dual", "pca"]}, "bases: 'pca' is not known"),
+        ({"bases": "dual"}, "bases='dual'"),
+        ({"heads": []}, "heads="),
+        ({"normalisations": ["l2"]}, "'l2'"),
+        ({"components": [0]}, "whole numbers"),
+        ({"components": [0.9]}, "whole numbers"),
+        ({"components": []}, "whole numbers"),
+    ],
+)
+def test_bad_options(engine, caches, options, words):
+    with pytest.raises(oe.errors.InputError, match=words):
+        sweep(engine.head, *caches, **options)
+
+
+def test_combinations_are_ranked_by_their_mean():
+    def row(head, ood_set, value, flops, refused=None):
+        known = {"basis": "dual", "normalisation": "none", "components_wanted": 4, "head": head, "ood_set": ood_set}
+        return {**known, "auroc": value, "fpr95": value, "flops_per_sample": flops, "bytes": 1, "refused": refused}
+
+    rows = [row("knn", "a", 0.5, 1), row("knn", "b", 0.75, 1), row("vim", "a", 1.0, 9), row("vim", "b", 0.5, 9)]
+    rows += [row("residual", "a", 0.75, 2), row("residual", "b", 0.75, 2), row("probe_msp", None, None, None, "why")]
+    found = [(entry["head"], entry["auroc"]) for entry in combinations(rows)]
+    assert found == [("residual", 0.75), ("vim", 0.75), ("knn", 0.625)]
+    assert write_sweep_figures(rows[-1:], None) == []
+
+
+def test_every_head_has_a_place_in_the_pictures():
+    assert sorted(head for heads in FAMILIES.values() for head in heads) == sorted(HEADS)
+
+
+class Place:
+    def __init__(self, folder):
+        self.folder = folder
+        generator = np.random.default_rng(0)
+        patterns = generator.random((8, 8, 8))
+        for name, count in (("fit", 160), ("test", 40)):
+            labels = generator.integers(0, 8, count)
+            pixels = 0.7 * patterns[labels] + 0.3 * generator.random((count, 8, 8))
+            np.savez(folder / f"{name}.npz", images=pixels.astype(np.float32), labels=labels)
+        np.save(folder / "noise.npy", generator.random((30, 8, 8)).astype(np.float32))
+        save_file(SmallCNN(seed=3).state_dict(), folder / "net.safetensors")
+        model = ["--model", SPEC, "--weights", str(folder / "net.safetensors")]
+        state = str(folder / "state.safetensors")
+        fit = ["fit", *model, "--data", str(folder / "fit.npz"), "--channels", "1", "--detectors", "energy"]
+        assert main([*fit, "--output", state]) == 0
+        self.evaluate = ["evaluate", "--state", state, *model, "--id", str(folder / "test.npz")]
+        self.evaluate += ["--ood", f"noise={folder / 'noise.npy'}"]
+        self.fit = ["--fit", str(folder / "fit.npz")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return Place(tmp_path_factory.mktemp("sweep"))
+
+
+def test_the_command_writes_table_and_pictures(place, tmp_path, capsys):
+    command = [
+        *place.evaluate,
+        "--output",
+        str(tmp_path),
+        "--sweep",
+        *place.fit,
+        "--components",
+        "3,9",
+        "--heads",
+        "knn,vim",
+    ]
+    assert main([*command, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["complete"] is True
+    assert (document["fit_samples"], document["id_samples"], document["ood_samples"]) == (160, 40, {"noise": 30})
+    assert len(document["rows"]) == (3 * 2 + 1) * 2
+    saved = json.loads((tmp_path / "sweep.json").read_text())
+    assert saved["rows"] == document["rows"]
+    with open(tmp_path / "sweep.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["auroc"]) for row in table] == [row["auroc"] for row in document["rows"]]
+    for name in ("sweep_components.png", "sweep_cost.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert str(tmp_path / name) in document["files"]
+
+
+def test_the_command_prints_the_best_and_the_refused(place, tmp_path, capsys):
+    command = [
+        *place.evaluate,
+        "--output",
+        str(tmp_path),
+        "--sweep",
+        *place.fit,
+        "--components",
+        "3",
+        "--bases",
+        "dual",
+    ]
+    assert main([*command, "--normalisations", "none,nfk", "--heads", "knn,vim"]) == 0
+    out = capsys.readouterr().out
+    assert "2 best of 2 combinations" in out
+    assert "2 not fitted: normalisation='nfk' with basis='dual'" in out
+    assert main([*command, "--normalisations", "nfk"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("ood-engine: no combination could be fitted")
+
+
+def test_finished_rows_survive_an_interruption(place, tmp_path, capsys, monkeypatch):
+    fit, calls = sweeping._fit, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return fit(*arguments)
+
+    monkeypatch.setattr(sweeping, "_fit", interrupted)
+    assert main([*place.evaluate, "--output", str(tmp_path), "--sweep", *place.fit, "--bases", "dual"]) == 130
+    saved = json.loads((tmp_path / "sweep.json").read_text())
+    assert saved["complete"] is False
+    assert [row["head"] for row in saved["rows"]] == list(HEADS[:2])
+    assert "2 finished rows are kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--sweep"], "give --fit DATA"),
+        (["--heads", "knn"], "--heads belongs to a sweep"),
+        (["--sweep", "--fit", "x", "--bases", "dual,pca"], "'pca' is not known"),
+        (["--sweep", "--fit", "x", "--components", "0"], "expected whole numbers"),
+        (["--sweep", "--fit", "x", "--components", "many"], "expected whole numbers"),
+        (["--sweep", "--fit", "x"], "x"),
+    ],
+)
+def test_the_command_refuses(place, tmp_path, capsys, options, words):
+    assert main([*place.evaluate, "--output", str(tmp_path / "out"), *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert words in captured.err

@@ -1,0 +1,538 @@
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ood_engine.errors import InputError, TapError
+from ood_engine.model.discovery import LAYOUTS, agrees_with_logits, discover, logits_of, relative_difference
+from ood_engine.model.tap import Tap
+
+CLASSES, WIDTH = 4, 6
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def images(count=5, side=8, dtype=torch.float32):
+    return torch.randn((count, 3, side, side), generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+class Bottleneck(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(WIDTH, 3, 1, bias=False), nn.BatchNorm2d(3)
+        self.conv2, self.bn2 = nn.Conv2d(3, WIDTH, 3, padding=1, bias=False), nn.BatchNorm2d(WIDTH)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += x
+        return self.relu(out)
+
+
+class ResNetLike(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, self.relu = nn.Conv2d(3, WIDTH, 3, 2, 1), nn.BatchNorm2d(WIDTH), nn.ReLU(inplace=True)
+        self.layer4 = nn.Sequential(Bottleneck(), Bottleneck())
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d((1, 1)), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x):
+        x = self.layer4(self.relu(self.bn1(self.conv1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+class DenseNetLike(nn.Module):
+    def __init__(self, inplace):
+        super().__init__()
+        self.inplace = inplace
+        self.features = nn.Sequential(nn.Conv2d(3, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH))
+        self.classifier = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x):
+        out = F.relu(self.features(x), inplace=self.inplace)
+        return self.classifier(torch.flatten(F.adaptive_avg_pool2d(out, (1, 1)), 1))
+
+
+class MobileNetLike(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.BatchNorm2d(WIDTH), nn.ReLU6(inplace=True))
+        self.classifier = nn.Sequential(nn.Dropout(0.5), nn.Linear(WIDTH, CLASSES))
+
+    def forward(self, x):
+        return self.classifier(self.features(4 * x).mean([2, 3]))
+
+
+class OneRelu(nn.Module):
+    """Every activation is the same module, and the last of its calls is not on a map."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, WIDTH, 3), nn.Conv2d(WIDTH, WIDTH, 3)
+        self.relu, self.fc = nn.ReLU(), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x):
+        x = self.relu(self.conv2(self.relu(self.conv1(x))) + 1)
+        return self.fc(self.relu(x.mean((2, 3))))
+
+
+class LayerNorm2d(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ChannelsLast(nn.Module):
+    """A map [N, H, W, D], as Swin and timm's ConvNeXt have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, WIDTH, 2, 2), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.norm(self.stem(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+class Tokens(nn.Module):
+    """A ViT in small: patches, attention, and either the mean over tokens or a class token."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.pool = pool
+        self.patches = nn.Conv2d(3, WIDTH, 4, 4)
+        self.class_token = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.block = nn.TransformerEncoderLayer(WIDTH, 2, 12, batch_first=True)
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x):
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        if self.pool == "mean":
+            return self.head(self.norm(self.block(tokens)).mean(1))
+        tokens = torch.cat([self.class_token.expand(len(x), -1, -1), tokens], 1)
+        return self.head(self.norm(self.block(tokens))[:, 0])
+
+
+def vgg_gap():
+    layers = [nn.Conv2d(3, WIDTH, 3, padding=1), nn.ReLU(True), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(WIDTH, CLASSES))
+
+
+class VggMlp(nn.Module):
+    """torchvision's VGG: the head reads a flattened map through hidden layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, WIDTH, 3, padding=1), nn.ReLU(True), nn.MaxPool2d(2))
+        self.avgpool = nn.AdaptiveAvgPool2d(7)
+        self.classifier = nn.Sequential(nn.Linear(WIDTH * 49, 10), nn.ReLU(True), nn.Linear(10, CLASSES))
+
+    def forward(self, x):
+        return self.classifier(self.avgpool(self.features(x)).flatten(1))
+
+
+def convnext_like():
+    stem = [nn.Conv2d(3, WIDTH, 2, 2), nn.GELU(), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*stem, LayerNorm2d(WIDTH), nn.Flatten(1), nn.Linear(WIDTH, CLASSES))
+
+
+def plain_norm():
+    stem = [nn.Conv2d(3, WIDTH, 2, 2), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*stem, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES))
+
+
+def mlp():
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.ReLU(), nn.Linear(10, CLASSES))
+
+
+def nudge(model):
+    """Weights and statistics away from their neutral initial values, so that norms and biases do something."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.ndim == 1:
+                noise = 0.3 * torch.rand(tensor.shape, generator=generator)
+                tensor.add_(noise.to(tensor.dtype) if "var" in name else (noise - 0.1).to(tensor.dtype))
+    return model
+
+
+def build(make):
+    torch.manual_seed(0)
+    return nudge(make()).train()
+
+
+# model → (feature_map, call, layout, relu, tail)
+PROVEN = {
+    "resnet": (ResNetLike, ("layer4", 0, "NCHW", False, None)),
+    "densenet": (lambda: DenseNetLike(False), ("features", 0, "NCHW", True, None)),
+    "densenet in place": (lambda: DenseNetLike(True), ("features", 0, "NCHW", True, None)),
+    "vgg with global pooling": (vgg_gap, ("2", 0, "NCHW", False, None)),
+    "mobilenet": (MobileNetLike, ("features", 0, "NCHW", False, None)),
+    "one relu": (OneRelu, ("relu", 1, "NCHW", False, None)),
+    "convnext": (convnext_like, ("1", 0, "NCHW", False, "3")),
+    "layer norm on vectors": (plain_norm, ("1", 0, "NCHW", False, "4")),
+    "channels last": (ChannelsLast, ("norm", 0, "NHWC", False, None)),
+    "mean over tokens": (lambda: Tokens("mean"), ("norm", 0, "NTD", False, None)),
+}
+
+
+@pytest.mark.parametrize("style", PROVEN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_map_of_every_style_is_found_and_gives_the_logits(style, dtype):
+    make, expected = PROVEN[style]
+    model = build(make).to(dtype)
+    x = images(dtype=dtype)
+    tap = Tap(model)
+    plan = tap.find(x)
+    assert plan.proven
+    assert (plan.feature_map, plan.call, plan.layout, plan.relu, plan.tail) == expected
+    assert plan.reason.startswith("proven: its spatial mean")
+    assert (plan.tail is None) == ("through" not in plan.reason)
+    captured = tap(x)
+    assert captured.feature_map.shape[:2] == (5, WIDTH)
+    features = tap.features(captured.feature_map.double().mean((2, 3)).to(dtype))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    logits = copy.deepcopy(model).eval()(x)
+    assert relative_difference(features, captured.head_input) < tolerance
+    assert relative_difference(F.linear(features, tap.head.weight, tap.head.bias), logits) < tolerance
+    assert relative_difference(captured.logits, logits) < tolerance
+
+
+@pytest.mark.parametrize("style", ["resnet", "densenet in place", "mobilenet", "channels last"])
+def test_images_in_channels_last_memory_give_the_same(style):
+    model = build(PROVEN[style][0])
+    x = images()
+    tap, other = Tap(model), Tap(model.to(memory_format=torch.channels_last))
+    plan = tap.find(x)
+    assert other.find(x.to(memory_format=torch.channels_last)) == plan
+    found = other(x.to(memory_format=torch.channels_last)).feature_map
+    torch.testing.assert_close(found, tap(x).feature_map, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (mlp, "no module of the model has an output with more than one position (H·W > 1)"),
+        (lambda: Tokens("class"), "no module's output has the spatial mean that 'head' received"),
+        (VggMlp, "no module's output has the spatial mean that 'classifier.2' received"),
+    ],
+)
+def test_a_model_without_such_a_map_still_gives_its_features_and_says_why(make, reason):
+    model = build(make)
+    tap = Tap(model)
+    plan = tap.find(images())
+    assert (plan.feature_map, plan.proven) == (None, False)
+    assert plan.reason.startswith(reason)
+    assert "inf" not in plan.reason
+    captured = tap(images())
+    assert captured.feature_map is None
+    torch.testing.assert_close(tap.head(captured.head_input), copy.deepcopy(model).eval()(images()))
+
+
+def test_the_reason_names_the_closest_module():
+    class Gated(ResNetLike):
+        def forward(self, x):
+            x = 1.02 * self.layer4(self.relu(self.bn1(self.conv1(x))))
+            return self.fc(x.mean((2, 3)))
+
+    assert "; the closest, 'layer4', is 0.02 off relative to its size" in Tap(build(Gated)).find(images()).reason
+    # In bfloat16 logits are compared loosely, the mean is not.
+    assert not Tap(build(Gated).bfloat16()).find(images()).proven
+
+
+def test_a_map_with_one_position_is_no_proof():
+    model = build(vgg_gap)
+    assert Tap(model).find(images()).proven
+    model[2] = nn.MaxPool2d(8)
+    plan = Tap(model).find(images())
+    assert plan.feature_map is None
+    assert plan.reason.startswith("no module's output has the spatial mean")
+
+
+def test_a_map_named_by_hand_is_unproven_and_its_values_are_those_the_module_returned():
+    model = build(VggMlp)
+    tap = Tap(model, feature_map="features.0")
+    plan = tap.find(images())
+    assert (plan.feature_map, plan.proven, plan.relu, plan.layout) == ("features.0", False, False, "NCHW")
+    assert plan.reason == "named by hand, unproven: its spatial mean is not what 'classifier.2' received"
+    found = tap(images()).feature_map
+    assert torch.equal(found, model.features[0](images()))  # and not what the ReLU in place behind it left
+    assert Tap(model, feature_map="avgpool").find(images()).feature_map == "avgpool"
+
+
+def test_a_map_named_by_hand_is_proven_where_it_can_be():
+    model = build(ResNetLike)
+    assert Tap(model, feature_map="layer4.1").find(images()).proven
+    assert Tap(model, feature_map="layer4.1.relu").find(images()).call == 1
+    assert not Tap(model, feature_map="layer4.0").find(images()).proven
+
+
+def test_the_layout_of_a_map_named_by_hand_is_the_one_with_the_heads_channels():
+    class Scaled(ChannelsLast):
+        def forward(self, x):
+            return self.head(2 * self.norm(self.stem(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+    tap = Tap(build(Scaled), feature_map="norm")
+    assert (tap.find(images(side=10)).layout, tap.plan.proven) == ("NHWC", False)
+    assert tap(images(side=10)).feature_map.shape == (5, WIDTH, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("3", r"feature_map='3': expected an output of 5 samples with more than one position.* got \[5, 6, 1, 1\]"),
+        ("4", r"feature_map='4': .* got \[5, 6\]; name a layer before the pooling"),
+        ("spare", "feature_map='spare': the module was not called, or its output is not a floating point tensor"),
+    ],
+)
+def test_a_module_that_is_no_map_is_refused_by_name(name, message):
+    class Skips(nn.Sequential):
+        def forward(self, x):
+            return nn.Sequential(*list(self)[:6])(x)
+
+    model = Skips(*build(vgg_gap))
+    model.spare = nn.Conv2d(3, 3, 1)
+    with pytest.raises(TapError, match=message):
+        Tap(model, feature_map=name).find(images())
+
+
+def test_windows_are_not_taken_for_samples():
+    class Windows(ChannelsLast):
+        def __init__(self):
+            super().__init__()
+            self.window = nn.Identity()
+
+        def forward(self, x):
+            tokens = self.stem(x).flatten(2).transpose(1, 2)
+            tokens = self.window(tokens.reshape(-1, 4, WIDTH)).reshape(len(x), -1, WIDTH)
+            return self.head(self.norm(tokens[:, 0]))
+
+    with pytest.raises(TapError, match=r"expected an output of 5 samples .* got \[20, 4, 6\]"):
+        Tap(build(Windows), feature_map="window").find(images())
+
+
+def test_what_changes_in_place_after_the_norm_is_not_the_norms_output():
+    class Rectified(ChannelsLast):
+        def forward(self, x):
+            return self.head(F.relu(self.norm(self.stem(x).mean((2, 3))), inplace=True))
+
+    plan = Tap(build(Rectified)).find(images())
+    assert (plan.feature_map, plan.proven) == (None, False)
+
+
+def test_a_tail_keeps_the_number_of_channels():
+    class Projected(ChannelsLast):
+        def __init__(self):
+            super().__init__()
+            self.project, self.head = nn.Linear(WIDTH, 7), nn.Linear(7, CLASSES)
+
+        def forward(self, x):
+            return self.head(self.project(self.stem(x).mean((2, 3))))
+
+    assert Tap(build(Projected)).find(images()).feature_map is None
+
+
+def test_no_hook_stays_where_the_model_was_looked_at():
+    model = build(ResNetLike).eval()
+    modules = dict(model.named_modules())
+    assert discover(modules, lambda: model(images()), None, None).proven
+    with pytest.raises(RuntimeError):
+        discover(modules, lambda: model(images()[:, :2]), None, None)
+    assert not any(module._forward_hooks for module in modules.values())
+
+
+def test_all_zero_features_prove_nothing():
+    model = build(ResNetLike)
+    nn.init.constant_(model.layer4[1].bn2.bias, -100.0)
+    plan = Tap(model).find(images())
+    assert plan.feature_map is None
+    assert plan.reason == "'fc' received only zeros, which prove nothing; fit on real images"
+
+
+class Head(nn.Module):
+    """A pooled convolution and a head that is called and returned as a test wants."""
+
+    def __init__(self, run, bias=True):
+        super().__init__()
+        self.conv = nn.Conv2d(3, WIDTH, 3)
+        self.fc = nn.Linear(WIDTH, CLASSES, bias=bias)
+        self.aux = nn.Linear(WIDTH, CLASSES)
+        self.wide = nn.Linear(WIDTH, 9)
+        self.run = run
+
+    def forward(self, x):
+        return self.run(self, self.conv(x).mean((2, 3)))
+
+
+RETURNS = {
+    "tensor": lambda z: z,
+    "tuple": lambda z: (z, z + 1),
+    "list": lambda z: [z, z + 1],
+    "dict": lambda z: {"loss": None, "logits": z},
+    "object": lambda z: SimpleNamespace(logits=z),
+    "softmax": lambda z: z.softmax(1),
+    "log softmax": lambda z: z.log_softmax(1),
+}
+
+
+@pytest.mark.parametrize("form", RETURNS)
+def test_what_a_model_may_return(form):
+    plan = Tap(build(lambda: Head(lambda m, h: RETURNS[form](m.fc(h))))).find(images())
+    assert (plan.head, plan.feature_map, plan.proven) == ("fc", "conv", True)
+
+
+CALLS = {
+    "by keyword": (lambda m, h: m.fc(input=h), "fc", 0),
+    "auxiliary head first": (lambda m, h: (m.aux(h), m.fc(h))[1], "fc", 0),
+    "auxiliary head last": (lambda m, h: (m.fc(h), m.aux(2 * h))[0], "fc", 0),
+    "used twice, first counts": (lambda m, h: (m.fc(h), m.fc(h + 1))[0], "fc", 0),
+    "used twice, last counts": (lambda m, h: (m.fc(h + 1), m.fc(h))[1], "fc", 1),
+    "wide head last": (lambda m, h: (m.fc(h), m.wide(h))[0], "fc", 0),
+}
+
+
+@pytest.mark.parametrize("style", CALLS)
+def test_the_call_that_makes_the_logits_is_found(style):
+    run, head, call = CALLS[style]
+    model = build(lambda: Head(run))
+    tap = Tap(model)
+    plan = tap.find(images())
+    assert (plan.head, plan.head_call, plan.feature_map, plan.proven) == (head, call, "conv", True)
+    torch.testing.assert_close(tap(images()).head_input, model.conv(images()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_zero_initialised_head_and_a_head_without_bias(bias):
+    model = build(lambda: Head(lambda m, h: m.fc(h), bias=bias))
+    assert Tap(model).find(images()).proven
+    for parameter in model.fc.parameters():
+        nn.init.zeros_(parameter)
+    plan = Tap(model).find(images())
+    assert (plan.head, plan.proven) == ("fc", True)
+
+
+def test_of_heads_that_cannot_be_told_apart_the_last_is_taken():
+    model = build(lambda: Head(lambda m, h: (m.aux(2 * h), m.fc(h))[1]))
+    for parameter in (*model.fc.parameters(), *model.aux.parameters()):
+        nn.init.zeros_(parameter)
+    assert Tap(model).find(images()).head == "fc"
+
+
+def test_a_bare_linear_layer_is_a_head():
+    probe = nn.Linear(WIDTH, CLASSES)
+    tap = Tap(probe)
+    x = torch.randn(3, WIDTH)
+    assert tap.find(x).feature_map is None
+    assert torch.equal(tap(x).head_input, x)
+
+
+def test_a_head_named_by_hand_must_make_the_output():
+    model = build(lambda: Head(lambda m, h: (m.fc(h), m.aux(h))[0]))
+    assert Tap(model, head="fc").find(images()).head == "fc"
+    with pytest.raises(TapError, match=r"the output of 'aux' is not the model's output \(shapes \[5, 4\] and \[5, 4\]"):
+        Tap(model, head="aux").find(images())
+    with pytest.raises(TapError, match=r"head='wide' was not called on \[N, D\]: expected the layer that makes"):
+        Tap(model, head="wide").find(images())
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (
+            lambda m, h: 3 * m.fc(h),
+            r"output of 'fc' is not the model's.*largest relative difference 0\.667\): .*softmax",
+        ),
+        (lambda m, h: m.fc(h).sigmoid(), r"wrap the model so that it returns the logits, or name the layer by head="),
+        (lambda m, h: m.fc(h)[:, :2], r"shapes \[5, 4\] and \[5, 2\], largest relative difference inf"),
+        (lambda m, h: m.fc(h[:, None]).mean(1), r"no nn\.Linear was called on \[N, D\] features: expected the layer"),
+        (lambda m, h: h @ m.fc.weight.T, r"no nn\.Linear was called on \[N, D\] features: expected the layer"),
+        (
+            lambda m, h: m.fc(h) / 0,
+            r"the model's output has NaN or infinite values for finite images \(torch\.float32\)",
+        ),
+        (lambda m, h: m.fc(h)[:2], "returned 2 rows of logits for 5 images: expected one row an image"),
+        (lambda m, h: {"out": m.fc(h)}, r"the model's output: expected logits \[N, C\], or \.logits.* got dict"),
+        (lambda m, h: m.fc(h)[:, :, None], r"the model's output: .* got shape \[5, 4, 1\]"),
+        (lambda m, h: (None, m.fc(h)), "the model's output: .* got NoneType"),
+        (lambda m, h: (), "the model's output: .* got tuple"),
+    ],
+)
+def test_an_output_that_is_not_the_heads_is_refused(run, message):
+    tap = Tap(build(lambda: Head(run)))
+    with pytest.raises(TapError, match=message):
+        tap.find(images())
+    assert not tap.is_ready
+
+
+def test_a_linear_layer_that_computes_something_else_is_refused_and_leaves_nothing_behind():
+    class Cosine(nn.Linear):
+        def forward(self, x):
+            return F.linear(F.normalize(x), F.normalize(self.weight))
+
+    class SubCentres(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).unflatten(1, (2, 2)).amax(2)
+
+    for kind in (Cosine, SubCentres):
+        model = build(lambda: Head(lambda m, h: m.fc(h)))
+        model.fc = kind(WIDTH, CLASSES)
+        tap = Tap(model)
+        with pytest.raises(
+            TapError, match=r"logits recomputed from 'conv' and head 'fc' differ from the model's own by up to"
+        ):
+            tap.find(images())
+        assert not tap.is_ready
+    with pytest.raises(TapError, match=r"logits recomputed from 'the input' and head"):
+        Tap(Cosine(WIDTH, CLASSES)).find(torch.randn(3, WIDTH))
+
+
+def test_nan_images_of_the_first_batch_are_passed_over():
+    x = images()
+    x[0, 0, 0, 0], x[3, 1] = float("nan"), float("inf")
+    assert Tap(build(ResNetLike)).find(x).proven
+    with pytest.raises(InputError, match=r"images \[5, 3, 8, 8\]: none is free of NaN and infinite values"):
+        Tap(build(ResNetLike)).find(x * float("nan"))
+
+
+def test_differences_are_relative_to_the_size_of_what_is_expected():
+    expected = torch.tensor([[1.0, -100.0]])
+    assert relative_difference(expected + 1, expected) == pytest.approx(0.01)
+    assert relative_difference(expected[:, :1], expected) == float("inf")
+    assert relative_difference(torch.ones(0, 2), torch.ones(0, 2)) == float("inf")
+    assert relative_difference(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_difference(torch.ones(2), torch.zeros(2)) == float("inf")
+
+
+def test_logits_agree_as_they_are_or_as_their_softmax():
+    logits = torch.randn(6, 4)
+    for output in (logits, logits * (1 + 1e-6), logits.softmax(1), logits.log_softmax(1)):
+        assert agrees_with_logits(logits, output)
+    for output in (logits * 1.01, logits + 1, logits.softmax(0), logits.sigmoid(), logits.T):
+        assert not agrees_with_logits(logits, output)
+    close = logits * 1.01
+    assert agrees_with_logits(logits.bfloat16(), close.bfloat16())
+    assert agrees_with_logits(logits.bfloat16(), close)
+    assert agrees_with_logits(logits, close, torch.bfloat16)
+    assert not agrees_with_logits(logits, close, torch.float64)
+
+
+def test_logits_are_taken_from_the_first_place_that_has_them():
+    z = torch.zeros(2, 3)
+    named = SimpleNamespace(logits=z)
+    assert all(logits_of(output) is z for output in (z, {"logits": z}, named, (z, 1), [z], ({"a": 1} | {"logits": z})))
+
+
+def test_every_layout_is_a_view_of_the_same_values():
+    x = torch.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
+    tokens = x.flatten(2).transpose(1, 2)
+    assert torch.equal(LAYOUTS["NCHW"](x), x)
+    assert torch.equal(LAYOUTS["NHWC"](x.permute(0, 2, 3, 1)), x)
+    assert torch.equal(LAYOUTS["NTD"](tokens), x.flatten(2).unsqueeze(3))
+    assert all(layout(value)._is_view() for layout, value in zip(LAYOUTS.values(), (x, x, tokens), strict=True))

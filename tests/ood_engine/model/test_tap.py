@@ -1,0 +1,632 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from ood_engine.errors import InputError, NotFittedError, TapError
+from ood_engine.model.discovery import TapPlan
+from ood_engine.model.tap import Captured, Tap
+
+WIDTH, CLASSES = 6, 4
+
+
+class Net(nn.Module):
+    """Batch norm, dropout, ReLU in place, and a norm between pooling and head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, WIDTH, 3), nn.BatchNorm2d(WIDTH), nn.ReLU(inplace=True)
+        self.pool, self.drop = nn.AdaptiveAvgPool2d(1), nn.Dropout(0.5)
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x):
+        x = self.pool(self.relu(self.bn(self.conv(x)))).flatten(1)
+        return self.head(self.drop(self.norm(x)))
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    model = Net()
+    with torch.no_grad():
+        for tensor in (*model.bn.parameters(), *model.norm.parameters(), model.bn.running_mean, model.bn.running_var):
+            tensor.add_(0.4 * torch.rand_like(tensor))
+    return model
+
+
+def images(count=5, seed=1, dtype=torch.float32):
+    return torch.randn((count, 3, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def found(model, x=None, **names):
+    tap = Tap(model, **names)
+    tap.find(images() if x is None else x)
+    return tap
+
+
+def expected(model, x):
+    """Map, head input and logits of a copy in evaluation mode, step by step."""
+    model = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        feature_map = model.relu(model.bn(model.conv(x)))
+        head_input = model.norm(feature_map.mean((2, 3)))
+        return Captured(feature_map, head_input, model.head(head_input))
+
+
+def assert_equal(captured, wanted, exact=False):
+    tolerance = {"atol": 0, "rtol": 0} if exact else {"atol": 1e-6, "rtol": 1e-5}
+    for ours, theirs in zip(captured, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+HOOK_TABLES = [name for name in vars(nn.Module()) if "hooks" in name]
+
+
+def snapshot(model):
+    """Everything about a model that a tap must leave as it is."""
+    modules = dict(model.named_modules())
+    return (
+        {name: (tensor.clone(), tensor.dtype, tensor.data_ptr()) for name, tensor in model.state_dict().items()},
+        {
+            name: (id(parameter), parameter.requires_grad, parameter.grad)
+            for name, parameter in model.named_parameters()
+        },
+        {name: (type(module), module.training, sorted(vars(module))) for name, module in modules.items()},
+        {(name, table): dict(vars(module)[table]) for name, module in modules.items() for table in HOOK_TABLES},
+    )
+
+
+def assert_untouched(model, before):
+    after = snapshot(model)
+    assert after[1:] == before[1:]
+    assert after[0].keys() == before[0].keys()
+    for name, (tensor, dtype, pointer) in before[0].items():
+        now = after[0][name]
+        assert torch.equal(now[0], tensor), name
+        assert now[1:] == (dtype, pointer), name
+
+
+def test_what_is_caught_is_what_the_model_computes():
+    model = net().train()
+    tap = found(model)
+    assert (tap.plan.feature_map, tap.plan.tail, tap.plan.head) == ("relu", "norm", "head")
+    for count in (5, 1, 40):
+        assert_equal(tap(images(count)), expected(model, images(count)))
+    pooled = tap(images()).feature_map.mean((2, 3))
+    torch.testing.assert_close(tap.features(pooled), tap(images()).head_input)
+    assert tap.features(pooled).requires_grad is False
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_untouched(training):
+    model = net().train(training)
+    model.bn.train(not training)
+    model.conv.weight.requires_grad_(False)
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    model.relu.register_forward_hook(lambda *_: None)
+    model.head.register_forward_pre_hook(lambda *_: None)
+    model.conv.register_full_backward_hook(lambda *_: None)
+    before = snapshot(model)
+    tap = Tap(model)
+    assert_untouched(model, before)
+    tap.find(images())
+    assert_untouched(model, before)
+    tap(images(7))
+    tap.features(torch.randn(2, WIDTH))
+    assert_untouched(model, before)
+    with pytest.raises(InputError):
+        tap(torch.randn(2, 4, 8, 8))
+    with pytest.raises(TapError):
+        found(model, head="conv")
+    assert_untouched(model, before)
+
+
+def test_the_users_hooks_keep_firing_for_the_users_calls():
+    model, maps, gradients = net().eval(), [], []
+    model.relu.inplace = False  # which backward hooks do not bear
+    model.relu.register_forward_hook(lambda module, args, output: maps.append(output.detach().clone()))
+    model.relu.register_full_backward_hook(lambda module, before, after: gradients.append(after[0]))
+    tap = found(model)
+    tap(images())
+    maps.clear()
+    x = images(3)
+    model(x).sum().backward()
+    assert len(maps) == len(gradients) == 1
+    torch.testing.assert_close(maps[0], expected(model, x).feature_map)
+
+
+def test_a_users_hook_that_changes_the_map_is_part_of_the_model():
+    model = net().eval()
+    model.relu.register_forward_hook(
+        lambda module, args, output: output * torch.arange(1.0, WIDTH + 1).view(1, -1, 1, 1)
+    )
+    tap = found(model)
+    assert (tap.plan.feature_map, tap.plan.proven) == ("relu", True)
+    with torch.no_grad():
+        torch.testing.assert_close(tap(images()).logits, model(images()))
+
+
+def test_several_taps_on_one_model_do_not_meet():
+    model = net()
+    proven, by_hand, fresh = found(model), found(model, feature_map="conv"), Tap(model)
+    x = images(6)
+    wanted = expected(model, x)
+    assert not by_hand.plan.proven
+    for _ in range(2):
+        assert_equal(proven(x), wanted)
+        conv = by_hand(x)
+        torch.testing.assert_close(conv.feature_map, copy.deepcopy(model).conv(x).detach())
+        torch.testing.assert_close(conv.head_input, wanted.head_input)
+        assert not fresh.is_ready
+    by_hand.find(x)
+    del by_hand
+    assert_equal(proven(x), wanted)
+
+
+@pytest.mark.parametrize("names", [{}, {"feature_map": "conv"}])
+def test_eight_threads_get_what_one_gets(names):
+    model = net().train()
+    tap = found(model, **names)
+    batches = [images(1 + i % 4 * 3, seed=10 + i) for i in range(8)]
+    alone = [tap(batch) for batch in batches]
+    barrier, wrong = threading.Barrier(8), []
+
+    def work(index):
+        for _ in range(20):
+            barrier.wait(60)
+            try:
+                assert_equal(tap(batches[index]), alone[index], exact=True)
+            except BaseException as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong[0]
+
+
+def test_a_thread_that_trains_the_model_does_not_change_what_is_caught():
+    model = net().train()
+    tap = found(model)
+    wanted, stop, wrong = tap(images()), threading.Event(), []
+
+    def call():
+        while not stop.is_set():
+            try:
+                model(images(3, seed=9))
+            except BaseException as error:
+                wrong.append(error)
+
+    model.bn.momentum = 0.0
+    thread = threading.Thread(target=call)
+    thread.start()
+    try:
+        for _ in range(20):
+            assert_equal(tap(images()), wanted, exact=True)
+    finally:
+        stop.set()
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_the_gradient_mode_of_the_caller_does_not_matter(mode):
+    model = net()
+    plain = found(model)(images())
+    with mode():
+        was = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        x = images()
+        if mode is torch.enable_grad:
+            x.requires_grad_()
+        captured = found(model, x)(x)
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == was
+    assert_equal(captured, plain, exact=True)
+    for tensor in captured:
+        assert not tensor.requires_grad
+        assert not tensor.is_inference()
+
+
+def test_what_a_model_keeps_between_calls_is_no_inference_tensor():
+    class Remembers(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("kept", None, persistent=False)
+
+        def forward(self, x):
+            if self.kept is None:
+                self.kept = 0 * x.new_ones(1)
+            return super().forward(x) + self.kept
+
+    model = Remembers()
+    with torch.inference_mode():
+        found(model)
+    model.kept = torch.zeros(1) if model.kept is None else model.kept
+    assert not model.kept.is_inference()
+
+
+def test_images_that_a_model_changes_in_place_stay_as_they_were():
+    class Normalises(Net):
+        def forward(self, x):
+            return super().forward(x.sub_(0.5).mul_(2))
+
+    x = images()
+    before = x.clone()
+    tap = found(Normalises(), x)
+    first = tap(x)
+    assert torch.equal(x, before)
+    assert_equal(tap(x), first, exact=True)
+
+
+def test_features_that_a_model_changes_in_place_afterwards_are_caught_before():
+    class Reuses(Net):
+        def forward(self, x):
+            h = self.relu(self.conv(x)).mean((2, 3))
+            logits = self.head(h)
+            h.zero_()
+            return logits
+
+    tap = found(Reuses())
+    captured = tap(images())
+    assert tap.plan.proven
+    torch.testing.assert_close(captured.head_input, captured.feature_map.mean((2, 3)))
+    assert captured.head_input.abs().max() > 0
+
+
+def test_the_map_is_a_view_where_it_is_proven_and_a_copy_where_it_is_not():
+    model, returned = net(), []
+    for module in (model.conv, model.relu):
+        module.register_forward_hook(lambda module, args, output: returned.append(output))
+    proven = found(model)(images()).feature_map
+    assert proven.untyped_storage().data_ptr() == returned[-1].untyped_storage().data_ptr()
+    by_hand = found(model, feature_map="conv")(images()).feature_map
+    assert by_hand.untyped_storage().data_ptr() not in {output.untyped_storage().data_ptr() for output in returned}
+
+
+def test_nothing_of_a_call_is_kept():
+    tap = found(net())
+    captured = tap(images())
+    kept = [weakref.ref(tensor) for tensor in captured]
+    del captured
+    assert [reference() for reference in kept] == [None] * 3
+
+
+def test_a_map_that_the_model_overwrites_is_not_taken_for_proven():
+    class Overwrites(Net):
+        def forward(self, x):
+            x = self.relu(self.conv(x))
+            h = x.mean((2, 3))
+            x.zero_()
+            return self.head(h)
+
+    with pytest.raises(
+        TapError, match=r"logits recomputed from 'relu' and head 'head' differ .* relative to their size"
+    ):
+        found(Overwrites())
+
+
+def test_no_graph_is_built():
+    model, seen = net(), []
+    model.conv.register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
+    with torch.enable_grad():
+        found(model)(images())
+    assert seen == [False, False, False]
+
+
+def test_an_unknown_name_is_answered_with_the_last_eight():
+    with pytest.raises(TapError, match=r"its last modules are 4, 5, 6, 7, 8, 9, 10, 11$"):
+        Tap(nn.Sequential(*(nn.Linear(2, 2) for _ in range(12))), head="fc")
+
+
+def test_later_changes_of_the_users_model_are_seen():
+    model = net()
+    tap = found(model)
+    model.load_state_dict(net(seed=5).state_dict())
+    assert_equal(tap(images()), expected(model, images()))
+    model.load_state_dict({name: tensor.clone() for name, tensor in net(6).state_dict().items()}, assign=True)
+    assert_equal(tap(images()), expected(model, images()))
+    model.double()
+    captured = tap(images())
+    assert {tensor.dtype for tensor in captured} == {torch.float64}
+    assert_equal(captured, expected(model, images(dtype=torch.float32).double()))
+    model.bfloat16()
+    assert {tensor.dtype for tensor in tap(images())} == {torch.bfloat16}
+    assert tap.head.weight is model.head.weight
+    assert tap.head.bias is model.head.bias
+
+
+def test_images_go_to_the_dtype_of_the_stem_where_the_head_has_another():
+    class Mixed(Net):
+        def forward(self, x):
+            x = self.pool(self.relu(self.conv(x))).flatten(1)
+            return self.head(x.float())
+
+    model = Mixed().bfloat16()
+    model.head.float()
+    tap = found(model)
+    captured = tap(images())
+    assert (tap.plan.feature_map, tap.plan.proven) == ("relu", True)
+    assert (captured.feature_map.dtype, captured.logits.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "norm", [parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal]
+)
+def test_a_parametrised_head_follows_the_model(norm):
+    model = net().train()
+    norm(model.head)
+    before = snapshot(model)
+    tap = found(model)
+    assert_untouched(model, before)
+    assert_equal(tap(images()), expected(model, images()))
+    with torch.no_grad():
+        model.head.parametrizations.weight[0].train(False)
+        for parameter in model.head.parameters():
+            parameter.add_(0.1)
+    torch.testing.assert_close(tap.head.weight, model.eval().head.weight)
+    assert_equal(tap(images()), expected(model, images()))
+
+
+@pytest.mark.parametrize("wide", ["norm", "head"])
+def test_a_tail_runs_in_its_own_dtype(wide):
+    class Mixed(Net):
+        def forward(self, x):
+            x = self.pool(self.relu(self.bn(self.conv(x)))).flatten(1)
+            return self.head(self.norm(x.to(self.norm.weight.dtype)).to(self.head.weight.dtype))
+
+    model = Mixed().bfloat16()
+    getattr(model, wide).float()
+    tap = found(model)
+    assert (tap.plan.tail, tap.plan.proven) == ("norm", True)
+    captured = tap(images())
+    features = tap.features(captured.feature_map.float().mean((2, 3)))
+    assert features.dtype == model.norm.weight.dtype
+    torch.testing.assert_close(features.float(), captured.head_input.float(), atol=0.05, rtol=0.05)
+
+
+def test_head_before_find_is_the_last_linear_or_the_named_one():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
+    assert Tap(model).head.weight is model[3].weight
+    assert Tap(model, head="1").head.weight is model[1].weight
+    assert Tap(model).device == torch.device("cpu")
+
+
+def test_a_module_that_is_registered_twice_may_be_named_either_way():
+    model = net()
+    model.classifier, model.last = model.head, model.relu
+    tap = found(model, head="classifier", feature_map="last")
+    assert (tap.plan.head, tap.plan.feature_map, tap.plan.call, tap.plan.proven) == ("head", "relu", 0, True)
+    other = Tap(model)
+    other.adopt(dataclasses.replace(tap.plan, head="classifier", feature_map="last"))
+    assert_equal(other(images()), expected(model, images()))
+
+
+def test_a_plan_may_be_adopted_without_running_the_model():
+    model = net()
+    plan = found(model).plan
+    tap = Tap(model)
+    assert not tap.is_ready
+    tap.adopt(plan)
+    assert tap.is_ready
+    assert tap.plan == plan
+    assert_equal(tap(images()), expected(model, images()))
+    tap.find(images())
+    tap.adopt(TapPlan("head", None))
+    assert tap(images()).feature_map is None
+
+
+def test_before_find_there_is_nothing_to_ask():
+    tap = Tap(net())
+    for ask in (lambda: tap.plan, lambda: tap(images()), lambda: tap.features(torch.zeros(1, WIDTH))):
+        with pytest.raises(NotFittedError, match=r"head and feature map are not known yet: call fit\(loader\) first"):
+            ask()
+
+
+def test_a_failed_find_leaves_nothing_to_score_with():
+    model = net()
+    tap = found(model)
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("nan")
+    with pytest.raises(TapError, match="the model's output has NaN or infinite values for finite images"):
+        tap.find(images())
+
+
+CONSTRUCTION_ERRORS = {
+    "not a module": (lambda: "resnet18", {}, r"model: expected a torch\.nn\.Module, got str"),
+    "no linear": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()),
+        {},
+        "Sequential has no nn.Linear: expected a classifier whose logits come from one; a head that is a 1×1 convolution",
+    ),
+    "unknown head": (
+        net,
+        {"head": "fc"},
+        "head='fc': the model has no module of that name; its last modules are conv, bn, relu, pool, drop, norm, head",
+    ),
+    "unknown map": (net, {"feature_map": "layer4"}, "feature_map='layer4': the model has no module of that name"),
+    "head not linear": (
+        net,
+        {"head": "norm"},
+        r"head='norm': expected an nn\.Linear, got a LayerNorm; name the layer that makes the logits",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONSTRUCTION_ERRORS)
+def test_a_model_or_a_name_that_does_not_fit_is_refused(case):
+    make, names, message = CONSTRUCTION_ERRORS[case]
+    with pytest.raises(TapError, match=message):
+        Tap(make(), **names)
+
+
+def test_weights_and_buffers_that_are_not_finite_are_refused():
+    for name, value in (("conv.weight", float("nan")), ("head.bias", float("-inf")), ("bn.running_var", float("inf"))):
+        model = net()
+        tensor = model.state_dict()[name]
+        tensor.view(-1)[:2] = value
+        with pytest.raises(
+            TapError, match=f"'{name}' has 2 NaN or infinite values of {tensor.numel()}: expected finite"
+        ):
+            Tap(model)
+
+
+def test_a_mask_of_minus_infinity_is_no_fault():
+    model = net()
+    model.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
+    assert found(model).plan.proven
+    model.mask[0, 0] = float("nan")
+    with pytest.raises(TapError, match="'mask' has 1 NaN or infinite values of 16"):
+        Tap(model)
+
+
+def test_weights_without_values_are_refused():
+    with torch.device("meta"):
+        empty = Net()
+    for model, name in ((empty, r"conv\.weight"), (nn.Sequential(nn.LazyLinear(3)), r"0\.weight")):
+        with pytest.raises(
+            TapError, match=f"'{name}' has no values yet .*: expected loaded weights; run the model once"
+        ):
+            Tap(model)
+
+
+def test_a_head_of_whole_numbers_is_refused():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, CLASSES))
+    model[1].weight = nn.Parameter(torch.ones(CLASSES, 192, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TapError, match=r"the head '1' has torch\.int8 weights: expected floating point"):
+        Tap(model).adopt(TapPlan("1", None))
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (TapPlan("fc", None), "'fc' was fitted as the head: the model has no module of that name"),
+        (TapPlan("norm", None), r"'norm' was fitted as the head: expected an nn\.Linear, got a LayerNorm"),
+        (TapPlan("head", "layer4"), "'layer4' was fitted: the model has no module of that name"),
+        (TapPlan("head", "relu", tail="tail"), "'tail' was fitted: the model has no module of that name"),
+    ],
+)
+def test_a_plan_of_another_model_is_refused_and_changes_nothing(plan, message):
+    tap = found(net())
+    before = tap.plan
+    with pytest.raises(TapError, match=message):
+        tap.adopt(plan)
+    assert tap.plan == before
+    assert_equal(tap(images()), expected(net(), images()))
+
+
+@pytest.mark.parametrize("plan", [TapPlan("head", "relu", call=1), TapPlan("spare", "relu"), TapPlan("head", "spare")])
+def test_a_module_that_is_not_called_is_named(plan):
+    model = net()
+    model.spare = nn.Linear(2, 2)
+    tap = Tap(model)
+    tap.adopt(plan)
+    message = (
+        f"the model ran past its modules '{plan.head}' and '{plan.feature_map}': expected both to be called on every"
+    )
+    with pytest.raises(TapError, match=message):
+        tap(images())
+
+
+def sizes(side):
+    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2 * (side - 2) ** 2, CLASSES))
+
+
+class Asserts(Net):
+    def forward(self, x):
+        assert x.shape[2] == 8, "Input height doesn't match the model\nand a second line"
+        return super().forward(x)
+
+
+class AssertsSilently(Net):
+    def forward(self, x):
+        assert x.shape[2] == 8
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "bad", "message"),
+    [
+        (net, [1, 2], r"images: expected a floating point batch \[N, C, H, W\], got list$"),
+        (net, {"x": 1}, r"images: .* got dict$"),
+        (
+            net,
+            torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+            r"got torch\.uint8 \[2, 3, 8, 8\]; .*images\.float\(\) / 255",
+        ),
+        (net, torch.zeros(2, 3, 8, 8, dtype=torch.complex64), r"got torch\.complex64 \[2, 3, 8, 8\]"),
+        (net, torch.tensor(1.0), r"got torch\.float32 \[\]"),
+        (net, torch.zeros(8), r"got torch\.float32 \[8\]"),
+        (
+            net,
+            torch.zeros(2, 4, 8, 8),
+            r"images \[2, 4, 8, 8\]: the model rejects them; expected the channels and size",
+        ),
+        (net, torch.zeros(2, 3, 2, 2), r"images \[2, 3, 2, 2\]: the model rejects them; .*Kernel size"),
+        (net, torch.zeros(2, 3), r"images \[2, 3\]: the model rejects them"),
+        (lambda: sizes(8), torch.zeros(2, 3, 9, 9), r"images \[2, 3, 9, 9\]: .*mat1 and mat2"),
+        (Asserts, torch.zeros(2, 3, 9, 9), r"size it was trained on \(Input height doesn't match the model\)$"),
+        (AssertsSilently, torch.zeros(2, 3, 9, 9), r"size it was trained on \(.*\)$"),
+        (
+            lambda: nn.Sequential(nn.BatchNorm2d(3), net()),
+            torch.zeros(2, 3),
+            r"\(expected 4D input \(got 2D input\)\)$",
+        ),
+    ],
+)
+def test_images_that_do_not_fit_are_refused_in_one_line(make, bad, message):
+    model = make()
+    tap = found(model)
+    fresh = Tap(model)
+    for call in (tap, tap.find, fresh.find):
+        with pytest.raises(InputError, match=message) as caught:
+            call(bad)
+        assert "\n" not in str(caught.value)
+    tap(images())
+
+
+def test_an_empty_first_batch_is_refused():
+    with pytest.raises(
+        InputError, match=r"images \[0, 3, 8, 8\]: none is free of NaN and infinite values; expected at least one"
+    ):
+        Tap(net()).find(images(0))
+
+
+def test_running_out_of_memory_is_not_the_images_fault(monkeypatch):
+    tap = found(net())
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(F, "linear", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
+        tap(images())
+
+
+def test_a_wrong_number_of_rows_is_refused_later_too():
+    class Crops(Net):
+        def forward(self, x):
+            return super().forward(x if x.shape[3] == 8 else torch.cat([x[..., :8], x[..., -8:]]))
+
+    tap = found(Crops())
+    with pytest.raises(TapError, match="the model returned 10 rows of logits for 5 images: expected one row an image"):
+        tap(torch.randn(5, 3, 8, 12))
+
+
+def test_find_runs_few_images():
+    class Counts(Net):
+        seen: list[int] = []  # noqa: RUF012
+
+        def forward(self, x):
+            self.seen.append(len(x))
+            return super().forward(x)
+
+    Tap(Counts()).find(images(100))
+    assert Counts.seen == [32, 32]

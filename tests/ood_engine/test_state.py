@@ -1,0 +1,355 @@
+"""State files: round trip, damage, other heads, drift."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import hashlib
+import json
+import os
+import pickle
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import ood_engine as oe
+from ood_engine.errors import NotFittedError, OodEngineError, StateDriftWarning, StateError, TapError
+from ood_engine.features.cache import CacheRows
+from ood_engine.features.canary import Canary
+from ood_engine.features.fit_data import FitData
+from ood_engine.state import FORMAT, head_digests, read_header
+
+
+@pytest.fixture(scope="session")
+def state(engine, tmp_path_factory) -> Path:
+    """The state of every detector. Not to be changed by a test."""
+    path = tmp_path_factory.mktemp("state") / "state.safetensors"
+    engine.information["note"] = "kept"
+    engine.save(path)
+    return path
+
+
+def rewrite(source: Path, target: Path, change_tensors=None, change_header=None, digest: bool = True) -> Path:
+    """Write the state again with changed tensors or a changed header; its digest made to fit, or not."""
+    tensors = load_file(source)
+    with safe_open(source, framework="pt") as file:
+        metadata = file.metadata()
+    if change_tensors is not None:
+        change_tensors(tensors)
+    if change_header is not None:
+        header = json.loads(metadata["ood_engine"])
+        change_header(header)
+        metadata["ood_engine"] = json.dumps(header)
+        if digest:
+            metadata["digest"] = hashlib.sha256(metadata["ood_engine"].encode()).hexdigest()
+    save_file(tensors, target, metadata)
+    return target
+
+
+def test_round_trip_is_bitwise(engine, state, model, test_images, assert_same_scores, count_forwards):
+    loaded = oe.Engine.load(state, model)
+    assert count_forwards == []
+    assert loaded.plan == engine.plan
+    assert loaded.information == {"note": "kept"}
+    assert_same_scores(loaded.score(test_images), engine.score(test_images), 0)
+    for name, flagged in engine.predict(test_images).items():
+        assert torch.equal(loaded.predict(test_images)[name], flagged)
+        assert torch.equal(loaded.p_values(test_images)[name], engine.p_values(test_images)[name])
+        found = loaded.detectors[name].state_dict()
+        assert all(torch.equal(found[key], value) for key, value in engine.detectors[name].state_dict().items())
+        assert found.keys() == engine.detectors[name].state_dict().keys()
+
+
+@pytest.mark.parametrize("name", oe.available_detectors())
+def test_round_trip_of_a_single_detector_without_calibration(name, model, id_batches, test_images, tmp_path):
+    engine = oe.Engine(model, [name]).fit(id_batches)
+    engine.save(tmp_path / "state.safetensors")
+    loaded = oe.Engine.load(tmp_path / "state.safetensors", model)
+    assert torch.equal(loaded.score(test_images)[name], engine.score(test_images)[name])
+    with pytest.raises(NotFittedError, match="not calibrated"):
+        loaded.predict(test_images)
+    with pytest.raises(NotFittedError, match="refit needs the feature cache"):
+        loaded.refit()
+
+
+def test_what_detectors_share_is_stored_and_loaded_once(state, model, test_images):
+    header = read_header(state)
+    bases = [key for key in header["aliases"] if key.endswith("basis.components")]
+    assert len(bases) == sum(name.startswith("low_dim_gradient") for name in oe.available_detectors()) - 1
+    loaded = oe.Engine.load(state, model)
+    signals = loaded.signals(loaded.run(test_images).feature_map, None)
+    for detector in loaded.detectors.values():
+        detector(signals)
+    assert len(signals._coordinates) == len({"grad_pca", "low_dim_gradient"})
+
+
+def test_loading_refuses_fitted_samples_in_calibrate(state, model, id_batches, fresh_batches, engine):
+    loaded = oe.Engine.load(state, model)
+    with pytest.raises(OodEngineError, match="64 of 64 calibration images were used in fit"):
+        loaded.calibrate(id_batches[:1])
+    loaded.calibrate(fresh_batches, 0.1)
+    assert torch.equal(loaded.calibrations["opnp"].threshold, engine.calibrations["opnp"].threshold)
+
+
+def test_saved_again_it_is_the_same_state(state, model, tmp_path):
+    loaded = oe.Engine.load(state, model)
+    loaded.save(tmp_path / "again.safetensors")
+    first, second = read_header(state), read_header(tmp_path / "again.safetensors")
+    assert second == first
+    assert first["calibration_samples"] == 100
+    assert first["fit_samples"] == 240
+    before, after = load_file(state), load_file(tmp_path / "again.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_tuned_after_loading_it_does_not_drift(state, model, images, tmp_path):
+    loaded = oe.Engine.load(state, model)
+    x, _ = images(40, 11)
+    loaded.tune([x], ood_loader=[1 - x], detectors=["nap_energy", "opnp"])
+    loaded.save(tmp_path / "tuned.safetensors")
+    again = oe.Engine.load(tmp_path / "tuned.safetensors", model)
+    assert again.detectors["nap_energy"].settings == loaded.detectors["nap_energy"].settings
+    assert again.tuning == json.loads(json.dumps(loaded.tuning))
+
+
+def test_models_of_another_dtype_get_their_decisions(state, model, engine, test_images):
+    for dtype, tolerance in ((torch.float64, 1e-3), (torch.float16, 0.01), (torch.bfloat16, 0.1)):
+        cast = copy.deepcopy(model).to(dtype)
+        if dtype == torch.bfloat16:
+            with pytest.warns(
+                StateDriftWarning, match=rf"drifts on this machine \(cpu, {dtype}\): .* scores moved by up to"
+            ):
+                loaded = oe.Engine.load(state, cast)
+        else:
+            loaded = oe.Engine.load(state, cast)
+        found = loaded.score(test_images)
+        expected = engine.score(test_images)
+        for name in ("energy", "nap", "nap_energy", "max_logit"):
+            assert (found[name] - expected[name]).abs().max() <= tolerance * expected[name].abs().max(), (name, dtype)
+        assert all(
+            value.dtype == engine.detectors["opnp"].state_dict()[key].dtype
+            for key, value in loaded.detectors["opnp"].state_dict().items()
+        )
+
+
+def test_canary_is_neither_of_anchors_nor_on_a_threshold(engine, state):
+    stored = load_file(state)
+    fingerprints = stored["canary.rows.fingerprints"]
+    assert len(fingerprints) == 16
+    _, others = FitData(engine.cache, engine.head).split(4096)
+    assert torch.isin(fingerprints, engine.cache.rows.fingerprints[others]).all()
+    for name, calibration in engine.calibrations.items():
+        assert (stored[f"canary.scores.{name}"] != calibration.threshold).all(), name
+    assert torch.equal(stored["canary.scores.energy"], engine.score_rows(_cache(stored))["energy"])
+
+
+def _cache(stored):
+    from ood_engine.features.cache import FeatureCache
+
+    return FeatureCache(CacheRows(*(stored[f"canary.rows.{field}"] for field in CacheRows._fields)))
+
+
+@pytest.mark.parametrize(("share", "reported"), [(0.005, False), (0.02, True)])
+def test_drift_beyond_a_hundredth_of_the_spread_is_reported(share, reported, state, model, monkeypatch):
+    original = oe.Engine.score_rows
+
+    def perturbed(self, cache):
+        scores = original(self, cache)
+        score = scores["energy"]
+        score += share * (score.max() - score.min())
+        return scores
+
+    monkeypatch.setattr(oe.Engine, "score_rows", perturbed)
+    if not reported:
+        oe.Engine.load(state, model)
+        return
+    message = r"\(cpu, torch.float32\): energy: scores moved by up to .*, where .* is allowed.*; fit again here"
+    with pytest.warns(StateDriftWarning, match=message):
+        oe.Engine.load(state, model)
+
+
+def test_changed_decisions_and_lost_scores_are_reported(engine, monkeypatch):
+    canary = Canary.take(engine, engine.calibration_cache)
+    assert canary.replay(engine, engine.calibrations) == []
+    threshold = engine.calibrations["msp"].threshold
+    before = torch.where(torch.arange(16) < 3, threshold - 1e-7, threshold)
+    monkeypatch.setattr(
+        oe.Engine, "score_rows", lambda self, cache: {"msp": before + 2e-7, "nap": torch.full((16,), torch.nan)}
+    )
+    canary = Canary(canary.rows, {"msp": before, "nap": torch.ones(16)})
+    with pytest.warns(StateDriftWarning) as caught:
+        reports = canary.replay(engine, engine.calibrations)
+    assert reports[0] == "msp: 3 of 16 decisions changed"
+    assert reports[1].startswith("nap: scores moved by up to nan")
+    assert all(report in str(caught[0].message) for report in reports)
+
+
+def test_a_missing_file(tmp_path, model):
+    with pytest.raises(StateError, match=r"none.safetensors: no such state file; make one by engine.save\(path\)"):
+        oe.Engine.load(tmp_path / "none.safetensors", model)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1, -1000])
+def test_a_truncated_file(kept, state, model, tmp_path):
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(state.read_bytes()[:kept])
+    with pytest.raises(StateError, match=r"cut.safetensors: truncated, or not a safetensors file \(.*; copy it again"):
+        oe.Engine.load(path, model)
+
+
+def test_a_pickle_is_not_loaded(tmp_path, model):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    path = tmp_path / "state.safetensors"
+    for content in (pickle.dumps(Trap()), b""):
+        path.write_bytes(content)
+        with pytest.raises(StateError, match="truncated, or not a safetensors file"):
+            oe.Engine.load(path, model)
+    torch.save({"x": Trap()}, path)
+    with pytest.raises(StateError, match="truncated, or not a safetensors file"):
+        oe.Engine.load(path, model)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_altered_tensors(state, model, tmp_path):
+    path = tmp_path / "altered.safetensors"
+    content = bytearray(state.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StateError, match=r"altered.safetensors: its tensors were altered since it was written"):
+        oe.Engine.load(path, model)
+
+    def rename(tensors):
+        tensors["renamed"] = tensors.pop("fit.fingerprints")
+
+    with pytest.raises(StateError, match="its tensors were altered"):
+        oe.Engine.load(rewrite(state, path, change_tensors=rename), model)
+
+
+def test_an_altered_header(state, model, tmp_path):
+    path = rewrite(state, tmp_path / "x.safetensors", change_header=lambda h: h.update(seed=7), digest=False)
+    for read in (read_header, lambda path: oe.Engine.load(path, model)):
+        with pytest.raises(StateError, match=r"x.safetensors: its header was altered since it was written"):
+            read(path)
+
+
+def test_another_format_version(state, model, tmp_path):
+    change = {"format": FORMAT + 1, "package": "9.9"}
+    path = rewrite(state, tmp_path / "x.safetensors", change_header=lambda header: header.update(change))
+    message = rf"x.safetensors: format version {FORMAT + 1}, written by ood-engine 9.9: expected version {FORMAT}; fit again with"
+    with pytest.raises(StateError, match=message):
+        oe.Engine.load(path, model)
+
+
+def test_a_safetensors_file_of_something_else(tmp_path, model):
+    path = tmp_path / "weights.safetensors"
+    save_file({"weight": torch.ones(2)}, path)
+    with pytest.raises(StateError, match=r"weights.safetensors: a safetensors file, but not an ood-engine state"):
+        oe.Engine.load(path, model)
+
+
+def test_another_head(state, model, make_model):
+    with pytest.raises(StateError, match="fitted to another head: shapes agree, weights do not; load the checkpoint"):
+        oe.Engine.load(state, make_model(seed=3))
+    other = copy.deepcopy(model)
+    other[-1].bias.data[0] = torch.nextafter(other[-1].bias.data[0], torch.tensor(99.0))
+    with pytest.raises(StateError, match="weights do not"):
+        oe.Engine.load(state, other)
+    other[-1] = nn.Linear(12, 7)
+    message = "a head of 5 classes × 12 features with bias, this model's has 7 classes × 12 features with bias"
+    with pytest.raises(StateError, match=message):
+        oe.Engine.load(state, other)
+    other[-1] = nn.Linear(12, 5, bias=False)
+    with pytest.raises(StateError, match="this model's has 5 classes × 12 features without bias"):
+        oe.Engine.load(state, other)
+
+
+def test_a_model_without_the_fitted_layers(state, model):
+    wrapped = nn.Sequential(copy.deepcopy(model))
+    with pytest.raises(TapError, match=r"'6' was fitted.*: the model has no module of that name"):
+        oe.Engine.load(state, wrapped)
+
+
+def test_digests_follow_casts(model):
+    head = oe.Engine(model, ["energy"]).head
+    digests = head_digests(head)
+    half = head_digests(type(head)(head.weight.half(), head.bias.half()))
+    assert half["float16"] == digests["float16"]
+    assert half["float32"] != digests["float32"]
+    without = head_digests(type(head)(head.weight, None))
+    assert without["float32"] != digests["float32"]
+
+
+@pytest.mark.parametrize("before", [None, b"the old state"])
+def test_disk_full_leaves_the_old_state_and_no_remains(before, engine, tmp_path, monkeypatch):
+    path = tmp_path / "state.safetensors"
+    if before is not None:
+        path.write_bytes(before)
+
+    def full(self, data):
+        with open(self, "wb") as file:
+            file.write(data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(
+        OodEngineError, match=r"state.safetensors: could not be written \(.*No space left.*\); [\d.]+ MiB are"
+    ):
+        engine.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ([] if before is None else [path.name])
+    assert before is None or path.read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written(engine, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OodEngineError, match=r"state.safetensors: could not be written"):
+        engine.save(tmp_path / "file" / "state.safetensors")
+
+
+def test_other_errors_of_the_disk_are_not_hidden(engine, tmp_path, monkeypatch):
+    def broken(self, data):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(Path, "write_bytes", broken)
+    with pytest.raises(OodEngineError, match="broken"):
+        engine.save(tmp_path / "state.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_makes_folders_and_replaces_what_is_there(engine, tmp_path, model):
+    path = tmp_path / "new" / "state.safetensors"
+    engine.save(path)
+    path.write_bytes(b"an old state")
+    engine.save(str(path))
+    assert read_header(path)["fit_samples"] == 240
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_a_map_named_by_hand_is_found_again(make_model, id_batches, test_images, tmp_path, assert_same_scores):
+    class Doubled(nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body, self.head = nn.Sequential(*list(body)[:4]), body[-1]
+
+        def forward(self, x):
+            return self.head(2 * self.body(x).mean((2, 3)))
+
+    model = Doubled(make_model())
+    engine = oe.Engine(model, ["nap", "energy"], feature_map="body", rectify=True).fit(id_batches)
+    engine.save(tmp_path / "state.safetensors")
+    loaded = oe.Engine.load(tmp_path / "state.safetensors", model)
+    assert loaded.rectify
+    assert not loaded.plan.proven
+    assert_same_scores(loaded.score(test_images), engine.score(test_images), 0)
+    assert_same_scores(loaded.fit(id_batches).score(test_images), engine.score(test_images), 0)
