@@ -24,6 +24,7 @@ from ood_engine.cli.application import application
 from ood_engine.demo import SmallCNN
 from ood_engine.evaluation.tune import tune
 from ood_engine.model.loading import load_model
+from ood_engine.state import read_header
 
 DETECTORS = ["nap_energy", "low_dim_gradient"]
 SPEC = "ood_engine.demo:small_cnn"
@@ -131,6 +132,13 @@ def test_fit_stores_preprocessing_and_settings(place, call, tmp_path):
     assert tuple(engine.detectors["opnp"].settings["weight_range"]) == (0.2, 0.99)
     assert engine.information["preprocess"] == {"size": None, "channels": 1, "mean": [0.3], "std": [0.35]}
     assert set(engine.calibrations) == {"nap_energy", "opnp"}
+
+
+@pytest.mark.parametrize(("given", "size"), [("9x7", [9, 7]), ("8", [8, 8])])
+def test_a_size_is_height_by_width(place, call, tmp_path, given, size):
+    path = tmp_path / "state.safetensors"
+    assert call(place.fit("--size", given, "--detectors", "energy", "--output", str(path)))[0] == 0
+    assert read_header(path)["information"]["preprocess"]["size"] == size
 
 
 def test_fit_drops_calibration_images_that_were_fitted(place, call, tmp_path):
