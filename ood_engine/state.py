@@ -28,6 +28,7 @@ from .detectors import create_detector
 from .errors import OodEngineError, StateError
 from .features.cache import CacheRows, FeatureCache
 from .features.canary import Canary
+from .fitted import aligned
 from .model.discovery import TapPlan
 from .subspace import Basis
 from .version import __version__
@@ -92,7 +93,7 @@ def load(path: Path, model: nn.Module, runtime: Runtime | None = None) -> Engine
     engine.image_shape = tuple(header["image_shape"]) if header["image_shape"] else None
     _check_head(engine.head, header["head"], path)
     device = engine.tap.device
-    tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
+    tensors = {key: aligned(tensor.to(device)) for key, tensor in tensors.items()}
     tensors |= {key: tensors[original] for key, original in header["aliases"].items()}
     for entry in header["detectors"]:
         detector = create_detector(entry["name"], **entry["settings"]).to(device)

@@ -12,6 +12,7 @@ from torch import Tensor
 import ood_kernels as ok
 
 from ..errors import InputError, OodEngineWarning
+from ..fitted import aligned
 from .cache import NO_LABEL, CacheRows, FeatureCache
 from .loader import with_progress
 from .signals import Signals, wide
@@ -25,7 +26,7 @@ _SHORT = 65536
 def signals_from_rows(rows: CacheRows, head: ok.Head) -> Signals:
     """Signals of cached samples, on the device of the head; no model is run."""
     features, maximum, nap_mean = (
-        wide(column.to(head.weight.device)) for column in (rows.features, rows.maximum, rows.nap_mean)
+        aligned(wide(column.to(head.weight.device))) for column in (rows.features, rows.maximum, rows.nap_mean)
     )
     if maximum.shape[1] == 0:
         return Signals(features, head)

@@ -10,8 +10,18 @@ import torch
 import ood_engine as oe
 from ood_engine.detectors import create_detector
 from ood_engine.errors import NotFittedError
+from ood_engine.fitted import FittedModule, aligned
 
 DETECTORS = oe.available_detectors()
+
+
+def lies_row_major_and_aligned(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.data_ptr() % 64 == 0
+
+
+def unaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values one element into a longer tensor."""
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
 
 
 @pytest.fixture
@@ -74,3 +84,53 @@ def test_loading_lacks_nothing_silently(engine):
     with pytest.raises(RuntimeError, match="Missing key"):
         copy.deepcopy(engine.detectors["opnp"]).load_state_dict({})
     assert not create_detector("low_dim_gradient").is_fitted
+
+
+@pytest.mark.parametrize(
+    "place", [unaligned, lambda tensor: tensor.T.contiguous().T, lambda tensor: tensor.repeat(1, 2)[:, :5]]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.bool])
+def test_aligned_copies_what_does_not_lie_well(place, dtype):
+    values = torch.arange(15).view(3, 5).to(dtype)
+    assert aligned(values) is values
+    placed = place(values)
+    assert not lies_row_major_and_aligned(placed)
+    assert lies_row_major_and_aligned(aligned(placed))
+    assert torch.equal(aligned(placed), values)
+
+
+def test_fitted_and_loaded_tensors_lie_alike_and_score_alike_to_the_last_bit(
+    engine, model, test_images, tmp_path, assert_same_scores
+):
+    engine.save(tmp_path / "state.safetensors")
+    loaded = oe.Engine.load(tmp_path / "state.safetensors", model)
+    for one in (engine, loaded):
+        for modules in (one.detectors, one.calibrations):
+            for name, module in modules.items():
+                for key, buffer in module.named_buffers():
+                    assert lies_row_major_and_aligned(buffer), (name, key)
+    assert all(lies_row_major_and_aligned(column) for column in loaded.canary.rows)
+    assert lies_row_major_and_aligned(loaded.fit_fingerprints)
+    assert_same_scores(loaded.score(test_images), engine.score(test_images), 0)
+    for name, p_values in engine.p_values(test_images).items():
+        assert torch.equal(loaded.p_values(test_images)[name], p_values)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_state_dict_that_does_not_lie_well_scores_alike(name, assign, engine, signals):
+    original = engine.detectors[name]
+    state = {
+        key: value.T.contiguous().T if value.ndim == 2 else unaligned(value)
+        for key, value in original.state_dict().items()
+    }
+    detector = create_detector(name, **original.settings)
+    detector.load_state_dict(state, assign=assign)
+    assert all(lies_row_major_and_aligned(buffer) for buffer in detector.buffers())
+    assert torch.equal(detector(signals()), original(signals()))
+
+
+def test_what_is_fitted_is_not_copied_where_it_lies_well():
+    module, value = FittedModule("value"), torch.ones(3, 4)
+    module.set_fitted(value=value)
+    assert module.fitted("value").data_ptr() == value.data_ptr()

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ood_engine as oe
 from ood_engine.demo import SmallCNN
+from ood_engine.detectors.heads.vector_heads import Mahalanobis
 from ood_engine.graphs import LARGEST_BUCKET, ScoringGraphs
 from ood_engine.runtime import Kernels
 from ood_engine.scores import Scores
@@ -138,13 +139,20 @@ def test_an_engine_replays_what_it_computes(fitted):
     graphs = ScoringGraphs(engine._score_eagerly, graph)
     captured = engine.run(images)
     inputs = (captured.feature_map, captured.head_input, torch.ones(6) > 0)
+    # What is replayed is a bucket of 8: the batch, and rows of NaN.
+    bucket = tuple(torch.cat([part, torch.full_like(part[:2], torch.nan)]) for part in inputs[:2])
     with torch.no_grad():
         ours = graphs(inputs, "fitted")
-    right = engine.score(images)
+        right = engine._score_eagerly((*bucket, torch.arange(8) < 6))
     assert graph.replayed == 1
     assert set(ours) == set(right)
-    for name, value in right.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(ours[name], value[:6]) for name, value in right.items())
+    # With 2 threads, BLAS may split 6 rows differently from 8. fp32 rounds these coordinates, at most 0.017, by up to 3.3e-7, and
+    # the whitening of this untrained model amplifies that by up to 6486: Mahalanobis scores were measured 2.5e-4 from fp64,
+    # relative, where the bound is 9.4e-4.
+    for name, value in engine.score(images).items():
+        is_whitened = isinstance(getattr(engine.detectors[name], "low", None), Mahalanobis)
+        torch.testing.assert_close(ours[name], value, rtol=1e-3 if is_whitened else 1e-5, atol=1e-5)
 
 
 def test_the_runtime_is_checked_and_can_be_changed(fitted):

@@ -81,6 +81,24 @@ def test_features_that_are_there_give_the_same_engine(model, id_batches, test_im
     )
 
 
+@pytest.mark.parametrize("layout", ["column-major", "unaligned"])
+def test_features_that_do_not_lie_well_give_the_same_engine(layout, model, id_batches, test_images, assert_same_scores):
+    def place(tensor):
+        if layout == "column-major":
+            return tensor.T.contiguous().T
+        return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+    names = oe.available_detectors()
+    fitted = oe.Engine(model, names).fit(id_batches)
+    rows = fitted.cache.rows
+    features, maximum = place(rows.features), place(rows.maximum)
+    cache = FeatureCache.from_features(features, rows.labels, maximum=maximum, fingerprints=rows.fingerprints)
+    assert cache.rows.features.data_ptr() == features.data_ptr()
+    other = oe.Engine(model, names).fit_features(cache, next(iter(id_batches))[0])
+    assert_same_scores(other.score(test_images), fitted.score(test_images), 0)
+    assert_same_scores(other.score_rows(cache), fitted.score_rows(fitted.cache), 0)
+
+
 def test_features_of_a_mapped_file(model, id_batches, test_images, tmp_path):
     features = oe.Engine(model, ["energy"]).fit(id_batches).cache.rows.features
     np.save(tmp_path / "features.npy", features.half().numpy())
