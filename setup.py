@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = "0.1.0"
@@ -24,20 +24,14 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     package_dir={"ood_kernels": "kernels/ood_kernels", "ood_engine": "ood_engine"},
+    # Compiling ahead of time is for a checkout.
     packages=[
-        "ood_kernels",
-        "ood_kernels.triton_kernels",
-        "ood_engine",
-        "ood_engine.bench",
-        "ood_engine.bench.subjects",
-        "ood_engine.cli",
-        "ood_engine.evaluation.corruptions",
-        "ood_engine.detectors",
-        "ood_engine.evaluation.report",
-        "ood_engine.subspace",
+        *find_packages(include=["ood_engine", "ood_engine.*"]),
+        *find_packages("kernels", exclude=["ood_kernels.aot", "ood_kernels.aot.*"]),
     ],
     package_data={
-        "ood_kernels": ["py.typed", "pooling.cpp"],
+        "ood_kernels": ["py.typed"],
+        "ood_kernels.cpu": ["*.cpp"],
         "ood_kernels.triton_kernels": ["configs/*.json"],
         "ood_engine": ["py.typed"],
         "ood_engine.evaluation.report": ["*.j2"],

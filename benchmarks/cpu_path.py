@@ -38,7 +38,7 @@ from ood_engine.bench.measure import (  # noqa: E402
 )
 from ood_engine.bench.resnet50 import ResNet50  # noqa: E402
 from ood_engine.subspace import DualBasis  # noqa: E402
-from ood_kernels import pooling  # noqa: E402
+from ood_kernels.cpu import pooling  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAPS = ((2048, 7), (512, 14), (256, 56))

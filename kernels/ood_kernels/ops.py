@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from . import backend as backends
-from . import pooling, reference
+from . import reference
+from .cpu import pooling
 from .reference import compute_dtype
 
 __all__ = [

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .cases import Case, all_cases, operands, run, run_reference
-from .triton_kernels.launch import Choice, file_name, forced
+from .triton_kernels.launch import CONFIGS, Choice, file_name, forced
 
 __all__ = ["Measure", "Stopwatch", "Tuned", "candidates", "main", "merge", "tune"]
 
@@ -32,7 +32,6 @@ Setting = Mapping[str, int | str]
 Measure = Callable[[Case, Mapping[str, Setting]], float]
 """Microseconds that a case takes with these configurations, by family; infinite where it does not run or its result is wrong."""
 
-CONFIGS = Path(__file__).parent / "triton_kernels" / "configs"
 _PACKAGE = f"{__package__}.triton_kernels"
 TOLERANCES = {"ieee": 1e-4, "tf32x3": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
 _CALLS, _ROUNDS, _MOST_COPIES = 16, 5, 32

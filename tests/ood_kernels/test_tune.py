@@ -154,7 +154,7 @@ def test_results_are_merged_into_one_file_that_choose_reads(tmp_path, monkeypatc
         ],
         key=str,
     )
-    monkeypatch.setattr(launch, "_CONFIGS", file.parent)
+    monkeypatch.setattr(launch, "CONFIGS", file.parent)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
     launch._tuned.cache_clear()
     launch._device_name.cache_clear()

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..checks import PRECISIONS
 
-__all__ = ["PRECISIONS", "Choice", "Launch", "choose", "forced", "launch", "record"]
+__all__ = ["CONFIGS", "PRECISIONS", "Choice", "Launch", "choose", "forced", "launch", "record"]
 
-_CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parent / "configs"
 
 Setting = Mapping[str, int | str]
 
@@ -147,7 +147,7 @@ def distance(left: Setting, right: Setting) -> float:
 
 @cache
 def _tuned(device_name: str) -> dict[str, list[dict[str, Any]]]:
-    path = _CONFIGS / f"{device_name}.json"
+    path = CONFIGS / f"{device_name}.json"
     if not path.exists():
         return {}
     families: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())["families"]

@@ -27,7 +27,7 @@ class Kernel:
 @pytest.fixture
 def tuned(tmp_path, monkeypatch):
     """Write rows of a family for the GPU "Test GPU 1", which this machine then has."""
-    monkeypatch.setattr(subject, "_CONFIGS", tmp_path)
+    monkeypatch.setattr(subject, "CONFIGS", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU 1")
     subject._tuned.cache_clear()
     subject._device_name.cache_clear()

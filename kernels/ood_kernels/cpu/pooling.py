@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import reference
-from .types import PoolStatistics
+from .. import reference
+from ..types import PoolStatistics
 
 __all__ = ["is_compiled", "pool_statistics"]
 

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .triton_kernels.launch import Launch, arguments_for
+from ..triton_kernels.launch import Launch, arguments_for
 
 __all__ = ["TARGETS", "Job", "Resources", "Target", "compile_job", "specialise"]
 

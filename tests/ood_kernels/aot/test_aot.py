@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import ood_kernels
-from ood_kernels import aot
-from ood_kernels.aot import Planned, Row
-from ood_kernels.compiled import Job, Resources
+from ood_kernels.aot import __main__ as aot_command
+from ood_kernels.aot.compiled import Job, Resources
+from ood_kernels.aot.recording import Recorded
+from ood_kernels.aot.rows import Row, table, violations
 
 # Not importorskip: Triton must not be imported before the tests of its kernels have said whether to interpret them.
 pytestmark = pytest.mark.skipif(
@@ -27,7 +28,7 @@ ROW = {"shape": {"precision": "bf16", "mask": "bits", "classes": 12}, "config": 
 
 def row(target: str = "sm_90", wide: bool = True, **changes) -> Row:
     job = Job("module", "kernel", target, {"x_ptr": "*fp32", "BLOCK": "constexpr"}, {(1,): 64}, {}, {"num_warps": 4})
-    return Row(Planned("case", job, wide, ""), GOOD._replace(**changes), "")
+    return Row(Recorded("case", job, wide, ""), GOOD._replace(**changes), "")
 
 
 def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -41,7 +42,7 @@ def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_kernel_within_its_bounds_breaks_none():
-    assert aot.violations(row()) == []
+    assert violations(row()) == []
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_a_kernel_within_its_bounds_breaks_none():
     ],
 )
 def test_each_bound_is_held(target, changes, expected):
-    (line,) = aot.violations(row(target, **changes))
+    (line,) = violations(row(target, **changes))
     assert expected in line
 
 
@@ -70,19 +71,19 @@ def test_each_bound_is_held(target, changes, expected):
     ],
 )
 def test_bounds_hold_only_where_they_mean_something(target, wide, changes):
-    assert aot.violations(row(target, wide, **changes)) == []
+    assert violations(row(target, wide, **changes)) == []
 
 
 def test_a_smaller_limit_of_shared_memory_counts_and_a_larger_one_does_not():
-    assert "expected at most 1023" in aot.violations(row(), 1023)[0]
-    assert aot.violations(row("gfx942", shared=65537), 10**6) != []
+    assert "expected at most 1023" in violations(row(), 1023)[0]
+    assert violations(row("gfx942", shared=65537), 10**6) != []
 
 
 def test_a_kernel_that_does_not_compile_is_a_violation():
     failed = row()._replace(resources=None, error="CompilationError: no such thing")
-    assert aot.violations(failed) == ["kernel on sm_90 (case): does not compile: CompilationError: no such thing"]
+    assert violations(failed) == ["kernel on sm_90 (case): does not compile: CompilationError: no such thing"]
     assert failed.as_json()["registers"] is None
-    assert "-" in aot.table([failed])
+    assert "-" in table([failed])
 
 
 def test_a_row_for_machines_has_the_promised_keys():
@@ -96,7 +97,11 @@ def test_a_row_for_machines_has_the_promised_keys():
 TOYS = """
 import contextlib, io, json
 import torch, triton, triton.language as tl
-from ood_kernels import aot, cases, compiled
+from ood_kernels import cases
+from ood_kernels.aot import compiled
+from ood_kernels.aot.__main__ import main as compile_kernels
+from ood_kernels.aot.recording import Recorded, record_jobs
+from ood_kernels.aot.rows import Row, violations
 from ood_kernels.triton_kernels.launch import launch, record
 from ood_kernels.workloads import WORKLOADS
 
@@ -125,20 +130,20 @@ def main():
     jobs = [compiled.specialise(one, "sm_90") for one in launches]
     lines = []
     for job, one in zip(jobs, launches):
-        planned = aot.Planned("toy", job, one.wide, "")
-        lines.append(aot.violations(aot.Row(planned, compiled.compile_job(job), "")))
+        recorded = Recorded("toy", job, one.wide, "")
+        lines.append(violations(Row(recorded, compiled.compile_job(job), "")))
     amd = [compiled.compile_job(compiled.specialise(one, "gfx942")) for one in launches[1:2]]
     types = [jobs[0].signature, list(map(list, jobs[0].constants.items())), [path[0] for path in jobs[0].attributes]]
     case = cases.Case("masked_energy", WORKLOADS["R18"])
-    once, twice = (aot.plan([case] * times, ["sm_90", "gfx942"]) for times in (1, 2))
+    once, twice = (record_jobs([case] * times, ["sm_90", "gfx942"]) for times in (1, 2))
     assert once == twice and len({repr(one.job) for one in once}) == len(once)
     assert {one.job.target for one in once} == {"sm_90", "gfx942"}
-    assert {one.job.kernel for one in aot.plan([case], ["sm_90"], ["head"])} == {"head_kernel"}
-    assert not aot.plan([case], ["sm_90"], ["nothing"])
+    assert {one.job.kernel for one in record_jobs([case], ["sm_90"], ["head"])} == {"head_kernel"}
+    assert not record_jobs([case], ["sm_90"], ["nothing"])
 
     with contextlib.redirect_stdout(io.StringIO()) as table:
         command = ["--kernel", "finalise", "--target", "gfx942", "--processes", "1"]
-        status = aot.main(command, [case])
+        status = compile_kernels(command, [case])
     print(json.dumps({"lines": lines, "types": types, "amd": amd, "status": status, "table": table.getvalue()}))
 
 if __name__ == "__main__":
@@ -210,8 +215,9 @@ def test_the_command_compiles_defaults_and_shipped_configurations_and_reports_a_
 
 CRASH = """
 import os
-from ood_kernels import aot
-from ood_kernels.compiled import Job
+from ood_kernels.aot import rows
+from ood_kernels.aot.compiled import Job
+from ood_kernels.aot.recording import Recorded
 
 def attempt(job):
     if job.kernel == "bad":
@@ -220,8 +226,8 @@ def attempt(job):
 
 if __name__ == "__main__":
     jobs = [Job("", kernel, "sm_90", {}, {}, {}, {}) for kernel in ("first", "bad", "last")]
-    aot._attempt = attempt
-    for row in aot.compile_all([aot.Planned("case", job, False, "") for job in jobs], 2):
+    rows._attempt = attempt
+    for row in rows.compile_all([Recorded("case", job, False, "") for job in jobs], 2):
         print(row.error)
 """
 
@@ -234,12 +240,12 @@ def test_a_compiler_that_crashes_costs_one_row(tmp_path):
 
 def test_refusals_are_one_line(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert aot.main([]) == 2
+    assert aot_command.main([]) == 2
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
-    monkeypatch.setattr(aot, "find_spec", lambda name: None)
-    assert aot.main([]) == 2
+    monkeypatch.setattr(aot_command, "find_spec", lambda name: None)
+    assert aot_command.main([]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.undo()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert aot.main(["--case", "no such case"]) == 2
+    assert aot_command.main(["--case", "no such case"]) == 2
     assert "--case ['no such case']" in capsys.readouterr().err

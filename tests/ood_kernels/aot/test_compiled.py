@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from ood_kernels import compiled
-from ood_kernels.compiled import TARGETS
+from ood_kernels.aot import compiled
+from ood_kernels.aot.compiled import TARGETS
 
 
 @pytest.mark.parametrize(

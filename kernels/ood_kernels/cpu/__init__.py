@@ -1,0 +1,1 @@
+"""Pooling on the CPU, in C++ where a compiler is there."""
