@@ -1,18 +1,14 @@
 """Pooling for CPU tensors: what `reference.pool_statistics` computes, many times as fast.
 
 The reference takes 5 times as long as a copy of the map, 20 times in bf16. Where a C++ compiler is there, pooling.cpp reads
-the map once, at about the speed of a copy; it is compiled when it is first needed, which takes about a second, and
-`OOD_ENGINE_COMPILE=0` forbids it. Elsewhere plain torch does it, by the steps that torch does fast.
+the map once, at about the speed of a copy; it is compiled when a machine first needs it, see `library`. Elsewhere plain torch
+does it, by the steps that torch does fast.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import shlex
-import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +18,7 @@ from torch import Tensor
 
 from .. import reference
 from ..types import PoolStatistics
+from . import library
 
 __all__ = ["is_compiled", "pool_statistics"]
 
@@ -32,7 +29,7 @@ _FEWEST_ELEMENTS_FOR_THREADS = 2**15
 _BLOCK_ELEMENTS_A_THREAD = 2**17
 _LARGEST_BLOCK_ELEMENTS = 2**23
 
-_compile_lock = threading.Lock()
+_load_lock = threading.Lock()
 
 
 def pool_statistics(feature_map: Tensor, rectify: bool = False) -> PoolStatistics:
@@ -62,33 +59,24 @@ def pool_statistics(feature_map: Tensor, rectify: bool = False) -> PoolStatistic
 
 
 def is_compiled() -> bool:
-    """Whether pooling.cpp is in use in this process; compiles it if that has not been tried."""
+    """Whether pooling.cpp is in use in this process; loads it, or compiles it, if that has not been tried."""
     return _compiled() is not None
 
 
 def _compiled() -> Mapping[torch.dtype, Callable[..., None]] | None:
-    """The functions of pooling.cpp by dtype, None where it cannot be compiled: decided at the first call, once a process."""
-    with _compile_lock:
-        return _compile()
+    """The functions of pooling.cpp by dtype, None where there are none: decided at the first call, once a process."""
+    with _load_lock:
+        return _load()
 
 
 @functools.cache
-def _compile() -> Mapping[torch.dtype, Callable[..., None]] | None:
-    if os.environ.get("OOD_ENGINE_COMPILE") == "0":
-        return None
-    try:
-        compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "pooling.so"
-            flags = ["-std=c++17", "-O2", "-march=native", "-fopenmp", "-shared", "-fPIC", "-o", str(path)]
-            subprocess.run([*compiler, *flags, str(_SOURCE)], check=True, capture_output=True, timeout=60)
-            library = ctypes.CDLL(str(path))
-        functions = {dtype: getattr(library, name) for dtype, name in _FUNCTIONS.items()}
-    except (OSError, ValueError, AttributeError, subprocess.SubprocessError):
+def _load() -> Mapping[torch.dtype, Callable[..., None]] | None:
+    functions = library.load(_SOURCE, _FUNCTIONS.values())
+    if functions is None:
         return None
     for function in functions.values():
         function.argtypes, function.restype = _ARGUMENTS, None
-    return functions
+    return {dtype: functions[name] for dtype, name in _FUNCTIONS.items()}
 
 
 def _pool_compiled(function: Callable[..., None], flat: Tensor, rectify: bool) -> PoolStatistics:
