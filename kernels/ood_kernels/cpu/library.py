@@ -1,8 +1,8 @@
 """C++ functions from a shared library that is compiled once a machine and kept in a cache.
 
 `OOD_ENGINE_CACHE` names the folder, else it is `ood-engine` in XDG_CACHE_HOME or `~/.cache`. What is loaded from it runs as the
-user, so it counts only where nobody else can write. A file's name holds a key of all that the library depends on and a digest
-of its bytes: a damaged one is compiled again, and an intact one is loaded without starting the compiler.
+user, so a folder that anybody else can enter is not used. A file's name holds a key of all that the library depends on and a
+digest of its bytes: a damaged one is compiled again, and an intact one is loaded without starting the compiler.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def load(source: Path, names: Iterable[str]) -> dict[str, Any] | None:
         return {name: getattr(library, name) for name in names}
     except (OSError, ValueError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         _log.warning(
-            "%s is not in use, plain torch does its work, slower: %s; OOD_ENGINE_COMPILE=0 accepts this",
+            "%s is not in use, plain torch does its work, slower: %s; or set OOD_ENGINE_COMPILE=0 to accept this",
             source.name,
             _reason(error),
         )
@@ -85,14 +85,14 @@ def _private_folder() -> Path:
     mode = stat.S_IMODE(status.st_mode)
     if status.st_uid != os.geteuid() or mode & 0o077:
         raise PermissionError(
-            f"cache {folder}: expected mode 0700 and owner {os.geteuid()}, found {mode:04o} and {status.st_uid}; chmod 700 it, or"
-            " name another folder in OOD_ENGINE_CACHE"
+            f"cache {folder}: expected mode 0700 and owner {os.geteuid()}, found {mode:04o} and {status.st_uid}; name a folder of"
+            " your own in OOD_ENGINE_CACHE"
         )
     return folder
 
 
 def _key(source: Path, command: Sequence[str]) -> str:
-    """Of source, compiler, options and CPU; the compiler's version by its file, for to ask it would take a process."""
+    """Hash of source, compiler, options and CPU; a compiler's file stands for its version, since asking starts a process."""
     if not shutil.which(command[0]):
         raise FileNotFoundError(f"no C++ compiler: expected a command in CXX, or c++ in PATH, found no {command[0]!r}")
     programs = [(os.path.realpath(program), os.stat(program)) for program in map(shutil.which, command) if program]
@@ -144,7 +144,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """One line."""
+    """The error in one line."""
     text = str(error)
     if isinstance(error, subprocess.CalledProcessError):
         text = f"{error.cmd[0]} failed: " + (error.stderr.strip() or f"exit status {error.returncode}")
