@@ -10,16 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import ood_kernels as ok
+
+from . import state as states
 from .calibration import Calibration
 from .detectors import Detector, changed_settings, create_detector
-from .errors import CalibrationError, DetectorUnavailableError, InputError, NotFittedError, OodEngineWarning
+from .errors import (
+    CalibrationError,
+    DetectorUnavailableError,
+    InputError,
+    NotFittedError,
+    OodEngineWarning,
+    StateDriftWarning,
+)
+from .evaluation.corruptions import CORRUPTIONS
+from .evaluation.tune import tune
 from .features.cache import CacheWriter, FeatureCache
 from .features.canary import Canary
 from .features.fit_data import FitData
 from .features.loader import Loader, image_batches
-from .model.tap import Tap
-from .runtime import Kernels, Runtime
-from .scorer import Pipeline, full_precision
+from .model.tap import Tap, TapPlan
+from .runtime import Runtime, full_precision
+from .scorer import Scorer
 from .scores import Scores
 
 __all__ = ["DEFAULT_DETECTORS", "Engine"]
@@ -27,7 +39,7 @@ __all__ = ["DEFAULT_DETECTORS", "Engine"]
 DEFAULT_DETECTORS = ("nap_energy", "opnp", "low_dim_gradient")
 
 
-class Engine(Pipeline):
+class Engine:
     """Out-of-distribution scores for a classifier from its last feature map and its last layer.
 
     The model is left as it is: no hooks, no changed mode. Scoring is thread-safe; fitting, tuning and loading are not.
@@ -40,16 +52,14 @@ class Engine(Pipeline):
         feature_map: name of the module whose output is the map, where it is not to be found by proof.
         rectify: let NAP see ReLU(map), for models whose map has negative values.
         seed: of everything drawn while fitting.
-        runtime: precision, backend and CUDA graphs of scoring; see `Runtime`.
+        runtime: precision, backend and CUDA graphs of all that is computed; see `Runtime`.
 
     Attributes:
-        detectors: name → detector.
-        calibrations: name → calibration, after `calibrate`.
+        scorer: what fitting, calibration and scores compute through.
         cache: the feature cache of `fit`; None after `load`.
         unavailable: default detectors that this model cannot have → why.
         tuning: rows of the last `tune`: detector, settings, auroc.
         information: facts kept in the state file; JSON values.
-        image_shape: (C, H, W) of the images of `fit`, which all others must have; None where they varied.
 
     Raises:
         TapError: a model without a linear head, an unknown layer, or weights that are not finite.
@@ -77,20 +87,50 @@ class Engine(Pipeline):
         stray = sorted(set(settings or {}) - set(names))
         if stray:
             raise InputError(f"settings for {stray[0]!r}: expected one of this engine's detectors, {', '.join(names)}")
-        self.tap = Tap(model, head=head, feature_map=feature_map)
-        self.rectify = rectify
-        self.kernels = Kernels(runtime)
-        self.image_shape: tuple[int, ...] | None = None
+        unfitted = {name: create_detector(name, **(settings or {}).get(name, {})) for name in names}
+        tap = Tap(model, head=head, feature_map=feature_map)
+        self.scorer = Scorer(tap, unfitted, runtime or Runtime(), rectify=rectify)
         self.seed = seed
-        self.detectors = {name: create_detector(name, **(settings or {}).get(name, {})) for name in names}
-        self.calibrations: dict[str, Calibration] = {}
         self.cache: FeatureCache | None = None
         self.unavailable: dict[str, str] = {}
         self.tuning: list[dict[str, Any]] = []
         self.information: dict[str, Any] = {}
-        self.fit_fingerprints: Tensor | None = None
-        self.calibration_cache: FeatureCache | None = None
-        self.canary: Canary | None = None
+        self._fit_fingerprints = torch.empty(0, dtype=torch.int64)
+        self._canary: Canary | None = None
+
+    @property
+    def detectors(self) -> dict[str, Detector]:
+        """Name → detector."""
+        return self.scorer.detectors
+
+    @property
+    def calibrations(self) -> dict[str, Calibration]:
+        """Name → calibration; empty before `calibrate`."""
+        return self.scorer.calibrations
+
+    @property
+    def head(self) -> ok.Head:
+        """The unpruned head: weight [C, D] and bias, as they are in the model now."""
+        return self.scorer.head
+
+    @property
+    def plan(self) -> TapPlan:
+        """Which head and feature map were found, and whether the map is proven."""
+        return self.scorer.tap.plan
+
+    @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        """(C, H, W) of the images of `fit`, which all others must have; None where they varied."""
+        return self.scorer.image_shape
+
+    @property
+    def runtime(self) -> Runtime:
+        """Precision, backend and CUDA graphs; set it to change them. Thresholds follow where their features are in memory."""
+        return self.scorer.runtime
+
+    @runtime.setter
+    def runtime(self, runtime: Runtime) -> None:
+        self.scorer.runtime = runtime
 
     def fit(
         self,
@@ -121,15 +161,15 @@ class Engine(Pipeline):
         """
         with torch.inference_mode(False), torch.no_grad():
             writer = CacheWriter(cache_limit_bytes, cache_directory, cache_dtype)
-            self.image_shape, shapes = None, set()
+            self.scorer.image_shape, shapes = None, set()
             for number, (images, labels) in enumerate(image_batches(loader, "fitting", progress)):
                 if number == 0:
-                    self.tap.find(images)
+                    self.scorer.tap.find(images)
                     self._leave_out_unavailable(images)
-                writer.append(self.extract_batch(images, labels))
+                writer.append(self.scorer.extract_batch(images, labels))
                 shapes.add(tuple(images.shape[1:]))
             self._fit_anew(writer.finish(), progress)
-        self.image_shape = shapes.pop() if len(shapes) == 1 else None
+        self.scorer.image_shape = shapes.pop() if len(shapes) == 1 else None
         return self
 
     def fit_features(self, cache: FeatureCache, images: Tensor, *, progress: bool = False) -> Engine:
@@ -148,8 +188,8 @@ class Engine(Pipeline):
             TapError, DetectorUnavailableError: as `fit`.
         """
         with torch.inference_mode(False), torch.no_grad():
-            self.image_shape = None
-            self.tap.find(images)
+            self.scorer.image_shape = None
+            self.scorer.tap.find(images)
             self._leave_out_unavailable(images)
             width, needing = self.head.weight.shape[1], [name for name, one in self.detectors.items() if one.needs_map]
             if cache.rows.features.shape[1] != width:
@@ -162,7 +202,7 @@ class Engine(Pipeline):
                     " detector out"
                 )
             self._fit_anew(cache, progress)
-        self.image_shape = tuple(images.shape[1:])
+        self.scorer.image_shape = tuple(images.shape[1:])
         return self
 
     def refit(self, **parameters: Any) -> Engine:
@@ -187,7 +227,7 @@ class Engine(Pipeline):
         settings = changed_settings(self.detectors, parameters)
         with torch.inference_mode(False), torch.no_grad():
             self._fit_from(self.cache, {name: create_detector(name, **chosen) for name, chosen in settings.items()})
-        self.recalibrate()
+        self.scorer.recalibrate()
         return self
 
     def calibrate(
@@ -208,12 +248,12 @@ class Engine(Pipeline):
             CalibrationError: samples used in `fit`, too few samples for the rate, or scores that are not finite.
             InputError: images the model rejects.
         """
-        self._require_fitted()
+        self.scorer.require_fitted()
         if overlap not in ("refuse", "drop"):
             raise InputError(f"overlap={overlap!r}: expected 'refuse' or 'drop'")
         Calibration(false_alarm_rate)  # refuses a rate out of range before the model runs
-        cache = self.extract(loader, "calibrating", progress)
-        used = self._used_in_fit(cache)
+        cache = self.scorer.extract(loader, "calibrating", progress)
+        used = torch.isin(cache.rows.fingerprints, self._fit_fingerprints)
         if used.any() and overlap == "refuse":
             raise CalibrationError(
                 f"{int(used.sum())} of {len(cache)} calibration images were used in fit (the first is number"
@@ -225,23 +265,64 @@ class Engine(Pipeline):
             )
         if used.any():
             cache = FeatureCache(cache.rows.select((~used).nonzero().flatten()))
-        self._calibrate_from(cache, false_alarm_rate)
+        self.scorer.calibrate(cache, false_alarm_rate)
         return self
 
-    def recalibrate(self) -> None:
-        """Set thresholds again from the calibration features, after settings changed; nothing where there are none."""
-        rates = {calibration.false_alarm_rate for calibration in self.calibrations.values()}
-        self.calibrations = {}
-        if self.calibration_cache is not None and rates and not self._used_in_fit(self.calibration_cache).any():
-            self._calibrate_from(self.calibration_cache, rates.pop())
+    def tune(
+        self,
+        loader: Loader,
+        *,
+        ood_loader: Loader | None = None,
+        corruptions: Sequence[str] = CORRUPTIONS,
+        severity: int = 3,
+        mean: Sequence[float] | float = 0.0,
+        std: Sequence[float] | float = 1.0,
+        detectors: Sequence[str] | None = None,
+        progress: bool = False,
+    ) -> Engine:
+        """Choose settings such as NAP's w and OPNP's ranges on pseudo-OOD data; see `ood_engine.evaluation.tune.tune`.
 
-    def tune(self, loader: Loader, **options: Any) -> Engine:
-        """Choose settings such as NAP's w and OPNP's ranges on pseudo-OOD data; see `ood_engine.evaluation.tune.tune`."""
-        from .evaluation.tune import tune
+        Args:
+            loader: yields ID images, best not those of `fit`; they are read once and kept in memory.
+            ood_loader: real OOD images instead of corrupted ones.
+            corruptions: names of `ood_engine.evaluation.corruptions.CORRUPTIONS`.
+            severity: 1 to 5.
+            mean: what was subtracted from images in [0, 1], a number or one a channel; undone before corrupting.
+            std: what they were divided by.
+            detectors: names to tune; None tunes all with a grid.
+            progress: show a bar.
 
-        self._require_fitted()
-        tune(self, loader, **options)
+        Returns:
+            The engine itself; the rows of the search are in `tuning`.
+
+        Raises:
+            NotFittedError: before `fit` or `load`.
+            InputError: nothing to tune, images outside [0, 1] once mean and std are undone, or scores that are not finite;
+                every setting is then as it was.
+        """
+        self.scorer.require_fitted()
+        self.tuning = tune(
+            self.scorer,
+            loader,
+            ood_loader=ood_loader,
+            corruptions=corruptions,
+            severity=severity,
+            mean=mean,
+            std=std,
+            detectors=detectors,
+            progress=progress,
+        )
         return self
+
+    def extract(self, loader: Loader, *, progress: bool = False) -> FeatureCache:
+        """The features of everything a loader yields, in memory, such as for `fit_features` or a sweep.
+
+        Raises:
+            NotFittedError: before `fit` or `load`.
+            InputError: no images, or images the model rejects.
+        """
+        self.scorer.require_fitted()
+        return self.scorer.extract(loader, "extracting", progress)
 
     def score(self, images: Tensor) -> Scores:
         """Scores of one batch of images [N, C, H, W]: detector → float32 [N], higher = more in-distribution.
@@ -252,9 +333,9 @@ class Engine(Pipeline):
             NotFittedError: before `fit` or `load`.
             InputError: not a batch of floating point images, an empty batch, or images the model rejects.
         """
-        self._require_fitted()
+        self.scorer.require_fitted()
         with torch.no_grad():
-            return self.score_captured(images, self.run(images))
+            return self.scorer.score(images)
 
     def score_features(self, feature_map: Tensor | None, features: Tensor | None = None) -> Scores:
         """Scores from what the model computed already; no model is run.
@@ -267,7 +348,7 @@ class Engine(Pipeline):
             NotFittedError: before `fit` or `load`.
             InputError: neither is enough, or shapes that do not fit the head.
         """
-        self._require_fitted()
+        self.scorer.require_fitted()
         width = self.head.weight.shape[1]
         if feature_map is not None:
             is_map = feature_map.ndim == 4 and 0 not in feature_map.shape[1:]
@@ -292,7 +373,7 @@ class Engine(Pipeline):
             given = feature_map if features is None else features
             assert given is not None
             valid = torch.ones(len(given), dtype=torch.bool, device=given.device)
-            return self.score_inputs((feature_map, features, valid))
+            return self.scorer.score_inputs((feature_map, features, valid))
 
     def score_loader(self, loader: Loader, *, progress: bool = False) -> Scores:
         """Scores of everything a loader yields, on the CPU, in its order; warns about inputs without a sound score.
@@ -328,11 +409,35 @@ class Engine(Pipeline):
         return {name: self.calibrations[name].p_values(score) for name, score in self.score(images).items()}
 
     def save(self, path: str | Path) -> None:
-        """Write everything fitted to a safetensors file; see `ood_engine.state`."""
-        from .state import save
+        """Write everything fitted to a safetensors file; see `ood_engine.state`.
 
-        self._require_fitted()
-        save(self, Path(path))
+        Raises:
+            NotFittedError: before `fit` or `load`.
+            OodEngineError: the file cannot be written.
+        """
+        self.scorer.require_fitted()
+        # Not from the calibration features: one of them is each threshold itself, where the last bit changes the decision.
+        rows = None if self._canary is None else self._canary.rows
+        if self.cache is not None:
+            rows = Canary.choose(self.cache)
+        assert rows is not None
+        scorer = self.scorer
+        state = states.State(
+            plan=self.plan,
+            head=states.HeadDigest.of(self.head),
+            rectify=scorer.rectify,
+            image_shape=scorer.image_shape,
+            seed=self.seed,
+            detectors=scorer.detectors,
+            calibrations=scorer.calibrations,
+            calibrated_under=scorer.calibrated_under,
+            fit_fingerprints=self._fit_fingerprints,
+            canary=Canary(rows, scorer.score_cache(FeatureCache(rows))),
+            unavailable=self.unavailable,
+            tuning=self.tuning,
+            information=self.information,
+        )
+        states.write(state, Path(path))
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, *, runtime: Runtime | None = None) -> Engine:
@@ -341,20 +446,47 @@ class Engine(Pipeline):
         Args:
             path: of the state file.
             model: the classifier.
-            runtime: how scores are computed, which the file does not hold; see `Runtime`.
+            runtime: precision, backend and CUDA graphs; warns where its arithmetic is not that of the calibration.
 
         Raises:
             StateError: the file is damaged, of another version, or was fitted to another head.
             TapError: the model's layers are others than those that were fitted.
         """
-        from .state import load
-
-        return load(Path(path), model, runtime)
+        state = states.read(Path(path))
+        named_map = None if state.plan.proven else state.plan.feature_map
+        engine = cls(
+            model,
+            tuple(state.detectors),
+            feature_map=named_map,
+            rectify=state.rectify,
+            seed=state.seed,
+            runtime=runtime,
+        )
+        scorer = engine.scorer
+        scorer.tap.adopt(state.plan)
+        state.head.check(states.HeadDigest.of(scorer.head), Path(path))
+        state.to(scorer.tap.device)
+        scorer.detectors, scorer.is_fitted = state.detectors, True
+        scorer.calibrations, scorer.calibrated_under = state.calibrations, state.calibrated_under
+        scorer.image_shape = state.image_shape
+        engine._fit_fingerprints, engine._canary = state.fit_fingerprints, state.canary
+        engine.unavailable, engine.tuning, engine.information = state.unavailable, state.tuning, state.information
+        scorer.warn_of_arithmetic()
+        now = scorer.score_cache(FeatureCache(state.canary.rows))
+        drift = state.canary.drift(now, {name: one.cpu() for name, one in state.calibrations.items()})
+        if drift:
+            warnings.warn(
+                f"the loaded state drifts on this machine ({scorer.tap.device}, {scorer.head.weight.dtype}): {'; '.join(drift)};"
+                " fit again here, or load with the device and dtype it was fitted on",
+                StateDriftWarning,
+                stacklevel=2,
+            )
+        return engine
 
     def _leave_out_unavailable(self, images: Tensor) -> None:
         """Drop default detectors that need a map the model does not offer; refuse those that were named."""
-        feature_map = self.run(images[:32]).feature_map
-        reason = self.plan.reason if feature_map is None else self.check_map(feature_map)
+        feature_map = self.scorer.run(images[:32]).feature_map
+        reason = self.plan.reason if feature_map is None else self.scorer.check_map(feature_map)
         lacking = [name for name, detector in self.detectors.items() if detector.needs_map]
         if reason is None or not lacking:
             return
@@ -363,42 +495,26 @@ class Engine(Pipeline):
             raise DetectorUnavailableError(f"{message}; or name the map by feature_map=..., or leave the detector out")
         warnings.warn(message, OodEngineWarning, stacklevel=3)
         self.unavailable = dict.fromkeys(lacking, reason)
-        self.detectors = {name: detector for name, detector in self.detectors.items() if name not in lacking}
+        self.scorer.detectors = {name: one for name, one in self.detectors.items() if name not in lacking}
 
     def _fit_anew(self, cache: FeatureCache, progress: bool) -> None:
         detectors = {name: create_detector(name, **old.settings) for name, old in self.detectors.items()}
         self._fit_from(cache, detectors, progress)
         # The model may be another one by now, and with it the features that thresholds were set from.
-        self.calibrations, self.calibration_cache = {}, None
+        self.scorer.calibrations, self.scorer.calibration_cache = {}, None
 
     def _fit_from(self, cache: FeatureCache, detectors: dict[str, Detector], progress: bool = False) -> None:
-        data = FitData(cache, self.head, self.seed, progress)
-        with full_precision(self.tap.device):
+        scorer = self.scorer
+        data = FitData(cache, self.head, scorer.kernels, self.seed, progress)
+        with full_precision(scorer.tap.device):
             for detector in detectors.values():
-                detector.to(self.tap.device)
+                detector.to(scorer.tap.device)
                 detector.fit(data)
         self.cache = cache
-        self.fit_fingerprints = cache.rows.fingerprints.clone()
-        self.detectors = detectors
-
-    def _used_in_fit(self, cache: FeatureCache) -> Tensor:
-        assert self.fit_fingerprints is not None
-        return torch.isin(cache.rows.fingerprints, self.fit_fingerprints)
-
-    def _calibrate_from(self, cache: FeatureCache, false_alarm_rate: float) -> None:
-        scores = self.score_rows(cache)
-        calibrations = {name: Calibration(false_alarm_rate).fit(score, name) for name, score in scores.items()}
-        self.calibrations = {name: calibration.to(self.tap.device) for name, calibration in calibrations.items()}
-        self.calibration_cache = cache
-
-    def _require_fitted(self) -> None:
-        unfitted = [name for name, detector in self.detectors.items() if not detector.is_fitted]
-        if not self.tap.is_ready or unfitted:
-            raise NotFittedError(
-                "the engine is not fitted: call fit(loader) with ID images, or Engine.load(path, model)"
-            )
+        self._fit_fingerprints = cache.rows.fingerprints.clone()
+        scorer.detectors, scorer.is_fitted = detectors, True
 
     def _require_calibrated(self) -> None:
-        self._require_fitted()
+        self.scorer.require_fitted()
         if not self.calibrations:
             raise NotFittedError("the engine is not calibrated: call calibrate(loader) with fresh ID images first")

@@ -1,29 +1,32 @@
-"""How scores are computed, which is no part of what was fitted: kernels or plain torch, precision, CUDA graphs."""
+"""The arithmetic of an engine: kernels or plain torch, precision, CUDA graphs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 import ood_kernels as ok
+from ood_kernels.types import HasBasisTensors
 
 from .errors import InputError
 
-if TYPE_CHECKING:
-    from .features.signals import GradientBasis, Masks
+__all__ = ["Kernels", "Masks", "Runtime", "full_precision"]
 
-__all__ = ["Kernels", "Runtime"]
+Masks = tuple[Tensor | None, Tensor | None]
+"""(weight mask, neuron mask) of a pruned head."""
 
 _LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """How an engine computes its scores. A state file does not hold it; thresholds stay as they were calibrated.
+    """Precision, backend and CUDA graphs of everything an engine computes: fitting, calibration, tuning and scores.
+
+    A state file holds precision and backend of its calibration and no more; loading it under others warns.
 
     Attributes:
         precision: what the GPU kernels round the operands of matrix products to: "ieee", "tf32x3", "tf32", "bf16" or "fp16",
@@ -42,6 +45,11 @@ class Runtime:
             raise InputError(f"precision={self.precision!r}: expected one of {', '.join(ok.PRECISIONS)}")
         if self.backend not in (None, *ok.BACKENDS):
             raise InputError(f"backend={self.backend!r}: expected one of {', '.join(ok.BACKENDS)}, or None")
+
+    @property
+    def arithmetic(self) -> dict[str, str | None]:
+        """What rounds a score: precision and backend."""
+        return {"precision": self.precision, "backend": self.backend}
 
 
 class Kernels:
@@ -71,11 +79,11 @@ class Kernels:
         """Mean and maximum of every channel, [N, D]."""
         return ok.pool_statistics(feature_map, rectify=rectify, backend=self.runtime.backend)
 
-    def masked_energy(self, h: Tensor, head: ok.Head, masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
+    def masked_energy(self, h: Tensor, head: ok.Head, masks: Masks | None) -> tuple[Tensor, Tensor, Tensor]:
         """(lse [N], pruned lse [N], p [N, C])."""
         return ok.masked_energy(h, head.weight, head.bias, *self._prepare_masks(masks), **self._options)
 
-    def project_gradients(self, p: Tensor, h: Tensor, basis: GradientBasis) -> Tensor:
+    def project_gradients(self, p: Tensor, h: Tensor, basis: HasBasisTensors) -> Tensor:
         """Centred coordinates [N, K]."""
         return ok.project_gradients(p, h, self._prepare_basis(basis), **self._options)
 
@@ -83,8 +91,8 @@ class Kernels:
         self,
         feature_map: Tensor,
         head: ok.Head,
-        masks: Masks,
-        basis: GradientBasis | None,
+        masks: Masks | None,
+        basis: HasBasisTensors | None,
         eps: float,
         rectify: bool,
     ) -> ok.ScoreOutputs:
@@ -93,7 +101,9 @@ class Kernels:
         tensors = None if basis is None else self._prepare_basis(basis)
         return ok.score(feature_map, pruned, tensors, eps, rectify=rectify, **self._options)
 
-    def _prepare_masks(self, masks: Masks) -> Masks:
+    def _prepare_masks(self, masks: Masks | None) -> Masks:
+        if masks is None:
+            return None, None
         weight_mask, neuron_mask = masks
         if weight_mask is None or not weight_mask.is_cuda:
             return masks
@@ -103,7 +113,7 @@ class Kernels:
             self._packed[weight_mask] = (_version(weight_mask), packed)
         return packed, neuron_mask
 
-    def _prepare_basis(self, basis: GradientBasis) -> ok.BasisTensors:
+    def _prepare_basis(self, basis: HasBasisTensors) -> ok.BasisTensors:
         tensors = basis.tensors()
         dtype = _LOW_PRECISION.get(self.runtime.precision)
         if dtype is None or not tensors[0].is_cuda:
@@ -119,3 +129,8 @@ class Kernels:
 def _version(tensor: Tensor) -> int:
     """Counts changes in place; inference tensors do not count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """No autocast, which is for the model: detectors would run in half precision behind the caller's back."""
+    return torch.autocast(device.type, enabled=False)

@@ -1,45 +1,87 @@
-"""The way from images to features and scores: one forward of the model, one read of the map, every detector."""
+"""From images, feature maps or cached features to scores: one forward of the model, one read of the map, every detector."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 import ood_kernels as ok
+from ood_kernels.types import HasBasisTensors
 
+from .calibration import Calibration
 from .detectors import Detector
-from .errors import DetectorUnavailableError, InputError
+from .errors import DetectorUnavailableError, InputError, NotFittedError, OodEngineWarning
 from .features.cache import CacheRows, CacheWriter, FeatureCache, fingerprint
 from .features.fit_data import signals_from_rows
 from .features.loader import Loader, image_batches
-from .features.signals import GradientBasis, Masks, Signals, wide
+from .features.signals import Signals, wide
 from .graphs import LARGEST_BUCKET, Inputs, ScoringGraphs
-from .model.tap import Captured, Tap, TapPlan
-from .runtime import Kernels, Runtime
+from .model.tap import Captured, Tap
+from .runtime import Kernels, Runtime, full_precision
 from .scores import Scores
 
-__all__ = ["Pipeline"]
+__all__ = ["Scorer"]
 
 
-class Pipeline:
-    """A tap on a model and the detectors that read what it catches."""
+class Scorer:
+    """A tap on a model, the detectors that read what it catches, their thresholds, and the arithmetic of all of it.
 
-    tap: Tap
-    rectify: bool
-    image_shape: tuple[int, ...] | None
-    detectors: dict[str, Detector]
-    kernels: Kernels
+    Fitting, calibration, tuning and scores all compute through `kernels`.
+
+    Args:
+        tap: finds and catches what the detectors read.
+        detectors: name → detector, fitted or not.
+        runtime: precision, backend and CUDA graphs.
+        rectify: let NAP see ReLU(map).
+
+    Attributes:
+        image_shape: (C, H, W) that images must have; None where they may vary.
+        is_fitted: whether the detectors are.
+        calibrations: name → calibration; empty before `calibrate`.
+        calibration_cache: what the thresholds were set from; None after loading.
+        calibrated_under: precision and backend that the thresholds were set under.
+    """
+
+    def __init__(self, tap: Tap, detectors: dict[str, Detector], runtime: Runtime, *, rectify: bool = False) -> None:
+        self.tap = tap
+        self.detectors = detectors
+        self.kernels = Kernels(runtime)
+        self.rectify = rectify
+        self.image_shape: tuple[int, ...] | None = None
+        self.is_fitted = False
+        self.calibrations: dict[str, Calibration] = {}
+        self.calibration_cache: FeatureCache | None = None
+        self.calibrated_under: dict[str, str | None] | None = None
 
     @property
     def runtime(self) -> Runtime:
-        """Precision, backend and CUDA graphs of scoring; set it to change them."""
+        """Precision, backend and CUDA graphs; setting another arithmetic sets the thresholds again, from their features."""
         return self.kernels.runtime
 
     @runtime.setter
     def runtime(self, runtime: Runtime) -> None:
         self.kernels = Kernels(runtime)
+        if runtime.arithmetic != self.calibrated_under and self.calibration_cache is not None:
+            self.recalibrate()
+        self.warn_of_arithmetic()
+
+    def warn_of_arithmetic(self) -> None:
+        """Warn where the thresholds were set under another precision or backend than scores are computed in."""
+        if self.calibrations and self.calibrated_under != self.runtime.arithmetic:
+            then, now = (
+                f"precision={one['precision']!r}, backend={one['backend']!r}"
+                for one in (self.calibrated_under or {"precision": None, "backend": None}, self.runtime.arithmetic)
+            )
+            warnings.warn(
+                f"the thresholds were calibrated under {then}, scores are computed under {now}: expected the same arithmetic;"
+                " call calibrate(loader) with fresh ID images, or take the runtime of the calibration",
+                OodEngineWarning,
+                stacklevel=3,
+            )
 
     @property
     def head(self) -> ok.Head:
@@ -48,47 +90,16 @@ class Pipeline:
         return ok.Head(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
 
     @property
-    def plan(self) -> TapPlan:
-        """Which head and feature map were found, and whether the map is proven."""
-        return self.tap.plan
-
-    @property
     def reads_map(self) -> bool:
         """Whether any detector needs the feature map."""
-        return any(detector.needs_map for detector in self.detectors.values())
+        return True in [detector.needs_map for detector in self.detectors.values()]
 
-    def extract(self, loader: Loader, what: str, progress: bool = False) -> FeatureCache:
-        """The features of everything a loader yields, in memory."""
-        writer = CacheWriter()
-        with torch.inference_mode(False), torch.no_grad():
-            for images, labels in image_batches(loader, what, progress):
-                writer.append(self.extract_batch(images, labels))
-        return writer.finish()
-
-    def extract_batch(self, images: Tensor, labels: Tensor) -> CacheRows:
-        """The cache rows of one batch; an image with NaN or Inf has NaN features.
-
-        Raises:
-            DetectorUnavailableError: a detector reads the map, and it has negative values without `rectify`.
-        """
-        captured = self.run(images)
-        features = wide(captured.head_input)
-        nothing = features.new_empty((len(features), 0))
-        maximum, nap_mean = nothing, nothing
-        if captured.feature_map is not None and self.reads_map:
-            reason = self.check_map(captured.feature_map)
-            if reason is not None:
-                raise DetectorUnavailableError(reason)
-            statistics = self.kernels.pool_statistics(captured.feature_map, self.rectify)
-            maximum = statistics.maximum
-            if self.plan.proven:
-                features = wide(self.tap.features(statistics.h))
-            # Kept only where NAP does not pool what the head reads.
-            is_pooled = self.plan.proven and self.plan.tail is None and not self.rectify
-            nap_mean = nothing if is_pooled else statistics.nap_mean
-        valid = finite_rows(images).to(features.device)
-        features = torch.where(valid[:, None], features, torch.nan)
-        return CacheRows(features, fingerprint(images), labels, maximum, nap_mean)
+    def require_fitted(self) -> None:
+        """Raise NotFittedError unless head and map are known and the detectors fitted."""
+        if not (self.is_fitted and self.tap.is_ready):
+            raise NotFittedError(
+                "the engine is not fitted: call fit(loader) with ID images, or Engine.load(path, model)"
+            )
 
     def run(self, images: Tensor) -> Captured:
         """One forward of the model.
@@ -117,12 +128,50 @@ class Pipeline:
         if not len(negative):
             return None
         return (
-            f"the feature map {self.plan.feature_map!r} has negative values (down to {float(negative.min()):.3g}), where"
+            f"the feature map {self.tap.plan.feature_map!r} has negative values (down to {float(negative.min()):.3g}), where"
             " max / (mean + eps) means nothing; pass rectify=True to score its ReLU"
         )
 
+    def extract(self, loader: Loader, what: str, progress: bool = False) -> FeatureCache:
+        """The features of everything a loader yields, in memory."""
+        writer = CacheWriter()
+        with torch.inference_mode(False), torch.no_grad():
+            for images, labels in image_batches(loader, what, progress):
+                writer.append(self.extract_batch(images, labels))
+        return writer.finish()
+
+    def extract_batch(self, images: Tensor, labels: Tensor) -> CacheRows:
+        """The cache rows of one batch; an image with NaN or Inf has NaN features.
+
+        Raises:
+            DetectorUnavailableError: a detector reads the map, and it has negative values without `rectify`.
+        """
+        captured = self.run(images)
+        features = wide(captured.head_input)
+        nothing = features.new_empty((len(features), 0))
+        maximum, nap_mean = nothing, nothing
+        if captured.feature_map is not None and self.reads_map:
+            reason = self.check_map(captured.feature_map)
+            if reason is not None:
+                raise DetectorUnavailableError(reason)
+            plan = self.tap.plan
+            statistics = self.kernels.pool_statistics(captured.feature_map, self.rectify)
+            maximum = statistics.maximum
+            if plan.proven:
+                features = wide(self.tap.features(statistics.h))
+            # Kept only where NAP does not pool what the head reads.
+            is_pooled = plan.proven and plan.tail is None and not self.rectify
+            nap_mean = nothing if is_pooled else statistics.nap_mean
+        valid = finite_rows(images).to(features.device)
+        features = torch.where(valid[:, None], features, torch.nan)
+        return CacheRows(features, fingerprint(images), labels, maximum, nap_mean)
+
+    def score(self, images: Tensor) -> Scores:
+        """Scores of one batch of images; NaN for images with NaN or Inf."""
+        return self.score_captured(images, self.run(images))
+
     def score_captured(self, images: Tensor, captured: Captured) -> Scores:
-        """Scores of a forward pass; NaN for images with NaN or Inf."""
+        """Scores of images that the model has been run on."""
         valid = finite_rows(images).to(captured.head_input.device)
         return self.score_inputs((captured.feature_map if self.reads_map else None, captured.head_input, valid))
 
@@ -134,55 +183,72 @@ class Pipeline:
             return self._graphs(inputs, (*fitted, self.head.weight.data_ptr(), self.kernels))
         return self._score_eagerly(inputs)
 
-    def _score_eagerly(self, inputs: Inputs) -> Scores:
-        feature_map, head_input, valid = inputs
-        return self.score_signals(self.signals(feature_map, head_input), valid)
-
     @cached_property
     def _graphs(self) -> ScoringGraphs:
         return ScoringGraphs(self._score_eagerly)
 
+    def _score_eagerly(self, inputs: Inputs) -> Scores:
+        feature_map, head_input, valid = inputs
+        return self._score_signals(self.signals(feature_map, head_input), valid)
+
+    def score_cache(self, cache: FeatureCache) -> Scores:
+        """Scores of cached samples, on the CPU."""
+        with torch.inference_mode(False), torch.no_grad():
+            return Scores.concatenate([self._score_signals(signals).cpu() for signals in self.cached_signals(cache)])
+
+    def cached_signals(self, cache: FeatureCache) -> Iterator[Signals]:
+        """What the detectors read of cached samples, in batches."""
+        head = self.head
+        for rows in cache.batches():
+            yield signals_from_rows(rows, head, self.kernels)
+
     def signals(self, feature_map: Tensor | None, head_input: Tensor | None) -> Signals:
         """What the detectors read: from one read of the map, or none where no detector needs it and the head's input is there."""
-        wanted = sorted({detector.eps for detector in self.detectors.values() if detector.eps is not None})
-        if feature_map is None or not (wanted or head_input is None):
+        head, kernels, plan = self.head, self.kernels, self.tap.plan
+        constants, pruner, basis = self._needs()
+        if feature_map is None or not (constants or head_input is None):
             assert head_input is not None
-            return self._signals(wide(head_input))
-        pools_what_the_head_reads = self.plan.proven and self.plan.tail is None
-        if len(wanted) != 1:
-            statistics = self.kernels.pool_statistics(feature_map, self.rectify)
-            features = wide(self.tap.features(statistics.h)) if self.plan.proven else head_input
-            assert features is not None
-            return self._signals(wide(features), statistics)
-        eps, basis = wanted[0], self._basis
-        if pools_what_the_head_reads and (basis is not None or self._masks is not None):
-            masks = self._masks or (None, None)
-            outputs = self.kernels.score(feature_map, self.head, masks, basis, eps, self.rectify)
-            signals = self._signals(outputs.h, nap={eps: outputs.nap})
-            signals.adopt(outputs, basis)
-            return signals
-        pooled, nap = self.kernels.pool_nap(feature_map, eps, self.rectify)
-        features = self.tap.features(pooled) if self.plan.proven else head_input
+            return Signals(wide(head_input), head, kernels, pruner=pruner)
+        if len(constants) == 1 and plan.proven and plan.tail is None and (pruner or basis) is not None:
+            eps = constants.pop()
+            masks = None if pruner is None else pruner.masks
+            out = kernels.score(feature_map, head, masks, basis, eps, self.rectify)
+            return Signals(
+                out.h,
+                head,
+                kernels,
+                nap={eps: out.nap},
+                energies=(out.lse, out.pruned_lse, out.p),
+                coordinates={} if basis is None else {basis: out.g_low},
+                pruner=pruner,
+            )
+        nap: dict[float, Tensor] = {}
+        statistics = None
+        if len(constants) == 1:
+            eps = constants.pop()
+            pooled, nap[eps] = kernels.pool_nap(feature_map, eps, self.rectify)
+        else:
+            statistics = kernels.pool_statistics(feature_map, self.rectify)
+            pooled = statistics.h
+        features = self.tap.features(pooled) if plan.proven else head_input
         assert features is not None
-        return self._signals(wide(features), nap={eps: nap})
+        return Signals(wide(features), head, kernels, statistics=statistics, nap=nap, pruner=pruner)
 
-    def _signals(
-        self, features: Tensor, statistics: ok.PoolStatistics | None = None, nap: dict[float, Tensor] | None = None
-    ) -> Signals:
-        return Signals(features, self.head, statistics, nap, self._masks, self.kernels)
+    def _needs(self) -> tuple[set[float], Detector | None, HasBasisTensors | None]:
+        """NAP's constants, the first detector that prunes the head, and the first basis: what one pass can give."""
+        constants: set[float] = set()
+        pruner: Detector | None = None
+        basis: HasBasisTensors | None = None
+        for detector in self.detectors.values():
+            if detector.needs_map and (eps := detector.eps) is not None:
+                constants.add(eps)
+            if detector.prunes and pruner is None:
+                pruner = detector
+            if basis is None:
+                basis = detector.gradient_basis
+        return constants, pruner, basis
 
-    @property
-    def _masks(self) -> Masks | None:
-        """Those of the first detector with a pruned head: their energy comes from the same pass as the plain one."""
-        return next((detector.masks for detector in self.detectors.values() if detector.masks is not None), None)
-
-    @property
-    def _basis(self) -> GradientBasis | None:
-        """That of the first detector that reads gradient coordinates."""
-        bases = (detector.gradient_basis for detector in self.detectors.values())
-        return next((basis for basis in bases if basis is not None), None)
-
-    def score_signals(self, signals: Signals, valid: Tensor | None = None) -> Scores:
+    def _score_signals(self, signals: Signals, valid: Tensor | None = None) -> Scores:
         """Every detector's score; NaN in rows that are not sound."""
         sound = torch.isfinite(signals.features).all(1)
         if valid is not None:
@@ -194,16 +260,24 @@ class Pipeline:
                 scores[name] = torch.where(sound & torch.isfinite(score), score, torch.nan)
         return Scores(scores, signals.clamped)
 
-    def score_rows(self, cache: FeatureCache) -> Scores:
-        """Scores of cached samples, on the CPU."""
-        with torch.inference_mode(False), torch.no_grad():
-            parts = [self.score_signals(signals_from_rows(rows, self.head)).cpu() for rows in cache.batches()]
-        return Scores.concatenate(parts)
+    def calibrate(self, cache: FeatureCache, false_alarm_rate: float) -> None:
+        """Set thresholds from the features of fresh ID samples.
 
+        Raises:
+            CalibrationError: too few samples for the rate, or scores that are not finite.
+        """
+        scores = self.score_cache(cache)
+        self.calibrations = {
+            name: Calibration(false_alarm_rate).fit(score, name).to(self.tap.device) for name, score in scores.items()
+        }
+        self.calibration_cache, self.calibrated_under = cache, self.runtime.arithmetic
 
-def full_precision(device: torch.device) -> torch.autocast:
-    """Autocast is for the model; detectors would run in half precision behind the caller's back."""
-    return torch.autocast(device.type, enabled=False)
+    def recalibrate(self) -> None:
+        """Set thresholds again after settings changed; without the features they were set from there are none any more."""
+        rates = {calibration.false_alarm_rate for calibration in self.calibrations.values()}
+        self.calibrations = {}
+        if self.calibration_cache is not None and rates:
+            self.calibrate(self.calibration_cache, rates.pop())
 
 
 def finite_rows(images: Tensor) -> Tensor:

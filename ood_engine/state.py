@@ -10,48 +10,129 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
 import ood_kernels as ok
 
 from .calibration import Calibration
-from .detectors import create_detector
+from .detectors import Detector, create_detector
 from .errors import OodEngineError, StateError
-from .features.cache import CacheRows, FeatureCache
+from .features.cache import CacheRows
 from .features.canary import Canary
 from .fitted import aligned
 from .model.discovery import TapPlan
 from .subspace import Basis
 from .version import __version__
 
-if TYPE_CHECKING:
-    from .engine import Engine
-    from .runtime import Runtime
+__all__ = ["FORMAT", "HeadDigest", "State", "read", "read_header", "write"]
 
-__all__ = ["FORMAT", "head_digests", "load", "read_header", "save"]
-
-FORMAT = 2
+FORMAT = 3
 _KEY = "ood_engine"
 _DIGEST_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def save(engine: Engine, path: Path) -> None:
-    """Write the fitted state of `engine`, whole or not at all.
+class HeadDigest(NamedTuple):
+    """By which a head is told from others: its sizes, and SHA-256 of its values in each dtype the model may be cast to."""
+
+    classes: int
+    features: int
+    bias: bool
+    dtype: str
+    digests: dict[str, str]
+
+    @classmethod
+    def of(cls, head: ok.Head) -> HeadDigest:
+        """The digest of a head."""
+        digests = {}
+        for dtype in _DIGEST_DTYPES:
+            digest = hashlib.sha256(repr(tuple(head.weight.shape)).encode())
+            for tensor in (head.weight, head.bias):
+                if tensor is not None:
+                    digest.update(_bytes(tensor.to(dtype)))
+            digests[_name(dtype)] = digest.hexdigest()
+        classes, features = head.weight.shape
+        return cls(classes, features, head.bias is not None, _name(head.weight.dtype), digests)
+
+    def check(self, other: HeadDigest, path: Path) -> None:
+        """Raise StateError unless `other`, of the model at hand, is the same head."""
+        if self[:3] != other[:3]:
+            raise StateError(
+                f"{path}: fitted to a head of {self._words()}, this model's has {other._words()}; load the model that was fitted,"
+                " or fit again"
+            )
+        if self.digests[other.dtype] != other.digests[other.dtype]:
+            raise StateError(
+                f"{path}: fitted to another head: shapes agree, weights do not; load the checkpoint that was fitted, or fit again"
+            )
+
+    def _words(self) -> str:
+        return f"{self.classes} classes × {self.features} features {'with' if self.bias else 'without'} bias"
+
+
+@dataclass
+class State:
+    """Everything of an engine that outlives the process.
+
+    Attributes:
+        plan: which head and feature map were found.
+        head: digest of the head it was fitted to.
+        rectify: whether NAP sees ReLU(map).
+        image_shape: (C, H, W) of the images of `fit`; None where they varied.
+        seed: of everything drawn while fitting.
+        detectors: name → fitted detector.
+        calibrations: name → calibration; empty before `calibrate`.
+        calibrated_under: precision and backend of the calibration; None before it.
+        fit_fingerprints: int64 [n] of the samples of `fit`.
+        canary: ID samples with the scores they had.
+        unavailable: default detectors that the model cannot have → why.
+        tuning: rows of the last tuning.
+        information: the user's facts; JSON values.
+    """
+
+    plan: TapPlan
+    head: HeadDigest
+    rectify: bool
+    image_shape: tuple[int, ...] | None
+    seed: int
+    detectors: dict[str, Detector]
+    calibrations: dict[str, Calibration]
+    calibrated_under: dict[str, str | None] | None
+    fit_fingerprints: Tensor
+    canary: Canary
+    unavailable: dict[str, str]
+    tuning: list[dict[str, Any]]
+    information: dict[str, Any]
+
+    def to(self, device: torch.device) -> None:
+        """Move everything fitted; a tensor that several detectors share stays one."""
+        moved: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def once(tensor: Tensor) -> Tensor:
+            # The original is kept beside its copy, for an id is only unique among the living.
+            return moved.setdefault(id(tensor), (tensor, tensor.to(device)))[1]
+
+        for module in (*self.detectors.values(), *self.calibrations.values()):
+            module._apply(once)
+
+
+def write(state: State, path: Path) -> None:
+    """Write a state file, whole or not at all.
 
     Raises:
         OodEngineError: the disk is full, or the place cannot be written.
     """
-    tensors, aliases = _share(_collect(engine))
-    header = _describe(engine) | {"aliases": aliases, "tensors_digest": _tensors_digest(tensors)}
+    tensors, aliases = _share(_tensors(state))
+    header = _header(state) | {"aliases": aliases, "tensors_digest": _tensors_digest(tensors)}
     text = json.dumps(header, sort_keys=True)
     metadata = {_KEY: text, "digest": hashlib.sha256(text.encode()).hexdigest()}
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
@@ -78,65 +159,52 @@ def read_header(path: Path) -> dict[str, Any]:
     return _open(path, with_tensors=False)[0]
 
 
-def load(path: Path, model: nn.Module, runtime: Runtime | None = None) -> Engine:
-    """See `Engine.load`."""
-    from .engine import Engine
+def read(path: Path) -> State:
+    """The state in a file, on the CPU.
 
+    Raises:
+        StateError: as `read_header`.
+    """
     header, tensors = _open(path, with_tensors=True)
-    plan = TapPlan(**{**header["plan"], "tail_shape": tuple(header["plan"]["tail_shape"])})
-    names = [entry["name"] for entry in header["detectors"]]
-    named_map = None if plan.proven else plan.feature_map
-    engine = Engine(
-        model, names, feature_map=named_map, rectify=header["rectify"], seed=header["seed"], runtime=runtime
-    )
-    engine.tap.adopt(plan)
-    engine.image_shape = tuple(header["image_shape"]) if header["image_shape"] else None
-    _check_head(engine.head, header["head"], path)
-    device = engine.tap.device
-    tensors = {key: aligned(tensor.to(device)) for key, tensor in tensors.items()}
+    tensors = {key: aligned(tensor) for key, tensor in tensors.items()}
     tensors |= {key: tensors[original] for key, original in header["aliases"].items()}
+    detectors = {}
     for entry in header["detectors"]:
-        detector = create_detector(entry["name"], **entry["settings"]).to(device)
+        detector = create_detector(entry["name"], **entry["settings"])
         detector.load_state_dict(_below(tensors, f"detectors.{entry['name']}."), assign=True)
-        engine.detectors[entry["name"]] = detector
+        detectors[entry["name"]] = detector
+    for same in _by_basis(detectors.values()):
+        for detector in same[1:]:
+            detector.basis = same[0].basis
+    calibrations = {}
     for name, rate in header["false_alarm_rates"].items():
-        engine.calibrations[name] = Calibration(rate).to(device)
-        engine.calibrations[name].load_state_dict(_below(tensors, f"calibrations.{name}."), assign=True)
-    engine.fit_fingerprints = tensors["fit.fingerprints"].cpu()
-    engine.unavailable, engine.tuning, engine.information = (
-        header[key] for key in ("unavailable", "tuning", "information")
+        calibrations[name] = Calibration(rate)
+        calibrations[name].load_state_dict(_below(tensors, f"calibrations.{name}."), assign=True)
+    canary = Canary(
+        CacheRows(*(tensors[f"canary.rows.{field}"] for field in CacheRows._fields)),
+        _below(tensors, "canary.scores."),
     )
-    rows = CacheRows(*(tensors[f"canary.rows.{field}"].cpu() for field in CacheRows._fields))
-    engine.canary = Canary(rows, {name: score.cpu() for name, score in _below(tensors, "canary.scores.").items()})
-    engine.canary.replay(engine, engine.calibrations)
-    return engine
+    return State(
+        plan=TapPlan(**{**header["plan"], "tail_shape": tuple(header["plan"]["tail_shape"])}),
+        head=HeadDigest(**header["head"]),
+        image_shape=tuple(header["image_shape"]) if header["image_shape"] else None,
+        detectors=detectors,
+        calibrations=calibrations,
+        fit_fingerprints=tensors["fit.fingerprints"],
+        canary=canary,
+        **{key: header[key] for key in _AS_THEY_ARE},
+    )
 
 
-def head_digests(head: ok.Head) -> dict[str, str]:
-    """SHA-256 of weight and bias, as they are in each dtype that the model may be cast to."""
-    digests = {}
-    for dtype in _DIGEST_DTYPES:
-        digest = hashlib.sha256(repr(tuple(head.weight.shape)).encode())
-        for tensor in (head.weight, head.bias):
-            if tensor is not None:
-                digest.update(_bytes(tensor.to(dtype)))
-        digests[str(dtype).removeprefix("torch.")] = digest.hexdigest()
-    return digests
+_AS_THEY_ARE = ("rectify", "seed", "calibrated_under", "unavailable", "tuning", "information")
 
 
-def _collect(engine: Engine) -> dict[str, Tensor]:
-    # Not from the calibration features: one of them is each threshold itself, where the last bit changes the decision.
-    cache = engine.cache
-    if cache is None:
-        assert engine.canary is not None
-        # Settings may have been tuned since it was loaded.
-        cache = FeatureCache(engine.canary.rows)
-    canary = Canary.take(engine, cache)
-    assert engine.fit_fingerprints is not None
+def _tensors(state: State) -> dict[str, Tensor]:
+    canary = state.canary
     tensors = {f"canary.rows.{field}": column for field, column in zip(CacheRows._fields, canary.rows, strict=True)}
     tensors |= {f"canary.scores.{name}": score for name, score in canary.scores.items()}
-    tensors["fit.fingerprints"] = engine.fit_fingerprints
-    for group, modules in (("detectors", engine.detectors), ("calibrations", engine.calibrations)):
+    tensors["fit.fingerprints"] = state.fit_fingerprints
+    for group, modules in (("detectors", state.detectors), ("calibrations", state.calibrations)):
         for name, module in modules.items():
             tensors |= {f"{group}.{name}.{key}": tensor for key, tensor in module.state_dict().items()}
     return tensors
@@ -157,56 +225,47 @@ def _share(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
     return distinct, aliases
 
 
-def _describe(engine: Engine) -> dict[str, Any]:
-    head = engine.head
+def _header(state: State) -> dict[str, Any]:
+    calibrations = state.calibrations
     return {
         "format": FORMAT,
         "package": __version__,
         "torch": torch.__version__,
-        "plan": asdict(engine.plan),
-        "rectify": engine.rectify,
-        "image_shape": engine.image_shape,
-        "seed": engine.seed,
-        "head": {
-            "classes": head.weight.shape[0],
-            "features": head.weight.shape[1],
-            "bias": head.bias is not None,
-            "dtype": str(head.weight.dtype).removeprefix("torch."),
-            "digests": head_digests(head),
-        },
-        "detectors": [{"name": name, "settings": detector.settings} for name, detector in engine.detectors.items()],
-        "subspaces": _subspaces(engine),
-        "false_alarm_rates": {name: calibration.false_alarm_rate for name, calibration in engine.calibrations.items()},
-        "thresholds": {name: float(calibration.threshold) for name, calibration in engine.calibrations.items()},
-        "calibration_samples": next((len(c.fitted("scores")) for c in engine.calibrations.values()), None),
-        "fit_samples": 0 if engine.fit_fingerprints is None else len(engine.fit_fingerprints),
-        "unavailable": engine.unavailable,
-        "tuning": engine.tuning,
-        "information": engine.information,
+        "plan": asdict(state.plan),
+        "image_shape": state.image_shape,
+        "head": state.head._asdict(),
+        "detectors": [{"name": name, "settings": detector.settings} for name, detector in state.detectors.items()],
+        "subspaces": [_subspace(detectors) for detectors in _by_basis(state.detectors.values())],
+        "false_alarm_rates": {name: calibration.false_alarm_rate for name, calibration in calibrations.items()},
+        "thresholds": {name: float(calibration.threshold) for name, calibration in calibrations.items()},
+        "calibration_samples": next((len(one.fitted("scores")) for one in calibrations.values()), None),
+        "fit_samples": len(state.fit_fingerprints),
+        **{key: getattr(state, key) for key in _AS_THEY_ARE},
     }
 
 
-def _subspaces(engine: Engine) -> list[dict[str, Any]]:
-    """Every subspace of gradient space, which detectors read it, and what its form and the others cost for a batch of 64."""
-    found: dict[int, dict[str, Any]] = {}
-    for name, detector in engine.detectors.items():
+def _by_basis(detectors: Iterable[Detector]) -> list[list[Any]]:
+    """The detectors with a subspace of gradient space, those together that share its tensors."""
+    found: dict[int, list[Any]] = {}
+    for detector in detectors:
         basis = getattr(detector, "basis", None)
-        if not isinstance(basis, Basis):
-            continue
-        # Detectors loaded from one state hold bases of their own over the same tensors.
-        key = basis.fitted("constants").data_ptr()
-        if key not in found:
-            plan = basis.plan(samples=64)
-            found[key] = {
-                "form": type(basis).__name__,
-                "components": basis.n_components,
-                "detectors": [],
-                "samples": plan.samples,
-                "cheapest": plan.choice,
-                "costs": [cost._asdict() for cost in plan.costs],
-            }
-        found[key]["detectors"].append(name)
+        if isinstance(basis, Basis):
+            found.setdefault(basis.fitted("constants").data_ptr(), []).append(detector)
     return list(found.values())
+
+
+def _subspace(detectors: list[Any]) -> dict[str, Any]:
+    """A subspace, which detectors read it, and what its basis and others cost for a batch of 64."""
+    basis: Basis = detectors[0].basis
+    plan = basis.plan(samples=64)
+    return {
+        "form": type(basis).__name__,
+        "components": basis.n_components,
+        "detectors": [detector.name for detector in detectors],
+        "samples": plan.samples,
+        "cheapest": plan.choice,
+        "costs": [cost._asdict() for cost in plan.costs],
+    }
 
 
 def _open(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -238,25 +297,6 @@ def _open(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, 
     return header, tensors
 
 
-def _check_head(head: ok.Head, fitted: dict[str, Any], path: Path) -> None:
-    shape = (fitted["classes"], fitted["features"], fitted["bias"])
-    came = (*head.weight.shape, head.bias is not None)
-    if shape != came:
-        raise StateError(
-            f"{path}: fitted to a head of {_words(*shape)}, this model's has {_words(*came)}; load the model that was fitted, or"
-            " fit again"
-        )
-    dtype = str(head.weight.dtype).removeprefix("torch.")
-    if head_digests(head)[dtype] != fitted["digests"][dtype]:
-        raise StateError(
-            f"{path}: fitted to another head: shapes agree, weights do not; load the checkpoint that was fitted, or fit again"
-        )
-
-
-def _words(classes: int, features: int, bias: bool) -> str:
-    return f"{classes} classes × {features} features {'with' if bias else 'without'} bias"
-
-
 def _tensors_digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(tensors):
@@ -267,6 +307,10 @@ def _tensors_digest(tensors: dict[str, Tensor]) -> str:
 
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -14,7 +14,6 @@ import torch
 from ..detectors import available_detectors, create_detector
 from ..engine import DEFAULT_DETECTORS, Engine
 from ..errors import InputError
-from ..features.fit_data import signals_from_rows
 from ..images.dataset import ImageDataset, open_dataset
 from ..images.preprocess import Preprocess
 from ..model.loading import load_model
@@ -212,18 +211,16 @@ def _value(text: str) -> Any:
 
 def _summary(engine: Engine, output: Path, skipped: list[dict[str, str]], seconds: float) -> dict[str, Any]:
     assert engine.cache is not None
-    rows = engine.cache.rows
+    rows, calibration = engine.cache.rows, engine.scorer.calibration_cache
     labelled = rows.labels >= 0
     agreement = None
     if labelled.any():
-        predicted = [
-            signals_from_rows(batch, engine.head).probabilities.argmax(1).cpu() for batch in engine.cache.batches()
-        ]
+        predicted = [batch.probabilities.argmax(1).cpu() for batch in engine.scorer.cached_signals(engine.cache)]
         agreement = float((torch.cat(predicted) == rows.labels)[labelled].float().mean())
     return {
         "state": str(output),
         "fit_images": len(engine.cache),
-        "calibration_images": 0 if engine.calibration_cache is None else len(engine.calibration_cache),
+        "calibration_images": 0 if calibration is None else len(calibration),
         "skipped": skipped,
         "label_agreement": agreement,
         "plan": asdict(engine.plan),

@@ -104,7 +104,7 @@ def run_sweep(
         skipped, caches = {}, []
         for name, data in {"fit": fit_data, id_name: id_data, **ood_data}.items():
             loader = data.loader(batch_size)
-            caches.append(engine.extract(loader, f"{name} features", progress=True))
+            caches.append(engine.scorer.extract(loader, f"{name} features", progress=True))
             skipped[name] = echo_skipped(loader.skipped, name)
         fit_cache, id_cache, *ood_caches = caches
         facts = {
@@ -122,6 +122,7 @@ def run_sweep(
         limit = chosen.pop("basis_limit", 2048)
         rows = sweep(
             engine.head,
+            engine.scorer.kernels,
             fit_cache,
             id_cache,
             dict(zip(ood_data, ood_caches, strict=True)),

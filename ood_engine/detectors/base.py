@@ -8,10 +8,13 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from ood_kernels.types import HasBasisTensors
+
 from ..errors import InputError
 from ..features.fit_data import FitData
-from ..features.signals import GradientBasis, Masks, Signals
+from ..features.signals import Signals
 from ..fitted import FittedModule
+from ..runtime import Masks
 
 __all__ = ["Detector", "available_detectors", "changed_settings", "create_detector", "default_settings", "register"]
 
@@ -23,10 +26,12 @@ class Detector(FittedModule):
         name: the registered name it was made under.
         settings: every constructor argument with its value, enough to make it again.
         needs_map: whether it reads the feature map; a model without one cannot have it.
+        prunes: whether it scores a pruned head, whose `masks` it then has.
         revision: how often its settings were changed since it was made.
     """
 
     needs_map: ClassVar[bool] = False
+    prunes: ClassVar[bool] = False
 
     def __init__(self, *fitted: str) -> None:
         super().__init__(*fitted)
@@ -52,7 +57,7 @@ class Detector(FittedModule):
         return None
 
     @property
-    def gradient_basis(self) -> GradientBasis | None:
+    def gradient_basis(self) -> HasBasisTensors | None:
         """The subspace whose coordinates its score needs; None where it needs none."""
         return None
 

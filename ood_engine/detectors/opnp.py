@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..features.fit_data import FitData
-from ..features.signals import Masks, Signals
+from ..features.signals import Signals
+from ..runtime import Masks
 from .base import Detector, register
 from .nap import W_GRID, check_eps, check_weight, combine
 
@@ -57,6 +58,8 @@ def keep_mask(ranks: Tensor, keep: Range) -> Tensor:
 class _Pruned(Detector):
     """Energy of the head pruned by sensitivity."""
 
+    prunes = True
+
     def __init__(self, weight_range: Range, neuron_range: Range) -> None:
         super().__init__("weight_ranks", "neuron_ranks", "weight_mask", "neuron_mask")
         self._ranges = check_range("weight_range", weight_range), check_range("neuron_range", neuron_range)
@@ -77,7 +80,7 @@ class _Pruned(Detector):
 
     def forward(self, signals: Signals) -> Tensor:
         """[N] logsumexp of the pruned head."""
-        return signals.pruned_lse(self.masks)
+        return signals.pruned_lse(self)
 
     def configure(self, **settings: Any) -> None:
         """Change the ranges; the masks follow from the stored ranks."""
@@ -180,7 +183,7 @@ class NAPOPNP(OPNP):
 
     def forward(self, signals: Signals) -> Tensor:
         """[N] weighted geometric mean of pruned energy and NAP."""
-        return combine(signals.pruned_lse(self.masks), signals.nap(self._eps), self._w, signals, self.name)
+        return combine(signals.pruned_lse(self), signals.nap(self._eps), self._w, signals, self.name)
 
     def grid(self) -> Sequence[dict[str, Any]]:
         """W in steps of 0.1, with the ranges as they are."""

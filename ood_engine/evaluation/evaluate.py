@@ -38,8 +38,8 @@ def score_set(engine: Engine, loader: ImageLoader, what: str, *, progress: bool 
     parts, correct, labelled = [], 0, 0
     with torch.no_grad():
         for images, labels in image_batches(loader, what, progress):
-            captured = engine.run(images)
-            parts.append(engine.score_captured(images, captured).cpu())
+            captured = engine.scorer.run(images)
+            parts.append(engine.scorer.score_captured(images, captured).cpu())
             predicted = captured.logits.argmax(1).cpu()
             labelled += int((labels != NO_LABEL).sum())
             correct += int((predicted == labels).sum())
@@ -119,7 +119,7 @@ def _facts(engine: Engine, sets: Mapping[str, ImageDataset]) -> dict[str, str]:
         "feature map": f"{plan['feature_map'] or 'none'} ({'proven' if plan['proven'] else 'not proven'})",
         "images": ", ".join(f"{name} {len(data)}" for name, data in sets.items()),
         "versions": f"ood-engine {__version__}, torch {torch.__version__}",
-        "device": str(engine.tap.device),
+        "device": str(engine.scorer.tap.device),
     }
     rates = sorted({calibration.false_alarm_rate for calibration in engine.calibrations.values()})
     return facts | ({"false-alarm rate": f"{100 * rates[0]:g} %"} if rates else {})

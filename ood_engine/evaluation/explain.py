@@ -76,8 +76,8 @@ def explain(engine: Engine, image: Tensor, detector: str = "low_dim_gradient") -
             " projected_norm head, whose scores are sums of contributions"
         )
     with torch.no_grad():
-        captured = engine.run(image[None])
-        signals = engine.signals(captured.feature_map, captured.head_input)
+        captured = engine.scorer.run(image[None])
+        signals = engine.scorer.signals(captured.feature_map, captured.head_input)
         p, h = signals.probabilities.double(), signals.features.double()
         basis = fitted.basis
         a = reference.cotangent(p, basis.cotangent)[0]

@@ -19,7 +19,7 @@ from ..errors import InputError, OodEngineError, OodEngineWarning
 from ..features.cache import FeatureCache
 from ..features.fit_data import FitData, signals_from_rows
 from ..features.loader import with_progress
-from ..scorer import full_precision
+from ..runtime import Kernels, full_precision
 from ..subspace import BASES
 from .metrics import auroc, fpr_at_tpr
 
@@ -57,6 +57,7 @@ class _Subspace(NamedTuple):
 
 def sweep(
     head: ok.Head,
+    kernels: Kernels,
     fit_cache: FeatureCache,
     id_cache: FeatureCache,
     ood_caches: Mapping[str, FeatureCache],
@@ -79,6 +80,7 @@ def sweep(
 
     Args:
         head: the unpruned head of the model.
+        kernels: the functions that compute, those of the engine (`engine.scorer.kernels`).
         fit_cache: ID samples to fit on.
         id_cache: other ID samples.
         ood_caches: OOD set name → its samples.
@@ -107,7 +109,7 @@ def sweep(
     _check_names("normalisations", normalisations, NORMALISATIONS)
     if not ood_caches:
         raise InputError("ood_caches: expected at least one OOD set")
-    data = FitData(fit_cache, head, seed)
+    data = FitData(fit_cache, head, kernels, seed)
     components = _default_components(data, max_anchors) if components is None else _checked_components(components)
     subspaces = [
         _Subspace(basis, normalisation, wanted)
@@ -116,13 +118,15 @@ def sweep(
         for wanted in ((None,) if basis == "class_average" else components)
     ]
     usable = {name: (cache, _usable(name, cache)) for name, cache in ood_caches.items()}
-    measured = _Measured(head, (id_cache, _usable("ID", id_cache, fit_cache)), usable)
+    measured = _Measured(head, kernels, (id_cache, _usable("ID", id_cache, fit_cache)), usable)
     rows: list[Row] = []
     said: set[str] = set()
     for subspace in with_progress(subspaces, "sweeping", progress, unit="subspace"):
         options: dict[str, Any] = {"cotangent": cotangent, "max_anchors": max_anchors}
         with _each_warning_once(said):
-            for found in _of_subspace(FitData(fit_cache, head, seed), subspace, heads, options, max_bytes, measured):
+            for found in _of_subspace(
+                FitData(fit_cache, head, kernels, seed), subspace, heads, options, max_bytes, measured
+            ):
                 rows.extend(found)
                 if on_rows is not None:
                     on_rows(rows)
@@ -133,6 +137,7 @@ class _Measured(NamedTuple):
     """The sets that every combination is measured on: caches with the rows of theirs that count."""
 
     head: ok.Head
+    kernels: Kernels
     id_set: tuple[FeatureCache, Tensor]
     ood_sets: Mapping[str, tuple[FeatureCache, Tensor]]
 
@@ -142,7 +147,9 @@ class _Measured(NamedTuple):
         Raises:
             InputError: scores that are not finite.
         """
-        parts = [detector(signals_from_rows(rows, self.head)).float().cpu() for rows in cache.batches(index)]
+        parts = [
+            detector(signals_from_rows(rows, self.head, self.kernels)).float().cpu() for rows in cache.batches(index)
+        ]
         scores = torch.cat(parts)
         bad = int((~torch.isfinite(scores)).sum())
         if bad:

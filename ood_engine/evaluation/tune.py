@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,20 +11,17 @@ from torch import Tensor
 from ..detectors import Detector
 from ..errors import InputError
 from ..features.cache import FeatureCache
-from ..features.fit_data import signals_from_rows
 from ..features.loader import Loader, image_batches
-from ..scorer import full_precision
+from ..runtime import full_precision
+from ..scorer import Scorer
 from .corruptions import CORRUPTIONS, corrupt
 from .metrics import auroc
-
-if TYPE_CHECKING:
-    from ..engine import Engine
 
 __all__ = ["tune"]
 
 
 def tune(
-    engine: Engine,
+    scorer: Scorer,
     loader: Loader,
     *,
     ood_loader: Loader | None = None,
@@ -43,7 +40,7 @@ def tune(
     calibrated anew. NAP's w, OPNP's ranges and the ensemble's a have grids.
 
     Args:
-        engine: fitted.
+        scorer: fitted; left with the chosen settings and thresholds to match.
         loader: yields ID images, best not those of `fit`; they are read once and kept in memory.
         ood_loader: real OOD images instead of corrupted ones.
         corruptions: names of `ood_engine.evaluation.corruptions.CORRUPTIONS`.
@@ -54,42 +51,41 @@ def tune(
         progress: show a bar.
 
     Returns:
-        One row per detector and setting: {"detector", "settings", "auroc", "chosen"}; also kept as `engine.tuning`.
+        One row per detector and setting: {"detector", "settings", "auroc", "chosen"}.
 
     Raises:
         InputError: nothing to tune, images that do not lie in [0, 1] once mean and std are undone, or scores that are not
             finite; every setting is then as it was.
     """
-    names = [name for name in (engine.detectors if detectors is None else detectors) if _grid_of(engine, name)]
+    names = [name for name in (scorer.detectors if detectors is None else detectors) if _grid_of(scorer, name)]
     if not names:
-        raise InputError(f"nothing to tune: none of {', '.join(engine.detectors)} has settings to search")
+        raise InputError(f"nothing to tune: none of {', '.join(scorer.detectors)} has settings to search")
     if ood_loader is None and not corruptions:
         raise InputError(
             "corruptions=(): expected at least one of ood_engine.evaluation.corruptions.CORRUPTIONS, or an ood_loader"
         )
     batches = list(image_batches(loader, "reading", False))
-    id_cache = engine.extract(batches, "ID features", progress)
+    id_cache = scorer.extract(batches, "ID features", progress)
     if ood_loader is not None:
-        ood_caches = [engine.extract(ood_loader, "OOD features", progress)]
+        ood_caches = [scorer.extract(ood_loader, "OOD features", progress)]
     else:
         images = [images for images, _ in batches]
         ood_caches = [
-            engine.extract(_corrupted(images, name, severity, mean, std), f"{name} features", progress)
+            scorer.extract(_corrupted(images, name, severity, mean, std), f"{name} features", progress)
             for name in corruptions
         ]
-    rows = [row for name in names for row in _search(engine, name, id_cache, ood_caches)]
+    rows = [row for name in names for row in _search(scorer, name, id_cache, ood_caches)]
     for row in rows:
         if row["chosen"]:
-            engine.detectors[row["detector"]].configure(**row["settings"])
-    engine.tuning = rows
-    engine.recalibrate()
+            scorer.detectors[row["detector"]].configure(**row["settings"])
+    scorer.recalibrate()
     return rows
 
 
-def _grid_of(engine: Engine, name: str) -> Sequence[dict[str, Any]]:
-    if name not in engine.detectors:
-        raise InputError(f"tune {name!r}: expected one of this engine's detectors, {', '.join(engine.detectors)}")
-    return engine.detectors[name].grid()
+def _grid_of(scorer: Scorer, name: str) -> Sequence[dict[str, Any]]:
+    if name not in scorer.detectors:
+        raise InputError(f"tune {name!r}: expected one of this engine's detectors, {', '.join(scorer.detectors)}")
+    return scorer.detectors[name].grid()
 
 
 def _corrupted(
@@ -110,16 +106,16 @@ def _corrupted(
         yield (corrupt(pixels.clamp(0, 1), name, severity, seed=number) - shift) / scale
 
 
-def _search(engine: Engine, name: str, id_cache: FeatureCache, ood_caches: list[FeatureCache]) -> list[dict[str, Any]]:
+def _search(scorer: Scorer, name: str, id_cache: FeatureCache, ood_caches: list[FeatureCache]) -> list[dict[str, Any]]:
     """The rows of one detector, which is left with the settings it had: the scores may hold NaN half-way."""
-    detector = engine.detectors[name]
+    detector = scorer.detectors[name]
     before = dict(detector.settings)
     rows: list[dict[str, Any]] = []
     try:
         for settings in detector.grid():
             detector.configure(**settings)
-            id_scores = _scores(engine, detector, id_cache)
-            values = [auroc(id_scores, _scores(engine, detector, cache)) for cache in ood_caches]
+            id_scores = _scores(scorer, detector, id_cache)
+            values = [auroc(id_scores, _scores(scorer, detector, cache)) for cache in ood_caches]
             rows.append({"detector": name, "settings": settings, "auroc": sum(values) / len(values), "chosen": False})
     finally:
         detector.configure(**before)
@@ -127,6 +123,6 @@ def _search(engine: Engine, name: str, id_cache: FeatureCache, ood_caches: list[
     return rows
 
 
-def _scores(engine: Engine, detector: Detector, cache: FeatureCache) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad(), full_precision(engine.tap.device):
-        return torch.cat([detector(signals_from_rows(rows, engine.head)).cpu() for rows in cache.batches()])
+def _scores(scorer: Scorer, detector: Detector, cache: FeatureCache) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad(), full_precision(scorer.tap.device):
+        return torch.cat([detector(signals).cpu() for signals in scorer.cached_signals(cache)])

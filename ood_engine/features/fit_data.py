@@ -13,6 +13,7 @@ import ood_kernels as ok
 
 from ..errors import InputError, OodEngineWarning
 from ..fitted import aligned
+from ..runtime import Kernels
 from .cache import NO_LABEL, CacheRows, FeatureCache
 from .loader import with_progress
 from .signals import Signals, wide
@@ -23,14 +24,15 @@ T = TypeVar("T")
 _SHORT = 65536
 
 
-def signals_from_rows(rows: CacheRows, head: ok.Head) -> Signals:
+def signals_from_rows(rows: CacheRows, head: ok.Head, kernels: Kernels) -> Signals:
     """Signals of cached samples, on the device of the head; no model is run."""
     features, maximum, nap_mean = (
         aligned(wide(column.to(head.weight.device))) for column in (rows.features, rows.maximum, rows.nap_mean)
     )
     if maximum.shape[1] == 0:
-        return Signals(features, head)
-    return Signals(features, head, ok.PoolStatistics(features, nap_mean if nap_mean.shape[1] else features, maximum))
+        return Signals(features, head, kernels)
+    statistics = ok.PoolStatistics(features, nap_mean if nap_mean.shape[1] else features, maximum)
+    return Signals(features, head, kernels, statistics=statistics)
 
 
 class FitData:
@@ -39,6 +41,7 @@ class FitData:
     Args:
         cache: the ID samples.
         head: the unpruned head.
+        kernels: the functions that compute, those of the scores to come.
         seed: of everything that is drawn while fitting.
         progress: show a bar for every pass over a cache of more than 65 536 samples.
 
@@ -46,10 +49,13 @@ class FitData:
         InputError: samples that are not finite, or labels out of the head's range.
     """
 
-    def __init__(self, cache: FeatureCache, head: ok.Head, seed: int = 0, progress: bool = False) -> None:
+    def __init__(
+        self, cache: FeatureCache, head: ok.Head, kernels: Kernels, seed: int = 0, progress: bool = False
+    ) -> None:
         self.cache = cache
         self._progress = progress and len(cache) > _SHORT
         self.head = head
+        self.kernels = kernels
         self.seed = seed
         self._order = torch.argsort(cache.rows.fingerprints, stable=True)
         self._shared: dict[Hashable, Any] = {}
@@ -108,7 +114,7 @@ class FitData:
         index = self._order if index is None else index
         batches = self.cache.batches(index, size)
         for rows in with_progress(batches, "reading features", self._progress, total=-(-len(index) // size)):
-            yield signals_from_rows(rows, self.head)
+            yield signals_from_rows(rows, self.head, self.kernels)
 
     def collect(self, key: Hashable, index: Tensor, of: Callable[[Signals], Tensor]) -> Tensor:
         """[m, K] what `of` gives for the samples at `index`, collected once for all detectors that ask by the same key.

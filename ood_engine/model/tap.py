@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -188,9 +189,11 @@ class Tap:
             if name is not None:
                 self._known(name, f"{name!r} was fitted")
         self._release()
-        self._handles = [head.register_forward_pre_hook(self._catch_head_input, with_kwargs=True)]
+        catch_head_input = partial(self._catch_head_input, plan)
+        self._handles = [head.register_forward_pre_hook(catch_head_input, with_kwargs=True)]
         if plan.feature_map is not None:
-            self._handles.append(self._modules[plan.feature_map].register_forward_hook(self._catch_map))
+            catch_map = partial(self._catch_map, plan)
+            self._handles.append(self._modules[plan.feature_map].register_forward_hook(catch_map))
         self._plan = plan
 
     def _release(self) -> None:
@@ -262,18 +265,18 @@ class Tap:
         self._caught.calls[what] = call + 1
         return call
 
-    def _catch_head_input(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if self._next_call("head_input") == self.plan.head_call:
+    def _catch_head_input(self, plan: TapPlan, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._next_call("head_input") == plan.head_call:
             # A copy, which is small, because the model may change its features in place afterwards.
             self._caught.tensors["head_input"] = first_argument(args, kwargs).detach().clone()
 
-    def _catch_map(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if self._next_call("feature_map") != self.plan.call:
+    def _catch_map(self, plan: TapPlan, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self._next_call("feature_map") != plan.call:
             return
-        feature_map = LAYOUTS[self.plan.layout](output.detach())
-        if self.plan.relu:
+        feature_map = LAYOUTS[plan.layout](output.detach())
+        if plan.relu:
             feature_map = feature_map.relu()
-        elif not self.plan.proven:
+        elif not plan.proven:
             # Nothing has shown that the model leaves it as it is: an in-place ReLU may follow.
             feature_map = feature_map.clone()
         self._caught.tensors["feature_map"] = feature_map

@@ -65,7 +65,7 @@ def test_activations_that_hide_infinity_hide_no_bad_pixel(value, make_model, id_
     sound = engine.score(test_images)
     bad = test_images.clone()
     bad[4, 0, 3, 3] = value
-    assert engine.run(bad).head_input[4].isfinite().all() == (value == value)
+    assert engine.scorer.run(bad).head_input[4].isfinite().all() == (value == value)
     scores = engine.score(bad)
     assert all(score[4].isnan() for score in scores.values())
     assert all(torch.equal(score[5:], sound[name][5:]) for name, score in scores.items())
@@ -267,7 +267,7 @@ def test_unknown_detectors_and_settings(arguments, message, model):
 
 
 def test_features_of_another_kind(engine, test_images):
-    feature_map = engine.run(test_images).feature_map
+    feature_map = engine.scorer.run(test_images).feature_map
     for bad, came in (
         (feature_map[0], r"torch.float32 \[12, 4, 4\]"),
         (feature_map.long(), r"torch.int64 \[33, 12, 4, 4\]"),

@@ -281,7 +281,7 @@ def test_a_model_without_a_map_gets_what_needs_only_features(id_batches, test_im
             continue
         scores = single.fit(id_batches).score(test_images)
         assert scores[name].isfinite().all()
-        features = single.run(test_images).head_input
+        features = single.scorer.run(test_images).head_input
         assert torch.equal(single.score_features(None, features)[name], scores[name])
     assert single.cache is not None
     assert not single.cache.has_map
@@ -296,7 +296,7 @@ def test_signed_maps_are_refused_with_the_way_out(make_model, id_batches, test_i
     with pytest.warns(OodEngineWarning, match="nap_energy not available for this model: the feature map"):
         assert "nap_energy" not in oe.Engine(model).fit(id_batches).detectors
     engine = oe.Engine(model, ["nap", "energy"], rectify=True).fit(id_batches)
-    feature_map = engine.run(test_images).feature_map
+    feature_map = engine.scorer.run(test_images).feature_map
     assert feature_map.min() < 0
     scores = engine.score(test_images)
     rectified = feature_map.relu()
@@ -308,7 +308,9 @@ def test_signed_maps_are_refused_with_the_way_out(make_model, id_batches, test_i
 
 def test_cached_path_of_signed_maps(make_model, id_batches, fresh_batches, assert_same_scores):
     engine = oe.Engine(make_model(nn.GELU), ["nap", "nap_energy"], rectify=True).fit(id_batches)
-    assert_same_scores(engine.score_rows(engine.extract(fresh_batches, "x")), engine.score_loader(fresh_batches), 1e-6)
+    assert_same_scores(
+        engine.scorer.score_cache(engine.extract(fresh_batches)), engine.score_loader(fresh_batches), 1e-6
+    )
 
 
 class Doubled(nn.Module):
@@ -330,13 +332,13 @@ def test_a_map_named_by_hand_works_unproven(make_model, id_batches, fresh_batche
     assert not engine.plan.proven
     assert "unproven" in engine.plan.reason
     scores = engine.score(test_images)
-    captured = engine.run(test_images)
+    captured = engine.scorer.run(test_images)
     feature_map = captured.feature_map
     expected = (feature_map.amax((2, 3)) / (feature_map.mean((2, 3)) + 1)).square().mean(1)
     assert torch.allclose(scores["nap"], expected, rtol=1e-6)
     assert torch.allclose(scores["energy"], model(test_images).logsumexp(1), rtol=1e-6)
     assert_same_scores(engine.score_features(feature_map, captured.head_input), scores, 0)
-    assert_same_scores(engine.score_rows(engine.extract(fresh_batches, "x")), engine.score_loader(fresh_batches))
+    assert_same_scores(engine.scorer.score_cache(engine.extract(fresh_batches)), engine.score_loader(fresh_batches))
     with pytest.raises(
         InputError, match=r"expected \[N, 12, H, W\] of a proven map; for others pass features \[N, 12\]"
     ):
@@ -344,7 +346,7 @@ def test_a_map_named_by_hand_works_unproven(make_model, id_batches, fresh_batche
 
 
 def test_score_features_equals_score(engine, test_images, assert_same_scores):
-    feature_map = engine.run(test_images).feature_map
+    feature_map = engine.scorer.run(test_images).feature_map
     assert_same_scores(engine.score_features(feature_map), engine.score(test_images), 0)
     channels_last = feature_map.contiguous(memory_format=torch.channels_last)
     assert_same_scores(engine.score_features(channels_last), engine.score(test_images))
@@ -428,5 +430,12 @@ def test_the_map_is_not_read_where_no_detector_needs_it(
     engine = oe.Engine(model, ["energy", "opnp"]).fit(id_batches)
     scores = engine.score(test_images)
     assert not calls
-    assert_same_scores(engine.score_features(engine.run(test_images).feature_map), scores)
+    assert_same_scores(engine.score_features(engine.scorer.run(test_images).feature_map), scores)
     assert len(calls) == 1
+
+
+def test_an_engine_shows_what_users_call():
+    shown = {name for name in dir(oe.Engine) if not name.startswith("_")}
+    verbs = "fit fit_features refit tune calibrate score score_features score_loader predict p_values save load extract"
+    properties = "detectors calibrations head plan image_shape runtime"
+    assert shown == {*verbs.split(), *properties.split()}

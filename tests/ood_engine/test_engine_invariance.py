@@ -88,7 +88,7 @@ def test_eight_threads_get_what_one_gets(engine, test_images, assert_same_scores
 
 
 def test_autocast_around_score_features_changes_nothing(engine, test_images, assert_same_scores):
-    feature_map = engine.run(test_images).feature_map
+    feature_map = engine.scorer.run(test_images).feature_map
     expected = engine.score_features(feature_map)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same_scores(engine.score_features(feature_map), expected, 0)
@@ -97,7 +97,7 @@ def test_autocast_around_score_features_changes_nothing(engine, test_images, ass
 def test_under_autocast_only_the_model_runs_in_half_precision(engine, test_images, assert_same_scores):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = engine.score(test_images)
-        feature_map = engine.run(test_images).feature_map
+        feature_map = engine.scorer.run(test_images).feature_map
     assert feature_map.dtype == torch.bfloat16
     assert_same_scores(found, engine.score_features(feature_map), 0)
     assert all(score.dtype == torch.float32 for score in found.values())

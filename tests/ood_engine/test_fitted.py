@@ -26,7 +26,7 @@ def unaligned(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def signals(engine, test_images):
-    return lambda: engine.signals(engine.run(test_images).feature_map, None)
+    return lambda: engine.scorer.signals(engine.scorer.run(test_images).feature_map, None)
 
 
 @pytest.mark.parametrize("name", DETECTORS)
@@ -109,8 +109,8 @@ def test_fitted_and_loaded_tensors_lie_alike_and_score_alike_to_the_last_bit(
             for name, module in modules.items():
                 for key, buffer in module.named_buffers():
                     assert lies_row_major_and_aligned(buffer), (name, key)
-    assert all(lies_row_major_and_aligned(column) for column in loaded.canary.rows)
-    assert lies_row_major_and_aligned(loaded.fit_fingerprints)
+    assert all(lies_row_major_and_aligned(column) for column in loaded._canary.rows)
+    assert lies_row_major_and_aligned(loaded._fit_fingerprints)
     assert_same_scores(loaded.score(test_images), engine.score(test_images), 0)
     for name, p_values in engine.p_values(test_images).items():
         assert torch.equal(loaded.p_values(test_images)[name], p_values)

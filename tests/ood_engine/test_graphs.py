@@ -127,23 +127,23 @@ def fitted():
 
 def test_scoring_never_waits_for_the_device(fitted):
     engine, images = fitted
-    captured = engine.run(images)
+    captured = engine.scorer.run(images)
     inputs = (captured.feature_map, captured.head_input, torch.ones(6) > 0)
     with torch.no_grad(), _NoHostRoundTrip():
-        engine._score_eagerly(inputs)
+        engine.scorer._score_eagerly(inputs)
 
 
 def test_an_engine_replays_what_it_computes(fitted):
     engine, images = fitted
     graph = FakeGraph()
-    graphs = ScoringGraphs(engine._score_eagerly, graph)
-    captured = engine.run(images)
+    graphs = ScoringGraphs(engine.scorer._score_eagerly, graph)
+    captured = engine.scorer.run(images)
     inputs = (captured.feature_map, captured.head_input, torch.ones(6) > 0)
     # What is replayed is a bucket of 8: the batch, and rows of NaN.
     bucket = tuple(torch.cat([part, torch.full_like(part[:2], torch.nan)]) for part in inputs[:2])
     with torch.no_grad():
         ours = graphs(inputs, "fitted")
-        right = engine._score_eagerly((*bucket, torch.arange(8) < 6))
+        right = engine.scorer._score_eagerly((*bucket, torch.arange(8) < 6))
     assert graph.replayed == 1
     assert set(ours) == set(right)
     assert all(torch.equal(ours[name], value[:6]) for name, value in right.items())

@@ -19,10 +19,12 @@ from torch import nn
 
 import ood_engine as oe
 from ood_engine.errors import NotFittedError, OodEngineError, StateDriftWarning, StateError, TapError
-from ood_engine.features.cache import CacheRows
+from ood_engine.features.cache import CacheRows, FeatureCache
 from ood_engine.features.canary import Canary
 from ood_engine.features.fit_data import FitData
-from ood_engine.state import FORMAT, head_digests, read_header
+from ood_engine.runtime import Kernels
+from ood_engine.scorer import Scorer
+from ood_engine.state import FORMAT, HeadDigest, read_header
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +84,7 @@ def test_what_detectors_share_is_stored_and_loaded_once(state, model, test_image
     bases = [key for key in header["aliases"] if key.endswith("basis.components")]
     assert len(bases) == sum(name.startswith("low_dim_gradient") for name in oe.available_detectors()) - 1
     loaded = oe.Engine.load(state, model)
-    signals = loaded.signals(loaded.run(test_images).feature_map, None)
+    signals = loaded.scorer.signals(loaded.scorer.run(test_images).feature_map, None)
     for detector in loaded.detectors.values():
         detector(signals)
     assert len(signals._coordinates) == len({"grad_pca", "low_dim_gradient"})
@@ -142,22 +144,20 @@ def test_canary_is_neither_of_anchors_nor_on_a_threshold(engine, state):
     stored = load_file(state)
     fingerprints = stored["canary.rows.fingerprints"]
     assert len(fingerprints) == 16
-    _, others = FitData(engine.cache, engine.head).split(4096)
+    _, others = FitData(engine.cache, engine.head, Kernels()).split(4096)
     assert torch.isin(fingerprints, engine.cache.rows.fingerprints[others]).all()
     for name, calibration in engine.calibrations.items():
         assert (stored[f"canary.scores.{name}"] != calibration.threshold).all(), name
-    assert torch.equal(stored["canary.scores.energy"], engine.score_rows(_cache(stored))["energy"])
+    assert torch.equal(stored["canary.scores.energy"], engine.scorer.score_cache(_cache(stored))["energy"])
 
 
 def _cache(stored):
-    from ood_engine.features.cache import FeatureCache
-
     return FeatureCache(CacheRows(*(stored[f"canary.rows.{field}"] for field in CacheRows._fields)))
 
 
 @pytest.mark.parametrize(("share", "reported"), [(0.005, False), (0.02, True)])
 def test_drift_beyond_a_hundredth_of_the_spread_is_reported(share, reported, state, model, monkeypatch):
-    original = oe.Engine.score_rows
+    original = Scorer.score_cache
 
     def perturbed(self, cache):
         scores = original(self, cache)
@@ -165,7 +165,7 @@ def test_drift_beyond_a_hundredth_of_the_spread_is_reported(share, reported, sta
         score += share * (score.max() - score.min())
         return scores
 
-    monkeypatch.setattr(oe.Engine, "score_rows", perturbed)
+    monkeypatch.setattr(Scorer, "score_cache", perturbed)
     if not reported:
         oe.Engine.load(state, model)
         return
@@ -174,20 +174,16 @@ def test_drift_beyond_a_hundredth_of_the_spread_is_reported(share, reported, sta
         oe.Engine.load(state, model)
 
 
-def test_changed_decisions_and_lost_scores_are_reported(engine, monkeypatch):
-    canary = Canary.take(engine, engine.calibration_cache)
-    assert canary.replay(engine, engine.calibrations) == []
+def test_changed_decisions_and_lost_scores_are_reported(engine):
+    rows = Canary.choose(engine.scorer.calibration_cache)
+    scores = engine.scorer.score_cache(FeatureCache(rows))
+    assert Canary(rows, scores).drift(scores, engine.calibrations) == []
     threshold = engine.calibrations["msp"].threshold
     before = torch.where(torch.arange(16) < 3, threshold - 1e-7, threshold)
-    monkeypatch.setattr(
-        oe.Engine, "score_rows", lambda self, cache: {"msp": before + 2e-7, "nap": torch.full((16,), torch.nan)}
-    )
-    canary = Canary(canary.rows, {"msp": before, "nap": torch.ones(16)})
-    with pytest.warns(StateDriftWarning) as caught:
-        reports = canary.replay(engine, engine.calibrations)
+    now = {"msp": before + 2e-7, "nap": torch.full((16,), torch.nan)}
+    reports = Canary(rows, {"msp": before, "nap": torch.ones(16)}).drift(now, engine.calibrations)
     assert reports[0] == "msp: 3 of 16 decisions changed"
     assert reports[1].startswith("nap: scores moved by up to nan")
-    assert all(report in str(caught[0].message) for report in reports)
 
 
 def test_a_missing_file(tmp_path, model):
@@ -280,11 +276,11 @@ def test_a_model_without_the_fitted_layers(state, model):
 
 def test_digests_follow_casts(model):
     head = oe.Engine(model, ["energy"]).head
-    digests = head_digests(head)
-    half = head_digests(type(head)(head.weight.half(), head.bias.half()))
+    digests = HeadDigest.of(head).digests
+    half = HeadDigest.of(type(head)(head.weight.half(), head.bias.half())).digests
     assert half["float16"] == digests["float16"]
     assert half["float32"] != digests["float32"]
-    without = head_digests(type(head)(head.weight, None))
+    without = HeadDigest.of(type(head)(head.weight, None)).digests
     assert without["float32"] != digests["float32"]
 
 
@@ -349,7 +345,7 @@ def test_a_map_named_by_hand_is_found_again(make_model, id_batches, test_images,
     engine = oe.Engine(model, ["nap", "energy"], feature_map="body", rectify=True).fit(id_batches)
     engine.save(tmp_path / "state.safetensors")
     loaded = oe.Engine.load(tmp_path / "state.safetensors", model)
-    assert loaded.rectify
+    assert loaded.scorer.rectify
     assert not loaded.plan.proven
     assert_same_scores(loaded.score(test_images), engine.score(test_images), 0)
     assert_same_scores(loaded.fit(id_batches).score(test_images), engine.score(test_images), 0)

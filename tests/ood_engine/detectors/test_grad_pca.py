@@ -14,13 +14,14 @@ from ood_engine.errors import InputError, NotFittedError, OodEngineWarning
 from ood_engine.features.cache import CacheRows, FeatureCache
 from ood_engine.features.fit_data import FitData
 from ood_engine.features.signals import Signals
+from ood_engine.runtime import Kernels
 from ood_kernels.reference import COTANGENTS
 
 
 def data_of(h, labels, weight, bias):
     empty = h.new_empty((len(h), 0))
     rows = CacheRows(h, torch.arange(len(h)), labels, empty, empty)
-    return FitData(FeatureCache(rows), ok.Head(weight, bias))
+    return FitData(FeatureCache(rows), ok.Head(weight, bias), Kernels())
 
 
 def dense(gradients, labels, test, explained=0.99):
@@ -57,7 +58,7 @@ def test_score_is_that_of_autograds_class_means(kind, explained, form, problem, 
     h, labels, weight, bias, test = problem
     detector = create_detector("grad_pca", cotangent=kind, explained=explained, anchors_per_class=100)
     detector.fit(data_of(h, labels, weight, bias))
-    score = detector(Signals(test, ok.Head(weight, bias)))
+    score = detector(Signals(test, ok.Head(weight, bias), Kernels()))
     gradients, of_test = (autograd_gradients(x, weight, bias, kind, True) for x in (h, test))
     expected, count = dense(gradients, labels, of_test, explained)
     assert detector.n_components == count
@@ -71,7 +72,7 @@ def test_sum_logits_is_pca_of_class_mean_features(problem):
     detector = create_detector("grad_pca")
     detector.fit(data_of(h, labels, weight, bias))
     expected, _ = dense(h, labels, test)
-    assert (detector(Signals(test, ok.Head(weight, bias))) - expected).abs().max() < 1e-10
+    assert (detector(Signals(test, ok.Head(weight, bias), Kernels())) - expected).abs().max() < 1e-10
 
 
 def test_anchors_are_the_first_of_every_class(problem, autograd_gradients, monkeypatch):
@@ -84,7 +85,7 @@ def test_anchors_are_the_first_of_every_class(problem, autograd_gradients, monke
     gradients, of_test = (autograd_gradients(x, weight, bias, "energy", True) for x in (h, test))
     expected, _ = dense(gradients[kept], labels[kept], of_test)
     assert len(detector.fitted("anchor_features")) == 12
-    assert (detector(Signals(test, ok.Head(weight, bias))) - expected).abs().max() < 1e-10
+    assert (detector(Signals(test, ok.Head(weight, bias), Kernels())) - expected).abs().max() < 1e-10
 
 
 def test_class_means_over_several_batches(problem, monkeypatch):
@@ -96,7 +97,7 @@ def test_class_means_over_several_batches(problem, monkeypatch):
         for kind in ("sum_logits", "predicted"):
             detector = create_detector("grad_pca", cotangent=kind)
             detector.fit(data_of(h, labels, weight, bias))
-            scores.append(detector(Signals(test, ok.Head(weight, bias))))
+            scores.append(detector(Signals(test, ok.Head(weight, bias), Kernels())))
     assert (scores[0] - scores[2]).abs().max() < 1e-10
     assert (scores[1] - scores[3]).abs().max() < 1e-10
 
@@ -105,12 +106,12 @@ def test_class_means_over_several_batches(problem, monkeypatch):
 def test_predicted_classes_stand_in_for_missing_labels(kind, problem):
     h, _, weight, bias, test = problem
     head = ok.Head(weight, bias)
-    predicted = Signals(h, head).probabilities.argmax(1)
+    predicted = Signals(h, head, Kernels()).probabilities.argmax(1)
     labelled, unlabelled = (create_detector("grad_pca", cotangent=kind) for _ in range(2))
     labelled.fit(data_of(h, predicted, weight, bias))
     with pytest.warns(OodEngineWarning, match="40 samples have no label"):
         unlabelled.fit(data_of(h, torch.full_like(predicted, -1), weight, bias))
-    assert torch.equal(labelled(Signals(test, head)), unlabelled(Signals(test, head)))
+    assert torch.equal(labelled(Signals(test, head, Kernels())), unlabelled(Signals(test, head, Kernels())))
 
 
 @pytest.mark.parametrize("kind", COTANGENTS)
@@ -118,7 +119,7 @@ def test_single_precision(kind, form, problem, autograd_gradients):
     h, labels, weight, bias, test = problem
     detector = create_detector("grad_pca", cotangent=kind, anchors_per_class=100)
     detector.fit(data_of(h.float(), labels, weight.float(), bias.float()))
-    score = detector(Signals(test.float(), ok.Head(weight.float(), bias.float())))
+    score = detector(Signals(test.float(), ok.Head(weight.float(), bias.float()), Kernels()))
     expected, _ = dense(
         *(autograd_gradients(h, weight, bias, kind, True), labels), autograd_gradients(test, weight, bias, kind, True)
     )
@@ -155,7 +156,7 @@ def test_duplicates_give_scores_between_0_and_1(make_problem, autograd_gradients
         patch.setattr(grad_pca, "_CLASS_MEAN_BYTES", max_bytes)
         detector.fit(data_of(h[:distinct].repeat(4, 1), labels, weight, bias))
     assert detector.n_components == distinct - 1
-    score = detector(Signals(h, ok.Head(weight, bias)))
+    score = detector(Signals(h, ok.Head(weight, bias), Kernels()))
     assert ((score >= 0) & (score <= 1)).all()
     assert (score[:distinct] - 1).abs().max() < 1e-6
 
@@ -166,9 +167,11 @@ def test_the_mean_itself_is_in_distribution(dtype):
     weight, bias = torch.eye(3, dtype=dtype), torch.zeros(3, dtype=dtype)
     head, detector = ok.Head(weight, bias), create_detector("grad_pca")
     detector.fit(data_of(h, torch.tensor([0, 1]), weight, bias))
-    score = detector(Signals(torch.stack([h.mean(0), h[0], h.mean(0) + h.new_tensor([1.0, -1.0, 0.0])]), head))
+    score = detector(
+        Signals(torch.stack([h.mean(0), h[0], h.mean(0) + h.new_tensor([1.0, -1.0, 0.0])]), head, Kernels())
+    )
     assert (score - h.new_tensor([1.0, 1.0, 0.0])).abs().max() < 1e-6
-    assert detector(Signals(h * torch.nan, head)).isnan().all()
+    assert detector(Signals(h * torch.nan, head, Kernels())).isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from ood_engine.detectors.heads.linear_probe import LinearProbe
 from ood_engine.detectors.heads.vector_heads import KNearestNeighbours, Mahalanobis
 from ood_engine.errors import InputError, OodEngineWarning
 from ood_engine.features.fit_data import FitData
+from ood_engine.runtime import Kernels
 
 HEADS = (
     "probe_energy",
@@ -137,7 +138,7 @@ def test_heads_keep_bad_values_in_their_row(make, bad):
 def test_scores_are_the_heads_on_the_coordinates(head, engine, test_images):
     name = f"low_dim_gradient_{head}"
     detector = engine.detectors[name]
-    signals = engine.signals(engine.run(test_images).feature_map, None)
+    signals = engine.scorer.signals(engine.scorer.run(test_images).feature_map, None)
     coordinates = detector.basis.project(signals.probabilities, signals.features)
     if head == "residual":
         p, h = signals.probabilities.double(), signals.features.double()
@@ -160,7 +161,7 @@ def test_default_is_mahalanobis(engine, test_images):
 def test_anchors_are_not_what_the_heads_are_fitted_on(make_engine):
     engine = make_engine(("low_dim_gradient_knn",), settings={"low_dim_gradient_knn": {"basis": "dual"}})
     detector = engine.detectors["low_dim_gradient_knn"]
-    data = FitData(engine.cache, engine.head)
+    data = FitData(engine.cache, engine.head, Kernels())
     anchors, others = data.split(4096)
     assert len(anchors) == len(others) == 120
     found = detector.basis.fitted("anchor_features")
@@ -179,13 +180,13 @@ def test_ensemble_adds_the_forward_side(head, make_engine, test_images, monkeypa
     engine = make_engine(("low_dim_gradient", "energy", "msp"), settings={"low_dim_gradient": {"head": head, "a": 0.5}})
     detector = engine.detectors["low_dim_gradient"]
     scores = engine.score(test_images)
-    signals = engine.signals(None, engine.run(test_images).head_input)
+    signals = engine.scorer.signals(None, engine.scorer.run(test_images).head_input)
     low = detector.low(detector.basis.project(signals.probabilities, signals.features))
     if head.startswith("probe"):
         forward = scores["energy" if head == "probe_energy" else "msp"]
     else:
         forward = detector.forward_side(signals.features)
-        _, others = FitData(engine.cache, engine.head).split(4096)
+        _, others = FitData(engine.cache, engine.head, Kernels()).split(4096)
         if head == "knn":
             assert torch.equal(detector.forward_side.fitted("bank"), F.normalize(engine.cache.rows.features[others]))
     expected = low + 0.5 * forward
@@ -333,7 +334,7 @@ def test_vim_is_energy_less_the_scaled_residual(make_engine, test_images):
     alpha = engine.detectors["low_dim_gradient_vim"].fitted("alpha")
     expected = scores["energy"].double() + alpha * scores["low_dim_gradient_residual"].double()
     assert torch.allclose(scores["low_dim_gradient_vim"], expected.float(), rtol=1e-5)
-    data = FitData(engine.cache, engine.head)
+    data = FitData(engine.cache, engine.head, Kernels())
     _, others = data.split(4096)
     signals = next(data.signals(others))
     logits = F.linear(signals.features, engine.head.weight, engine.head.bias).amax(1)
@@ -345,7 +346,7 @@ def test_vim_is_energy_less_the_scaled_residual(make_engine, test_images):
 
 def test_projected_norm_is_the_length_of_the_coordinates(make_engine, test_images):
     engine = make_engine(("low_dim_gradient_projected_norm",))
-    signals = engine.signals(None, engine.run(test_images).head_input)
+    signals = engine.scorer.signals(None, engine.scorer.run(test_images).head_input)
     expected = signals.coordinates(engine.detectors["low_dim_gradient_projected_norm"].basis).norm(dim=1)
     assert torch.allclose(engine.score(test_images)["low_dim_gradient_projected_norm"], expected)
 
@@ -406,7 +407,7 @@ def test_basis_and_normalisation_are_checked(settings, message):
 def test_anchors_are_chosen_from_more_samples(anchors, model, id_batches, test_images):
     settings = {"basis": "dual", "max_anchors": 8, "anchors": anchors, "n_components": 4}
     engine = oe.Engine(model, ["low_dim_gradient"], settings={"low_dim_gradient": settings}).fit(id_batches)
-    data = FitData(engine.cache, engine.head)
+    data = FitData(engine.cache, engine.head, Kernels())
     candidates, _ = data.split(16 * 8)
     assert len(candidates) > 8
     signals = next(data.signals(candidates))

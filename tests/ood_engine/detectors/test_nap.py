@@ -13,6 +13,7 @@ from ood_engine.detectors import create_detector
 from ood_engine.detectors.nap import combine
 from ood_engine.errors import InputError, OodEngineWarning
 from ood_engine.features.signals import Signals
+from ood_engine.runtime import Kernels
 
 HEAD = ok.Head(torch.ones(2, 4), torch.tensor([3.0, 1.0]))
 BASES = {"nap_energy": lambda z: z.logsumexp(1), "nap_msp": lambda z: z.softmax(1).amax(1)}
@@ -20,7 +21,7 @@ BASES = {"nap_energy": lambda z: z.logsumexp(1), "nap_msp": lambda z: z.softmax(
 
 def signals_of(feature_map: torch.Tensor, head: ok.Head = HEAD) -> Signals:
     statistics = ok.pool_statistics(feature_map)
-    return Signals(statistics.h, head, statistics)
+    return Signals(statistics.h, head, Kernels(), statistics=statistics)
 
 
 @settings(deadline=None, max_examples=30)
@@ -31,7 +32,7 @@ def test_of_a_constant_map(value, eps):
 
 
 def test_equals_its_definition(engine, test_images):
-    feature_map = engine.run(test_images).feature_map.double()
+    feature_map = engine.scorer.run(test_images).feature_map.double()
     ratios = feature_map.amax((2, 3)) / (feature_map.mean((2, 3)) + 1)
     expected = ratios.square().mean(1)
     assert (engine.score(test_images)["nap"] - expected).abs().max() <= 1e-6 * expected.max()
@@ -100,7 +101,7 @@ def test_nothing_is_clamped_at_the_ends_of_w(model, id_batches, test_images):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_bad_map_is_nan_in_its_own_row(w, bad, make_engine, test_images):
     engine = make_engine(("nap_energy", "nap"), settings={"nap_energy": {"w": w}})
-    feature_map = engine.run(test_images).feature_map.clone()
+    feature_map = engine.scorer.run(test_images).feature_map.clone()
     sound = engine.score_features(feature_map)
     feature_map[4, 2, 1, 1] = bad
     scores = engine.score_features(feature_map)
@@ -115,8 +116,8 @@ def test_a_bad_map_is_nan_in_its_own_row(w, bad, make_engine, test_images):
 def test_cached_path_equals_map_path(eps, make_engine, fresh_batches, assert_same_scores):
     engine = make_engine(("nap", "nap_energy", "nap_opnp"))
     engine.refit(eps=eps)
-    cache = engine.extract(fresh_batches, "x")
-    assert_same_scores(engine.score_rows(cache), engine.score_loader(fresh_batches), 1e-6)
+    cache = engine.extract(fresh_batches)
+    assert_same_scores(engine.scorer.score_cache(cache), engine.score_loader(fresh_batches), 1e-6)
 
 
 def test_several_eps_in_one_engine(make_engine, test_images, assert_same_scores):
@@ -146,5 +147,5 @@ def test_w_is_a_share(w):
 def test_neither_end_of_w_loses_a_nan(w):
     """An unproven map may hold NaN where the features that the head received do not, and the other way round."""
     base, nap = torch.tensor([torch.nan, 2.0, 2.0]), torch.tensor([3.0, torch.nan, 3.0])
-    signals = Signals(torch.zeros(3, 4), HEAD)
+    signals = Signals(torch.zeros(3, 4), HEAD, Kernels())
     assert combine(base, nap, w, signals, "x").isnan().tolist() == [True, True, False]

@@ -17,6 +17,7 @@ from ood_engine.detectors.opnp import keep_mask, sensitivity, sensitivity_ranks
 from ood_engine.errors import InputError
 from ood_engine.features.cache import CacheRows, FeatureCache
 from ood_engine.features.fit_data import FitData
+from ood_engine.runtime import Kernels
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def problem(make_problem):
     _, h, weight, bias = make_problem(60)
     nothing = h[:, :0]
     rows = CacheRows(h, torch.arange(60), torch.full((60,), -1), nothing, nothing)
-    return FitData(FeatureCache(rows), ok.Head(weight, bias)), h, weight, bias
+    return FitData(FeatureCache(rows), ok.Head(weight, bias), Kernels()), h, weight, bias
 
 
 def test_sensitivity_is_autograds_mean_absolute_gradient(problem, autograd_gradients):
@@ -94,7 +95,7 @@ def test_keeping_everything_is_energy_bitwise(name, make_engine, test_images):
 
 
 def test_scores_are_the_energies_of_the_pruned_head(engine, test_images):
-    features = engine.signals(engine.run(test_images).feature_map, None).features.double()
+    features = engine.scorer.signals(engine.scorer.run(test_images).feature_map, None).features.double()
     weight, bias = engine.head.weight.double(), engine.head.bias.double()
     scores = engine.score(test_images)
     opnp = engine.detectors["opnp"]
@@ -148,9 +149,9 @@ def test_masks_are_computed_in_the_single_pass(engine, test_images, monkeypatch)
         original = getattr(ok, name)
         count = lambda *a, name=name, original=original, **k: calls.append(name) or original(*a, **k)  # noqa: E731
         monkeypatch.setattr(ok, name, count)
-    signals = engine.signals(engine.run(test_images).feature_map, None)
-    assert signals._fuse is not None
-    signals.lse, signals.probabilities, signals.pruned_lse(signals._fuse)
+    signals = engine.scorer.signals(engine.scorer.run(test_images).feature_map, None)
+    pruner = next(detector for detector in engine.detectors.values() if detector.prunes)
+    signals.lse, signals.probabilities, signals.pruned_lse(pruner)
     assert calls == ["score"]
 
 
@@ -158,7 +159,7 @@ def test_masks_are_computed_in_the_pass_of_the_plain_energy_without_a_map(engine
     calls = []
     original = ok.masked_energy
     monkeypatch.setattr(ok, "masked_energy", lambda *a, **k: calls.append(1) or original(*a, **k))
-    signals = engine.signals(None, engine.run(test_images).head_input)
-    assert signals._fuse is not None
-    signals.lse, signals.probabilities, signals.pruned_lse(signals._fuse)
+    signals = engine.scorer.signals(None, engine.scorer.run(test_images).head_input)
+    pruner = next(detector for detector in engine.detectors.values() if detector.prunes)
+    signals.lse, signals.probabilities, signals.pruned_lse(pruner)
     assert calls == [1]

@@ -32,7 +32,7 @@ def test_contributions_are_those_of_the_materialised_gradient(make_engine, test_
     engine = make_engine(("low_dim_gradient_projected_norm",))
     detector = engine.detectors["low_dim_gradient_projected_norm"]
     explanation = explain(engine, test_images[0], detector.name)
-    captured = engine.run(test_images[:1])
+    captured = engine.scorer.run(test_images[:1])
     h = captured.head_input.double()
     weight, bias = engine.head.weight.double().requires_grad_(), engine.head.bias.double().requires_grad_()
     (h @ weight.T + bias).logsumexp(1).backward()
@@ -50,7 +50,7 @@ def test_contributions_are_those_of_the_materialised_gradient(make_engine, test_
 def test_places_follow_the_activations(make_engine, test_images):
     engine = make_engine(("low_dim_gradient_projected_norm",))
     explanation = explain(engine, test_images[0], "low_dim_gradient_projected_norm")
-    assert explanation.places.shape == engine.run(test_images[:1]).feature_map.shape[2:]
+    assert explanation.places.shape == engine.scorer.run(test_images[:1]).feature_map.shape[2:]
     assert float(explanation.places.std()) > 0
 
 

@@ -19,6 +19,7 @@ from ood_engine.evaluation.metrics import auroc, fpr_at_tpr
 from ood_engine.evaluation.report.sweep import FAMILIES, combinations, write_sweep_figures
 from ood_engine.evaluation.sweep import COLUMNS, sweep
 from ood_engine.features.cache import CacheRows, FeatureCache
+from ood_engine.runtime import Kernels
 
 SPEC = "ood_engine.demo:small_cnn"
 
@@ -28,14 +29,16 @@ def caches(engine, images, loader):
     """(fit, ID test, OOD sets)."""
     noise = torch.rand((30, 3, 8, 8), generator=torch.Generator().manual_seed(8))
     dark = 0.2 * torch.rand((20, 3, 8, 8), generator=torch.Generator().manual_seed(9))
-    id_cache = engine.extract(loader(*images(40, 11), 64), "ID")
-    return engine.cache, id_cache, {"noise": engine.extract([noise], "noise"), "dark": engine.extract([dark], "dark")}
+    id_cache = engine.extract(loader(*images(40, 11), 64))
+    return engine.cache, id_cache, {"noise": engine.extract([noise]), "dark": engine.extract([dark])}
 
 
 @pytest.mark.parametrize(("basis", "head"), [("dual", "knn"), ("explicit", "vim"), ("factored", "projected_norm")])
 def test_rows_are_those_of_a_detector_fitted_alone(engine, model, id_batches, caches, basis, head):
     fit_cache, id_cache, ood_caches = caches
-    rows = sweep(engine.head, fit_cache, id_cache, ood_caches, bases=[basis], components=[6], heads=[head, "residual"])
+    rows = sweep(
+        engine.head, Kernels(), fit_cache, id_cache, ood_caches, bases=[basis], components=[6], heads=[head, "residual"]
+    )
     assert [(row["head"], row["ood_set"]) for row in rows] == [
         (name, ood_set) for name in (head, "residual") for ood_set in ("noise", "dark")
     ]
@@ -44,8 +47,8 @@ def test_rows_are_those_of_a_detector_fitted_alone(engine, model, id_batches, ca
         ["low_dim_gradient"],
         settings={"low_dim_gradient": {"basis": basis, "head": head, "n_components": 6}},
     ).fit(id_batches)
-    scores = {name: alone.score_rows(cache)["low_dim_gradient"] for name, cache in ood_caches.items()}
-    id_scores = alone.score_rows(id_cache)["low_dim_gradient"]
+    scores = {name: alone.scorer.score_cache(cache)["low_dim_gradient"] for name, cache in ood_caches.items()}
+    id_scores = alone.scorer.score_cache(id_cache)["low_dim_gradient"]
     fitted = alone.detectors["low_dim_gradient"].basis
     for row in rows[:2]:
         assert tuple(row) == COLUMNS
@@ -64,6 +67,7 @@ def test_rows_are_those_of_a_detector_fitted_alone(engine, model, id_batches, ca
 def test_what_cannot_be_fitted_is_a_row_and_the_sweep_goes_on(engine, caches):
     rows = sweep(
         engine.head,
+        Kernels(),
         *caches,
         bases=["dual", "explicit"],
         components=[4, 500],
@@ -83,13 +87,13 @@ def test_what_cannot_be_fitted_is_a_row_and_the_sweep_goes_on(engine, caches):
     assert all("\n" not in row["refused"] for row in refused)
     assert [
         row["refused"]
-        for row in sweep(engine.head, *caches, bases=["dual"], components=[4], heads=["knn"], max_bytes=9)
+        for row in sweep(engine.head, Kernels(), *caches, bases=["dual"], components=[4], heads=["knn"], max_bytes=9)
     ]
 
 
 def test_a_head_that_fails_leaves_the_others(engine, caches):
     small = FeatureCache(caches[0].rows.select(slice(0, 16)))
-    rows = sweep(engine.head, small, *caches[1:], bases=["dual"], components=[3], heads=["residual", "knn"])
+    rows = sweep(engine.head, Kernels(), small, *caches[1:], bases=["dual"], components=[3], heads=["residual", "knn"])
     assert [row["refused"] is None for row in rows] == [True, True, False]
     assert "k=10 neighbours with a bank of 8" in rows[-1]["refused"]
 
@@ -98,7 +102,7 @@ def test_a_head_that_fails_leaves_the_others(engine, caches):
 def test_default_components_are_what_the_anchors_can_span(engine, caches):
     def wanted(samples):
         fit_cache = FeatureCache(caches[0].rows.select(slice(0, samples)))
-        rows = sweep(engine.head, fit_cache, *caches[1:], heads=["residual"])
+        rows = sweep(engine.head, Kernels(), fit_cache, *caches[1:], heads=["residual"])
         return {row["components_wanted"] for row in rows if row["basis"] == "dual"}, rows
 
     assert wanted(240)[0] == {8, 32}
@@ -110,6 +114,7 @@ def test_rows_are_handed_over_as_they_come(engine, caches):
     lengths = []
     sweep(
         engine.head,
+        Kernels(),
         *caches,
         bases=["dual"],
         components=[3],
@@ -122,7 +127,7 @@ def test_rows_are_handed_over_as_they_come(engine, caches):
 def test_fit_samples_and_broken_ones_are_not_measured(engine, caches):
     fit_cache, id_cache, ood_caches = caches
     options = {"bases": ["dual"], "components": [4], "heads": ["knn"]}
-    expected = [row["auroc"] for row in sweep(engine.head, *caches, **options)]
+    expected = [row["auroc"] for row in sweep(engine.head, Kernels(), *caches, **options)]
     mixed = FeatureCache(CacheRows(*(torch.cat(pair) for pair in zip(id_cache.rows, fit_cache.rows, strict=True))))
     broken = ood_caches["noise"].rows.select(slice(None))
     features = torch.cat([broken.features, torch.full((1, 12), math.nan)])
@@ -130,6 +135,7 @@ def test_fit_samples_and_broken_ones_are_not_measured(engine, caches):
     with pytest.warns(oe.errors.OodEngineWarning) as caught:
         rows = sweep(
             engine.head,
+            Kernels(),
             fit_cache,
             mixed,
             {**ood_caches, "noise": FeatureCache(CacheRows(features, *others))},
@@ -141,7 +147,7 @@ def test_fit_samples_and_broken_ones_are_not_measured(engine, caches):
     }
     assert [row["auroc"] for row in rows] == expected
     with pytest.raises(oe.errors.InputError, match="all 240 samples of ID are also fit samples"):
-        sweep(engine.head, fit_cache, fit_cache, ood_caches, **options)
+        sweep(engine.head, Kernels(), fit_cache, fit_cache, ood_caches, **options)
 
 
 @pytest.mark.filterwarnings("default::ood_engine.errors.OodEngineWarning")
@@ -149,7 +155,7 @@ def test_a_warning_comes_once(engine, caches):
     rows = caches[0].rows
     unlabelled = FeatureCache(rows._replace(labels=torch.full_like(rows.labels, -1)))
     with pytest.warns(oe.errors.OodEngineWarning) as caught:
-        sweep(engine.head, unlabelled, *caches[1:], components=[3, 4], heads=["mahalanobis"])
+        sweep(engine.head, Kernels(), unlabelled, *caches[1:], components=[3, 4], heads=["mahalanobis"])
     assert [str(warning.message).split(",")[0] for warning in caught] == ["120 samples have no label"]
 
 
@@ -167,7 +173,7 @@ def test_a_warning_comes_once(engine, caches):
 )
 def test_bad_options(engine, caches, options, words):
     with pytest.raises(oe.errors.InputError, match=words):
-        sweep(engine.head, *caches, **options)
+        sweep(engine.head, Kernels(), *caches, **options)
 
 
 def test_combinations_are_ranked_by_their_mean():

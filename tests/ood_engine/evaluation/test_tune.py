@@ -76,8 +76,8 @@ def test_undoes_the_preprocessing(make_engine, model, id_batches, images):
     shift, scale = (torch.tensor(value).view(3, 1, 1) for value in (mean, std))
     seen = []
     engine = make_engine(("nap_energy",))
-    original = engine.extract_batch
-    engine.extract_batch = lambda images, labels: seen.append(images) or original(images, labels)
+    original = engine.scorer.extract_batch
+    engine.scorer.extract_batch = lambda images, labels: seen.append(images) or original(images, labels)
     engine.tune([(x - shift) / scale], corruptions=["contrast"], mean=mean, std=std)
     expected = (corrupt(x, "contrast", 3) - shift) / scale
     assert torch.allclose(seen[1], expected, atol=1e-5)

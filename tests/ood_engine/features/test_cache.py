@@ -17,6 +17,7 @@ import ood_kernels as ok
 from ood_engine.errors import InputError, OodEngineError, OodEngineWarning
 from ood_engine.features.cache import NO_LABEL, CacheRows, CacheWriter, FeatureCache, fingerprint
 from ood_engine.features.fit_data import FitData
+from ood_engine.runtime import Kernels
 
 
 def make_rows(count: int, seed: int = 0, width: int = 3) -> CacheRows:
@@ -178,7 +179,7 @@ def fit_data(prints: list[int], labels: list[int] | None = None) -> FitData:
     labels = [NO_LABEL] * count if labels is None else labels
     nothing = features[:, :0]
     rows = CacheRows(features, torch.tensor(prints), torch.tensor(labels), nothing, nothing)
-    return FitData(FeatureCache(rows), ok.Head(torch.eye(3)[:2], torch.zeros(2)))
+    return FitData(FeatureCache(rows), ok.Head(torch.eye(3)[:2], torch.zeros(2)), Kernels())
 
 
 @settings(deadline=None, max_examples=100)

@@ -12,6 +12,7 @@ import ood_engine as oe
 from ood_engine.errors import DetectorUnavailableError, InputError
 from ood_engine.features.cache import NO_LABEL, CacheRows, CacheWriter, FeatureCache, fingerprint
 from ood_engine.features.fit_data import FitData
+from ood_engine.runtime import Kernels
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -149,7 +150,7 @@ def test_fit_features_asks_for_what_its_detectors_read(model, id_batches):
 
 def test_what_is_collected_lies_where_the_cache_lies(tmp_path, model, id_batches):
     mapped = oe.Engine(model, ["energy"]).fit(id_batches, cache_limit_bytes=0, cache_directory=tmp_path)
-    data = FitData(mapped.cache, mapped.head)
+    data = FitData(mapped.cache, mapped.head, Kernels())
     index = torch.arange(len(data)).flip(0)
     files = set(mapped.cache.directory.iterdir())
     collected = data.collect("features", index, lambda signals: signals.features)
@@ -157,14 +158,14 @@ def test_what_is_collected_lies_where_the_cache_lies(tmp_path, model, id_batches
     assert collected.untyped_storage().filename is not None
     assert set(mapped.cache.directory.iterdir()) == files
     assert data.collect("features", index, lambda signals: signals.lse[:, None]) is collected
-    in_memory = FitData(FeatureCache(mapped.cache.rows), mapped.head)
+    in_memory = FitData(FeatureCache(mapped.cache.rows), mapped.head, Kernels())
     assert in_memory.collect("features", index, lambda signals: signals.features).untyped_storage().filename is None
 
 
 def test_class_averages_are_over_half_of_all_samples(model, id_batches):
     settings = {"basis": "class_average", "max_anchors": 20}
     engine = oe.Engine(model, ["low_dim_gradient"], settings={"low_dim_gradient": settings}).fit(id_batches)
-    data = FitData(engine.cache, engine.head)
+    data = FitData(engine.cache, engine.head, Kernels())
     anchors, _ = data.split(len(data))
     assert len(anchors) > 20
     signals = next(data.signals(anchors))
@@ -185,7 +186,9 @@ def test_a_long_pass_shows_a_bar(model, id_batches, monkeypatch):
     count = len(engine.cache)
     for short, progress, expected in ((count, True, False), (count - 1, True, True), (count - 1, False, False)):
         monkeypatch.setattr("ood_engine.features.fit_data._SHORT", short)
-        assert len(list(FitData(engine.cache, engine.head, 0, progress).signals(size=100))) == -(-count // 100)
+        assert len(list(FitData(engine.cache, engine.head, Kernels(), 0, progress).signals(size=100))) == -(
+            -count // 100
+        )
         assert shown[-1] == ("reading features", expected, -(-count // 100))
 
 
