@@ -97,7 +97,7 @@ def test_features_that_do_not_lie_well_give_the_same_engine(layout, model, id_ba
     assert cache.rows.features.data_ptr() == features.data_ptr()
     other = oe.Engine(model, names).fit_features(cache, next(iter(id_batches))[0])
     assert_same_scores(other.score(test_images), fitted.score(test_images), 0)
-    assert_same_scores(other.score_rows(cache), fitted.score_rows(fitted.cache), 0)
+    assert_same_scores(other.scorer.score_cache(cache), fitted.scorer.score_cache(fitted.cache), 0)
 
 
 def test_features_of_a_mapped_file(model, id_batches, test_images, tmp_path):
