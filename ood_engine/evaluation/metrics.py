@@ -5,6 +5,8 @@ the scores counts, except in the calibration error. Results are fractions in [0,
 
 `positive` names the class that is looked for: "id" ranks by the score, "ood" by its negative. Every figure but AUROC
 depends on it, and published tables use both.
+
+scikit-learn is imported by the first call, as it takes as long to import as torch.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 from torch import Tensor
 
 from ..errors import InputError
@@ -34,6 +35,8 @@ def auroc(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
     Raises:
         InputError: scores that are empty, not 1-D, not real numbers, or not finite.
     """
+    from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(*_ranking(id_scores, ood_scores, "id")))
 
 
@@ -46,6 +49,8 @@ def aupr(id_scores: ArrayLike, ood_scores: ArrayLike, *, positive: str) -> float
     Raises:
         InputError: scores that are empty, not 1-D, not real numbers, or not finite; an unknown `positive`.
     """
+    from sklearn.metrics import auc, precision_recall_curve
+
     precision, recall, _ = precision_recall_curve(*_ranking(id_scores, ood_scores, positive))
     return float(auc(recall, precision))
 
@@ -56,6 +61,8 @@ def average_precision(id_scores: ArrayLike, ood_scores: ArrayLike, *, positive: 
     Raises:
         InputError: scores that are empty, not 1-D, not real numbers, or not finite; an unknown `positive`.
     """
+    from sklearn.metrics import average_precision_score
+
     return float(average_precision_score(*_ranking(id_scores, ood_scores, positive)))
 
 
@@ -73,6 +80,8 @@ def fpr_at_tpr(id_scores: ArrayLike, ood_scores: ArrayLike, *, positive: str = "
         InputError: scores that are empty, not 1-D, not real numbers, or not finite; an unknown `positive`; a `tpr` not
             in (0, 1].
     """
+    from sklearn.metrics import roc_curve
+
     if not isinstance(tpr, (int, float)) or not 0 < tpr <= 1:
         raise InputError(f"tpr must be a fraction in (0, 1], not {tpr!r}; write 95 % as 0.95")
     labels, scores = _ranking(id_scores, ood_scores, positive)
