@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 __all__ = ["main"]
 
-EXTRA = ("click", "rich", "tqdm")
+EXTRA = ("click", "pyarrow", "rich", "tqdm")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from typing import TextIO
 
 import click
@@ -14,19 +15,41 @@ import torch
 
 from ..errors import OodEngineError, OodEngineWarning
 from ..version import __version__
-from .bench import bench
 from .common import Interrupted
-from .demo import demo
-from .evaluate import evaluate
-from .explain import explain
-from .fit import fit
-from .inspect import inspect
-from .score import score
 
-__all__ = ["application", "run"]
+__all__ = ["COMMANDS", "application", "run"]
+
+COMMANDS = {
+    "demo": "Scanned digits, a small classifier, all detectors, a report.",
+    "fit": "Fit detectors to a model and its ID images.",
+    "score": "Score images into a Parquet or CSV table.",
+    "evaluate": "Measure ID against OOD sets and write a report.",
+    "explain": "Show why one image's gradient is unusual.",
+    "inspect": "Show what a state file holds, without a model.",
+    "bench": "Speed and memory beside peers and the limits of the machine.",
+}
+"""Command, which is also the name of its module and function → one line for the overview."""
+
+
+class _LazyGroup(click.Group):
+    """A group that imports a command's module when the command is called; its overview imports none."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f".{cmd_name}", __package__), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
 
 @click.group(
+    cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
     invoke_without_command=True,
 )
@@ -43,10 +66,6 @@ def application(context: click.Context) -> None:
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
-
-
-for command in (demo, fit, score, evaluate, explain, inspect, bench):
-    application.add_command(command)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -26,7 +26,7 @@ DOCUMENT, TABLE = "bench.json", "bench.csv"
 SLOWER = 1
 
 
-@click.command(short_help="Speed and memory beside peers and the limits of the machine.")
+@click.command()
 @click.option("--quick", is_flag=True, help="Fewer and smaller cases: under three minutes.")
 @click.option(
     "--output",

@@ -16,7 +16,7 @@ from .common import Interrupted, check_output, device_option, echo_json, json_op
 __all__ = ["demo"]
 
 
-@click.command(short_help="Scanned digits, a small classifier, all detectors, a report.")
+@click.command()
 @click.option(
     "--output",
     default=Path("demo-output"),

@@ -32,7 +32,7 @@ __all__ = ["evaluate"]
 ID_NAME = "in-distribution"
 
 
-@click.command(short_help="Measure ID against OOD sets and write a report.")
+@click.command()
 @state_option
 @model_options
 @click.option(

@@ -32,7 +32,7 @@ from .common import (
 __all__ = ["explain"]
 
 
-@click.command(short_help="Show why one image's gradient is unusual.")
+@click.command()
 @state_option
 @model_options
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Images: a folder, .npy or .npz.")

@@ -33,7 +33,7 @@ from .common import (
 __all__ = ["fit"]
 
 
-@click.command(short_help="Fit detectors to a model and its ID images.")
+@click.command()
 @model_options
 @click.option(
     "--data",

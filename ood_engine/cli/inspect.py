@@ -21,7 +21,7 @@ __all__ = ["inspect"]
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 
 
-@click.command(short_help="Show what a state file holds, without a model.")
+@click.command()
 @click.argument("state", type=click.Path(path_type=Path))
 @json_option
 def inspect(state: Path, as_json: bool) -> None:

@@ -38,7 +38,7 @@ PART_SECONDS = 30.0
 Rows = dict[str, list[Any]]
 
 
-@click.command(short_help="Score images into a Parquet or CSV table.")
+@click.command()
 @state_option
 @model_options
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Images to score: a folder, .npy or .npz.")

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import ood_engine as oe
 from ood_engine.cli import main
 from ood_engine.cli import score as score_module
-from ood_engine.cli.application import application
+from ood_engine.cli.application import COMMANDS, application
 from ood_engine.demo import SmallCNN
 from ood_engine.evaluation.tune import tune
 from ood_engine.model.loading import load_model
@@ -104,7 +104,7 @@ def read(path):
     return pq.read_table(path).to_pylist()
 
 
-@pytest.mark.parametrize("command", [[], *[[name] for name in application.commands]])
+@pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS]])
 def test_help_fits_a_terminal(call, command):
     code, out, _ = call([*command, "--help"])
     assert code == 0
