@@ -26,7 +26,7 @@ COMMANDS = {
     "evaluate": "Measure ID against OOD sets and write a report.",
     "explain": "Show why one image's gradient is unusual.",
     "inspect": "Show what a state file holds, without a model.",
-    "bench": "Speed and memory beside peers and the limits of the machine.",
+    "bench": "Measure what scoring adds to a model's forward here.",
 }
 """Command, which is also the name of its module and function → one line for the overview."""
 

@@ -1,176 +1,175 @@
-"""`ood-engine bench`: what scoring costs here, beside what else could do it and what the machine can do at all."""
+"""`ood-engine bench`: what scoring adds to a model's forward on this machine."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+import json
+import platform
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
 
-from ..bench.cases import Effort, Plan
-from ..bench.compare import Comparison, compare
-from ..bench.growth import print_growth
-from ..bench.rows import read_document, write_csv
-from ..bench.suite import DEFAULT_MINUTES, SUBJECTS, Recorder, Schedule, effort_for, environment, measure
-from ..bench.table import print_comparison, print_left_out, print_rows
-from ..errors import OodEngineError
-from .common import Interrupted, check_output, device_option, echo_json, json_option
-from .sweep import _Names
+from ..demo import SmallCNN
+from ..engine import Engine
+from ..errors import InputError
+from ..evaluation.report.files import write_atomically
+from ..features.loader import with_progress
+from ..model.loading import load_model
+from .common import check_output, device_option, echo_json, json_option
+from .timing import interleave, peak_mib, summary_ms
 
 __all__ = ["bench"]
 
-DOCUMENT, TABLE = "bench.json", "bench.csv"
-SLOWER = 1
+BATCHES = (1, 8, 64)
+QUICK, FULL = (1.0, 5), (10.0, 20)
+"""Seconds a batch size, and its least number of rounds."""
+
+BUILT_IN = "built-in SmallCNN"
+BUILT_IN_IMAGES, BUILT_IN_SHAPE = 512, (1, 32, 32)
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="Fewer and smaller cases: under three minutes.")
-@click.option(
-    "--output",
-    default=Path("bench-output"),
-    type=click.Path(path_type=Path),
-    help=f"Folder for {DOCUMENT}, {TABLE} and pictures.",
-)
-@click.option("--compare", "old_path", metavar="OLD.json", type=click.Path(path_type=Path), help="An earlier run.")
-@click.option(
-    "--with",
-    "new_path",
-    metavar="NEW.json",
-    type=click.Path(path_type=Path),
-    help="What to compare with it, instead of measuring.",
-)
-@click.option("--only", metavar="NAMES", type=_Names(SUBJECTS), help=f"Some of {', '.join(SUBJECTS)}; with commas.")
-@click.option(
-    "--minutes",
-    type=click.FloatRange(0, min_open=True),
-    help="After these no new case is started.  [{full:g}, quick {quick:g}]".format(**DEFAULT_MINUTES),
-)
-@click.option("--threads", type=click.IntRange(1), help="Of torch.  [its own choice]")
+@click.option("--model", metavar="SPEC", help="package.module:factory or file.py:factory.  [a small CNN, untrained]")
+@click.option("--weights", type=click.Path(path_type=Path), help="Its .safetensors, or a state_dict by torch.save.")
+@click.option("--state", type=click.Path(path_type=Path), help="What `ood-engine fit` wrote for this model.")
+@click.option("--quick", is_flag=True, help="A tenth of the time, with fewer rounds.")
+@click.option("--output", default=Path("bench-output"), type=click.Path(path_type=Path), help="Folder for bench.json.")
 @device_option
 @json_option
 def bench(
+    model: str | None,
+    weights: Path | None,
+    state: Path | None,
     quick: bool,
     output: Path,
-    old_path: Path | None,
-    new_path: Path | None,
-    only: tuple[str, ...] | None,
-    minutes: float | None,
-    threads: int | None,
     device: torch.device,
     as_json: bool,
-) -> int:
-    """Measure this machine: every subject at several sizes, all providers of a case in turns.
+) -> None:
+    """Measure what scoring adds to a model's forward: latency, throughput and peak memory for 1, 8 and 64 images.
 
-    It takes under ten minutes, --quick under three, best on an otherwise idle machine. A provider whose result is not right is
-    not timed. Rows are in bench.json after every case, so that an interrupted run keeps what it measured. Peers come with
-    pip install 'ood-engine[peers]'.
-
-    With --compare the exit code is 1 if anything is slower beyond noise.
+    Forward alone and forward with scores run in turns on random images of the size in the state, which are on the device
+    already: reading and preprocessing are not measured. Without a model a small CNN is fitted to noise with the default
+    detectors; its forward is small, so the share of the scores is larger than beside a real one. Measure on an idle machine.
 
     \b
     Examples:
       ood-engine bench --quick
-      ood-engine bench --only head,projection --output before
-      ood-engine bench --output after --compare before/bench.json
-      ood-engine bench --compare before/bench.json --with after/bench.json
+      ood-engine bench --model net.py:make --weights net.pt --state state.safetensors --output before/
     """
-    if new_path is not None and old_path is None:
-        raise click.UsageError("--with is compared to an earlier run: give --compare OLD.json as well.")
-    old = None if old_path is None else read_document(old_path)
-    if new_path is not None:
-        assert old is not None
-        return _report_comparison(compare(old, read_document(new_path)), as_json)
-    if device.type not in ("cpu", "cuda"):
-        raise click.UsageError(f"--device {device.type}: only cpu and cuda are measured.")
-    path = output / DOCUMENT
-    if old_path is not None and path.exists() and path.samefile(old_path):
-        raise click.UsageError(f"--compare {old_path} is what this run would replace: give another --output.")
-    check_output(output, folder=True)
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads or threads_before)
-    try:
-        document = _measure(path, effort_for(quick, device), only or SUBJECTS, minutes, as_json)
-    finally:
-        torch.set_num_threads(threads_before)
-    files = _write_files(document, output)
-    comparison = None if old is None else compare(old, document)
-    if as_json:
-        compared = {} if comparison is None else {"comparison": comparison._asdict()}
-        echo_json(document | compared | {"files": [str(file) for file in files]})
-        return _exit_code(comparison)
-    print_rows(document["rows"])
-    print_growth(document["growth"])
-    click.echo("")
-    print_left_out(document)
-    click.echo(f"wrote {', '.join(str(file) for file in files)}")
-    if comparison is not None:
-        click.echo(f"\ncompared to {old_path}")
-        print_comparison(comparison)
-    return _exit_code(comparison)
-
-
-def _measure(
-    path: Path, effort: Effort, subjects: tuple[str, ...], minutes: float | None, as_json: bool
-) -> dict[str, Any]:
-    machine = environment(effort.device)
-    if not as_json:
-        click.echo(
-            f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, load"
-            f" {(machine['load_average'] or ['unknown'])[0]}: {effort.name} run"
+    if (model is None) != (state is None) or (model is None and weights is not None):
+        raise click.UsageError(
+            "--model and --state belong together, and --weights to them: give both, or none of them."
         )
-    started = time.monotonic()
-    schedule = Schedule(subjects, effort, 60 * (minutes or DEFAULT_MINUTES[effort.name]))
-    recorder = Recorder(path, machine, effort)
-    try:
-        measure(schedule, effort, recorder, _with_progress)
-    except KeyboardInterrupt as error:
-        if not recorder.document["rows"]:
-            raise
-        raise Interrupted(
-            f"stopped; the {len(recorder.document['rows'])} rows measured so far are kept in {path}"
-        ) from error
-    if not any(row["p50_ms"] is not None for row in recorder.document["rows"]):
-        reasons = [entry["reason"] for entry in recorder.document["missing"]]
-        reasons += [row["refused"] for row in recorder.document["rows"]]
-        raise OodEngineError(f"nothing could be measured; the first reason: {(reasons or ['no cases'])[0]}")
-    if not as_json:
-        click.echo(f"{len(recorder.document['rows'])} rows in {time.monotonic() - started:.0f} s")
-    return recorder.document
-
-
-def _with_progress(schedule: Schedule) -> Iterator[Plan]:
-    from tqdm import tqdm
-
-    with tqdm(total=schedule.total, desc="measuring", unit="case", disable=None) as bar:
-        for plan in schedule:
-            bar.set_postfix_str(str(plan))
-            yield plan
-            bar.update()
-
-
-def _write_files(document: dict[str, Any], output: Path) -> list[Path]:
-    from ..bench.figures import write_figures
-
-    write_csv(output / TABLE, document["rows"])
-    try:
-        written, left_out = write_figures(document, output)
-    except OodEngineError as error:
-        written, left_out = [], {"pictures": str(error)}
-    for name, reason in left_out.items():
-        click.echo(f"no {name}: {reason}", err=True)
-    return [output / DOCUMENT, output / TABLE, *written]
-
-
-def _report_comparison(comparison: Comparison, as_json: bool) -> int:
-    if as_json:
-        echo_json(comparison._asdict())
+    check_output(output, folder=True)
+    if model is None or state is None:
+        network, engine = _built_in(device)
     else:
-        print_comparison(comparison)
-    return _exit_code(comparison)
+        network, engine = _from_files(model, weights, state, device)
+    document = {
+        "machine": _machine(device),
+        "model": model or BUILT_IN,
+        "detectors": list(engine.detectors),
+        "image_shape": engine.image_shape,
+        "rows": _measure(network, engine, *(QUICK if quick else FULL)),
+    }
+    path = write_atomically(output / "bench.json", (json.dumps(document, indent=2) + "\n").encode())
+    if as_json:
+        echo_json(document | {"files": [str(path)]})
+    else:
+        _print(document)
+        click.echo(f"wrote {path}")
 
 
-def _exit_code(comparison: Comparison | None) -> int:
-    return SLOWER if comparison is not None and comparison.is_slower else 0
+def _from_files(spec: str, weights: Path | None, state: Path, device: torch.device) -> tuple[nn.Module, Engine]:
+    network = load_model(spec, weights).to(device)
+    engine = Engine.load(state, network)
+    if engine.image_shape is None:
+        raise InputError(f"{state}: fitted on images of several sizes: expected one; give `ood-engine fit` a --size")
+    return network, engine
+
+
+def _built_in(device: torch.device) -> tuple[nn.Module, Engine]:
+    network = SmallCNN().eval().to(device)
+    images = torch.rand((BUILT_IN_IMAGES, *BUILT_IN_SHAPE), generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(BUILT_IN_IMAGES) % network.head.out_features
+    return network, Engine(network).fit(list(zip(images.split(64), labels.split(64), strict=True)))
+
+
+def _measure(network: nn.Module, engine: Engine, seconds: float, least_rounds: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for batch in with_progress(BATCHES, "measuring", True, unit="batch size"):
+        try:
+            rows.append(_row(network, engine, batch, seconds, least_rounds))
+        except torch.OutOfMemoryError:
+            if not rows:
+                raise
+            click.echo(f"warning: {batch} images do not fit into the device's memory and are left out", err=True)
+    return rows
+
+
+def _row(network: nn.Module, engine: Engine, batch: int, seconds: float, least_rounds: int) -> dict[str, Any]:
+    weight = next(network.parameters())
+    assert engine.image_shape is not None
+    images = torch.rand((batch, *engine.image_shape), generator=torch.Generator().manual_seed(batch))
+    images = images.to(weight.device, weight.dtype)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = network(images)
+        return logits
+
+    # The engine comes first: it says in one line why a model rejects the images.
+    calls = {"with_scores": lambda: engine.score(images), "forward": forward}
+    rounds = interleave(calls, weight.device, seconds=seconds, least_rounds=least_rounds)
+    row: dict[str, Any] = {"batch": batch, "rounds": len(rounds["forward"])}
+    for name in ("forward", "with_scores"):
+        row[name] = summary_ms(rounds[name]) | {"peak_mib": peak_mib(calls[name], weight.device)}
+        row[name]["images_per_second"] = 1000 * batch / row[name]["median_ms"]
+    added = summary_ms([both - alone for both, alone in zip(rounds["with_scores"], rounds["forward"], strict=True)])
+    # The least difference of a round is one where the forward alone was disturbed.
+    added["min_ms"] = row["with_scores"]["min_ms"] - row["forward"]["min_ms"]
+    row["added"] = added | {"share_of_forward": added["median_ms"] / row["forward"]["median_ms"]}
+    return row
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "cpu": _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _print(document: dict[str, Any]) -> None:
+    machine, shape = document["machine"], "×".join(map(str, document["image_shape"]))
+    click.echo(f"{document['model']}, images of {shape}: {', '.join(document['detectors'])}")
+    click.echo(f"{machine['device']}, {machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}")
+    table = Table("Images", "", box=None, pad_edge=False)
+    for heading in ("Median ms", "Min ms", "p5–p95 ms", "Images/s", "Peak MiB"):
+        table.add_column(heading, justify="right")
+    for row in document["rows"]:
+        for count, label, figures in (
+            (str(row["batch"]), "forward", row["forward"]),
+            ("", "with scores", row["with_scores"]),
+            ("", f"scores add {100 * row['added']['share_of_forward']:.1f} %", row["added"]),
+        ):
+            spread = f"{figures['p5_ms']:.3g} to {figures['p95_ms']:.3g}"
+            rate, peak = (figures.get(name) for name in ("images_per_second", "peak_mib"))
+            last = ["" if rate is None else f"{rate:,.0f}", "" if peak is None else f"{peak:.2f}"]
+            table.add_row(count, label, f"{figures['median_ms']:.3g}", f"{figures['min_ms']:.3g}", spread, *last)
+    Console().print(table, highlight=False)

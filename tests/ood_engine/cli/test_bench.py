@@ -1,186 +1,161 @@
-"""`ood-engine bench` with a suite of tiny plans."""
+"""`ood-engine bench`: what is called in which order, what is stored, and what is refused."""
 
 from __future__ import annotations
 
-import csv
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from ood_engine.bench.cases import OURS, Case, Effort, Plan, Provider
-from ood_engine.bench.runner import SLOW
+import ood_engine as oe
 from ood_engine.cli import bench as bench_module
 from ood_engine.cli import main
-from ood_kernels.workloads import Cost
+from ood_engine.cli.timing import WARM_UP, interleave, peak_mib, summary_ms
+from ood_engine.demo import SmallCNN
 
-SIZES = (500, 1000, 2000, 4000)
-ONE_THREAD = ("--only", "head", "--threads", "1")
-"""So that other programs on the machine of the tests disturb little."""
-
-
-def build(size):
-    values = torch.rand(size, dtype=torch.float64)
-
-    def slowly():
-        result = values
-        for _ in range(12):
-            result = result.sin()
-        return result
-
-    truth = slowly().double()
-    providers = [
-        Provider(OURS, slowly),
-        Provider("reference", lambda: slowly() + 0),
-        Provider("wrong", lambda: values - 1),
-    ]
-    return Case(providers, (truth,), Cost(12 * size, 200 * size), {"oodeel": "not installed"})
-
-
-def fake_plans(effort):
-    for subject in ("sines", "more sines"):
-        for size in SIZES:
-            yield Plan(subject, "tiny", {"N": size}, lambda size=size: build(size), torch.float64, sweeps=("N",))
+CPU = torch.device("cpu")
+DETECTORS = ["nap_energy", "energy"]
 
 
 @pytest.fixture(autouse=True)
-def suite(monkeypatch):
-    """The subject "head" is made of tiny plans, and measured for a moment."""
-    monkeypatch.setitem(sys.modules, "ood_engine.bench.subjects.head", SimpleNamespace(plans=fake_plans))
-    monkeypatch.setattr(
-        bench_module, "effort_for", lambda is_quick, device: Effort("quick", 5, 0.004, 0.5, device), raising=True
-    )
-    monkeypatch.setattr(bench_module, "SUBJECTS", ("head",))
+def short(monkeypatch):
+    """Three rounds a batch size."""
+    monkeypatch.setattr(bench_module, "BATCHES", (1, 2))
+    monkeypatch.setattr(bench_module, "QUICK", (0.0, 3))
+    monkeypatch.setattr(bench_module, "BUILT_IN_IMAGES", 64)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A user's weights and states: fitted on one size, and on no one size."""
+    folder = tmp_path_factory.mktemp("own")
+    model = SmallCNN(seed=3).eval()
+    images = torch.rand((64, 1, 8, 12), generator=torch.Generator().manual_seed(0))
+    engine = oe.Engine(model, DETECTORS).fit([(images, torch.arange(64) % 8)])
+    engine.save(folder / "state.safetensors")
+    engine.image_shape = None
+    engine.save(folder / "sizes.safetensors")
+    save_file(model.state_dict(), folder / "net.safetensors")
+    arguments = ["--model", "ood_engine.demo:small_cnn", "--weights", folder / "net.safetensors"]
+    return SimpleNamespace(model=arguments, state=folder / "state.safetensors", sizes=folder / "sizes.safetensors")
 
 
 @pytest.fixture
 def call(capsys):
     def run(*arguments):
         capsys.readouterr()
-        code = main(["bench", *map(str, arguments)])
+        code = main(["bench", "--device", "cpu", *map(str, arguments)])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
     return run
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    return tmp_path_factory.mktemp("kept") / "before"
+def test_calls_take_turns_and_the_warm_up_is_not_kept():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    rounds = interleave(calls, CPU, seconds=0, least_rounds=3)
+    assert "".join(order) == "ab" * WARM_UP + "ab" + "ba" + "ab"
+    assert [len(rounds[name]) for name in "ab"] == [3, 3]
+    assert all(time > 0 for times in rounds.values() for time in times)
+    assert len(interleave(calls, CPU, seconds=0.05, least_rounds=1)["a"]) > 10
 
 
-@pytest.fixture
-def measured(call, kept):
-    """Folder of a run that is done."""
-    if not kept.exists():
-        assert call("--output", kept, *ONE_THREAD)[0] == 0
-    return kept
+def test_figures_of_known_rounds():
+    figures = summary_ms([float(value) for value in range(100, -1, -1)])
+    assert figures == {"median_ms": 50, "min_ms": 0, "p5_ms": 5, "p95_ms": 95}
 
 
-def one_line(error):
-    return error.startswith("ood-engine: ") and error.count("\n") == 1
+def test_peak_memory_is_what_was_held_at_once():
+    def two_after_each_other():
+        torch.ones(2**20)
+        return torch.ones(2**19)
+
+    def two_at_once():
+        return torch.ones(2**20), torch.ones(2**19)
+
+    assert peak_mib(two_after_each_other, CPU) == pytest.approx(4, abs=0.01)
+    assert peak_mib(two_at_once, CPU) == pytest.approx(6, abs=0.01)
 
 
-def test_a_run_leaves_table_document_csv_and_pictures(call, tmp_path):
-    code, shown, errors = call("--quick", "--output", tmp_path / "out", *ONE_THREAD)
-    assert code == 0
+def test_without_a_model_the_small_one_is_measured(call, tmp_path):
+    code, shown, errors = call("--quick", "--output", tmp_path / "out")
+    assert (code, errors) == (0, "")
     document = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert document["complete"]
-    assert len(document["rows"]) == 2 * len(SIZES) * 4
-    assert {row["threads"] for row in document["rows"]} == {1}
-    assert all(row["disturbed"] in (True, False) for row in document["rows"])
-    assert len(document["growth"]) == 2 * 2
-    with (tmp_path / "out" / "bench.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == len(document["rows"])
-    assert (tmp_path / "out" / "roofline.png").exists()
-    assert "× ood-engine" in shown
-    assert "sines: how cost grows" in shown
-    assert shown.count("left out: oodeel: not installed") == 1
-    assert "refused: wrong in 4 × sines: WrongResultError" in shown
-    assert errors.count("no peers.png: no cases with ood-engine and one of") == 1
+    assert (document["model"], document["image_shape"]) == ("built-in SmallCNN", [1, 32, 32])
+    assert [(row["batch"], row["rounds"]) for row in document["rows"]] == [(1, 3), (2, 3)]
+    for row in document["rows"]:
+        for name in ("forward", "with_scores"):
+            figures = row[name]
+            assert 0 < figures["min_ms"] <= figures["p5_ms"] <= figures["median_ms"] <= figures["p95_ms"]
+            assert figures["images_per_second"] == pytest.approx(1000 * row["batch"] / figures["median_ms"])
+        assert 0 < row["forward"]["peak_mib"] <= row["with_scores"]["peak_mib"]
+    assert "built-in SmallCNN, images of 1×32×32" in shown
+    assert shown.count("scores add") == 2
+    assert max(map(len, shown.splitlines()[2:-1])) <= 80
 
 
-def test_json_is_one_object(call, tmp_path):
-    code, shown, _ = call("--json", "--output", tmp_path, *ONE_THREAD, "--minutes", "1e-9")
+def test_what_scores_add_is_the_difference_within_rounds(call, own, tmp_path, monkeypatch):
+    rounds = {"forward": [1.0, 2.0, 4.0], "with_scores": [2.0, 5.0, 5.0]}
+    monkeypatch.setattr(bench_module, "interleave", lambda calls, device, **options: rounds)
+    code, shown, _ = call(*own.model, "--state", own.state, "--output", tmp_path)
+    assert code == 0
+    row = json.loads((tmp_path / "bench.json").read_text())["rows"][1]
+    assert (row["added"]["median_ms"], row["added"]["min_ms"], row["added"]["share_of_forward"]) == (1, 1, 0.5)
+    assert (row["forward"]["images_per_second"], row["with_scores"]["images_per_second"]) == (1000, 400)
+    assert "scores add 50.0 %" in shown
+
+
+def test_a_model_of_ones_own_is_measured_on_images_as_in_the_state(call, own, tmp_path, monkeypatch):
+    seen = []
+    forward = SmallCNN.forward
+
+    def watched(self, images):
+        seen.append(tuple(images.shape))
+        return forward(self, images)
+
+    monkeypatch.setattr(SmallCNN, "forward", watched)
+    code, shown, _ = call(*own.model, "--state", own.state, "--quick", "--output", tmp_path, "--json")
     assert code == 0
     document = json.loads(shown)
-    assert document["complete"]
-    assert str(tmp_path / "bench.csv") in document["files"]
+    assert document["detectors"] == DETECTORS
+    assert document["files"] == [str(tmp_path / "bench.json")]
+    calls = 2 * (WARM_UP + 3 + 1)
+    assert seen == [(1, 1, 8, 12)] * calls + [(2, 1, 8, 12)] * calls
 
 
-def test_the_same_code_twice_is_within_noise(call, measured, tmp_path):
-    code, shown, _ = call("--output", tmp_path / "after", *ONE_THREAD, "--compare", measured / "bench.json")
+def test_a_batch_that_the_device_cannot_hold_is_left_out(call, tmp_path, monkeypatch):
+    score = oe.Engine.score
+    largest = 1
+
+    def full(self, images):
+        if len(images) > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score(self, images)
+
+    monkeypatch.setattr(oe.Engine, "score", full)
+    code, _, errors = call("--quick", "--output", tmp_path)
     assert code == 0
-    assert "0 slower" in shown
-
-
-def test_a_slowed_provider_is_caught(call, measured, tmp_path, monkeypatch):
-    monkeypatch.setenv(SLOW, f"{OURS}:3")
-    after = tmp_path / "after"
-    code, shown, _ = call("--output", after, *ONE_THREAD, "--compare", measured / "bench.json")
-    assert code == 1
-    together = shown.partition("all rows of a provider together\n")[2].partition("row by row")[0]
-    verdicts = {line.split("  ")[0]: line.strip() for line in together.splitlines()}
-    assert verdicts[OURS].endswith("slower")
-    assert verdicts["reference"].endswith("within noise")
-    code, shown, _ = call("--compare", measured / "bench.json", "--with", after / "bench.json", "--json")
-    assert code == 1
-    compared = json.loads(shown)
-    assert {row["provider"] for row in compared["rows"] if row["verdict"] == "slower"} <= {OURS}
-    assert call("--compare", after / "bench.json", "--with", measured / "bench.json")[0] == 0
-
-
-def test_an_interrupted_run_keeps_its_rows(call, tmp_path, monkeypatch):
-    def interrupted(effort):
-        yield from list(fake_plans(effort))[:2]
-
-        def stop():
-            raise KeyboardInterrupt
-
-        yield Plan("sines", "tiny", {"N": 1}, stop)
-
-    monkeypatch.setitem(sys.modules, "ood_engine.bench.subjects.head", SimpleNamespace(plans=interrupted))
-    code, _, errors = call("--output", tmp_path, *ONE_THREAD)
-    assert code == 130
-    assert errors == f"ood-engine: stopped; the 8 rows measured so far are kept in {tmp_path / 'bench.json'}\n"
-    document = json.loads((tmp_path / "bench.json").read_text())
-    assert len(document["rows"]) == 8
-    assert not document["complete"]
-    assert call("--compare", tmp_path / "bench.json", "--with", tmp_path / "bench.json")[0] == 0
-
-
-def test_what_there_was_no_time_for_is_named(call, tmp_path):
-    code, shown, _ = call("--output", tmp_path, "--only", "head", "--minutes", "1e-9")
-    assert code == 0
-    assert "no time for 7 cases (--minutes): sines, tiny N=1000 float64; " in shown
-
-
-def test_where_nothing_can_be_measured_the_reason_is_said(call, tmp_path, monkeypatch):
-    def fail():
-        raise RuntimeError("no such thing")
-
-    plans = SimpleNamespace(plans=lambda effort: iter([Plan("sines", "tiny", {"N": 1}, fail)]))
-    monkeypatch.setitem(sys.modules, "ood_engine.bench.subjects.head", plans)
-    code, _, errors = call("--output", tmp_path, "--only", "head")
+    assert errors == "warning: 2 images do not fit into the device's memory and are left out\n"
+    assert [row["batch"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"]] == [1]
+    largest = 0
+    code, _, errors = call("--quick", "--output", tmp_path / "none")
     assert code == 2
-    assert one_line(errors)
-    assert "nothing could be measured" in errors
-    assert "no such thing" in errors
+    assert "out of memory" in errors
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--only", "heads"], "'heads' is not known: expected some of activation, head,"),
-        (["--minutes", "0"], "--minutes"),
-        (["--threads", "0"], "--threads"),
+        (["--model", "ood_engine.demo:small_cnn"], "--model and --state belong together"),
+        (["--state", "state.safetensors"], "--model and --state belong together"),
+        (["--weights", "net.safetensors"], "--model and --state belong together"),
+        (["--model", "nowhere:net", "--state", "nowhere"], "importing nowhere failed"),
+        (["--model", "ood_engine.demo:small_cnn", "--state", "nowhere"], "no such state file"),
         (["--device", "cuda:99"], "cannot be used here"),
-        (["--device", "meta"], "only cpu and cuda are measured"),
-        (["--with", "new.json"], "give --compare OLD.json as well"),
-        (["--compare", "nowhere.json"], "nowhere.json: expected the bench.json of an earlier run"),
-        (["--compare", __file__], "got no JSON"),
+        (["--device", "meta"], "no values yet"),
         (["--output", __file__], "cannot be made a folder"),
         (["surplus"], "surplus"),
     ],
@@ -188,32 +163,19 @@ def test_where_nothing_can_be_measured_the_reason_is_said(call, tmp_path, monkey
 def test_bad_arguments_are_one_line(call, arguments, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, shown, errors = call(*arguments)
-    assert code == 2
-    assert shown == ""
-    assert one_line(errors)
+    assert (code, shown) == (2, "")
+    assert errors.startswith("ood-engine: ")
+    assert errors.count("\n") == 1
     assert said in errors
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.rglob("*.json")) == []
 
 
-def test_a_run_does_not_replace_what_it_is_compared_to(call, measured):
-    before = (measured / "bench.json").read_bytes()
-    code, _, errors = call("--output", measured, "--only", "head", "--compare", measured / "bench.json")
-    assert code == 2
-    assert one_line(errors)
-    assert "give another --output" in errors
-    assert (measured / "bench.json").read_bytes() == before
-
-
-def test_a_wrong_slow_variable_is_one_line(call, tmp_path, monkeypatch):
-    monkeypatch.setenv(SLOW, "nonsense")
-    code, _, errors = call("--output", tmp_path, "--only", "head")
-    assert code == 2
-    assert one_line(errors)
-    assert SLOW in errors
-
-
-def test_threads_are_those_asked_for_and_then_those_before(call, tmp_path):
-    before = torch.get_num_threads()
-    assert call("--output", tmp_path, *ONE_THREAD, "--minutes", "1e-9")[0] == 0
-    assert torch.get_num_threads() == before
-    assert json.loads((tmp_path / "bench.json").read_text())["machine"]["threads"] == 1
+def test_a_state_of_other_weights_or_of_several_sizes_is_refused(call, own, tmp_path):
+    for arguments, said in (
+        ([*own.model[:2], "--state", own.state], "fitted to another head"),
+        ([*own.model, "--state", own.sizes], "--size"),
+    ):
+        code, shown, errors = call(*arguments, "--output", tmp_path)
+        assert (code, shown) == (2, "")
+        assert errors.count("\n") == 1
+        assert said in errors

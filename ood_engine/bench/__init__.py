@@ -1,1 +1,0 @@
-"""What `ood-engine bench` measures and how: subjects, providers side by side, rows, pictures and comparisons."""

@@ -1,1 +1,0 @@
-"""One file a subject: what is computed, at which sizes, and who computes it."""
