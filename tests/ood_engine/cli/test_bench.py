@@ -35,7 +35,7 @@ def own(tmp_path_factory):
     images = torch.rand((64, 1, 8, 12), generator=torch.Generator().manual_seed(0))
     engine = oe.Engine(model, DETECTORS).fit([(images, torch.arange(64) % 8)])
     engine.save(folder / "state.safetensors")
-    engine.image_shape = None
+    engine.scorer.image_shape = None
     engine.save(folder / "sizes.safetensors")
     save_file(model.state_dict(), folder / "net.safetensors")
     arguments = ["--model", "ood_engine.demo:small_cnn", "--weights", folder / "net.safetensors"]
