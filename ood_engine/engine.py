@@ -27,10 +27,9 @@ from .evaluation.corruptions import CORRUPTIONS
 from .evaluation.tune import tune
 from .features.cache import CacheWriter, FeatureCache
 from .features.canary import Canary
-from .features.fit_data import FitData
 from .features.loader import Loader, image_batches
 from .model.tap import Tap, TapPlan
-from .runtime import Runtime, full_precision
+from .runtime import Runtime
 from .scorer import Scorer
 from .scores import Scores
 
@@ -226,7 +225,8 @@ class Engine:
             )
         settings = changed_settings(self.detectors, parameters)
         with torch.inference_mode(False), torch.no_grad():
-            self._fit_from(self.cache, {name: create_detector(name, **chosen) for name, chosen in settings.items()})
+            refitted = {name: create_detector(name, **chosen) for name, chosen in settings.items()}
+            self.scorer.fit(self.cache, refitted, self.seed)
         self.scorer.recalibrate()
         return self
 
@@ -281,16 +281,6 @@ class Engine:
         progress: bool = False,
     ) -> Engine:
         """Choose settings such as NAP's w and OPNP's ranges on pseudo-OOD data; see `ood_engine.evaluation.tune.tune`.
-
-        Args:
-            loader: yields ID images, best not those of `fit`; they are read once and kept in memory.
-            ood_loader: real OOD images instead of corrupted ones.
-            corruptions: names of `ood_engine.evaluation.corruptions.CORRUPTIONS`.
-            severity: 1 to 5.
-            mean: what was subtracted from images in [0, 1], a number or one a channel; undone before corrupting.
-            std: what they were divided by.
-            detectors: names to tune; None tunes all with a grid.
-            progress: show a bar.
 
         Returns:
             The engine itself; the rows of the search are in `tuning`.
@@ -349,31 +339,8 @@ class Engine:
             InputError: neither is enough, or shapes that do not fit the head.
         """
         self.scorer.require_fitted()
-        width = self.head.weight.shape[1]
-        if feature_map is not None:
-            is_map = feature_map.ndim == 4 and 0 not in feature_map.shape[1:]
-            if not is_map or not feature_map.is_floating_point():
-                raise InputError(
-                    f"feature_map: expected a floating point [N, D, H, W], got {feature_map.dtype} {list(feature_map.shape)}"
-                )
-        if features is None and (feature_map is None or not self.plan.proven or feature_map.shape[1] != width):
-            came = "none" if feature_map is None else str(list(feature_map.shape))
-            raise InputError(
-                f"feature_map {came}: expected [N, {width}, H, W] of a proven map; for others pass features [N, {width}] as well"
-            )
-        if features is not None:
-            rows = "N" if feature_map is None else feature_map.shape[0]
-            fits = features.ndim == 2 and features.shape[1] == width and rows in ("N", features.shape[0])
-            if not fits or not features.is_floating_point():
-                raise InputError(
-                    f"features: expected a floating point [{rows}, {width}] as the head receives them, got {features.dtype}"
-                    f" {list(features.shape)}"
-                )
         with torch.no_grad():
-            given = feature_map if features is None else features
-            assert given is not None
-            valid = torch.ones(len(given), dtype=torch.bool, device=given.device)
-            return self.scorer.score_inputs((feature_map, features, valid))
+            return self.scorer.score_features(feature_map, features)
 
     def score_loader(self, loader: Loader, *, progress: bool = False) -> Scores:
         """Scores of everything a loader yields, on the CPU, in its order; warns about inputs without a sound score.
@@ -499,20 +466,10 @@ class Engine:
 
     def _fit_anew(self, cache: FeatureCache, progress: bool) -> None:
         detectors = {name: create_detector(name, **old.settings) for name, old in self.detectors.items()}
-        self._fit_from(cache, detectors, progress)
+        self.scorer.fit(cache, detectors, self.seed, progress)
+        self.cache, self._fit_fingerprints = cache, cache.rows.fingerprints.clone()
         # The model may be another one by now, and with it the features that thresholds were set from.
         self.scorer.calibrations, self.scorer.calibration_cache = {}, None
-
-    def _fit_from(self, cache: FeatureCache, detectors: dict[str, Detector], progress: bool = False) -> None:
-        scorer = self.scorer
-        data = FitData(cache, self.head, scorer.kernels, self.seed, progress)
-        with full_precision(scorer.tap.device):
-            for detector in detectors.values():
-                detector.to(scorer.tap.device)
-                detector.fit(data)
-        self.cache = cache
-        self._fit_fingerprints = cache.rows.fingerprints.clone()
-        scorer.detectors, scorer.is_fitted = detectors, True
 
     def _require_calibrated(self) -> None:
         self.scorer.require_fitted()

@@ -16,7 +16,7 @@ from .calibration import Calibration
 from .detectors import Detector
 from .errors import DetectorUnavailableError, InputError, NotFittedError, OodEngineWarning
 from .features.cache import CacheRows, CacheWriter, FeatureCache, fingerprint
-from .features.fit_data import signals_from_rows
+from .features.fit_data import FitData, signals_from_rows
 from .features.loader import Loader, image_batches
 from .features.signals import Signals, wide
 from .graphs import LARGEST_BUCKET, Inputs, ScoringGraphs
@@ -175,6 +175,37 @@ class Scorer:
         valid = finite_rows(images).to(captured.head_input.device)
         return self.score_inputs((captured.feature_map if self.reads_map else None, captured.head_input, valid))
 
+    def score_features(self, feature_map: Tensor | None, features: Tensor | None) -> Scores:
+        """Scores from what the model computed already.
+
+        Raises:
+            InputError: neither is enough, or shapes that do not fit the head.
+        """
+        width = self.head.weight.shape[1]
+        if feature_map is not None:
+            is_map = feature_map.ndim == 4 and 0 not in feature_map.shape[1:]
+            if not is_map or not feature_map.is_floating_point():
+                raise InputError(
+                    f"feature_map: expected a floating point [N, D, H, W], got {feature_map.dtype} {list(feature_map.shape)}"
+                )
+        if features is None and (feature_map is None or not self.tap.plan.proven or feature_map.shape[1] != width):
+            came = "none" if feature_map is None else str(list(feature_map.shape))
+            raise InputError(
+                f"feature_map {came}: expected [N, {width}, H, W] of a proven map; for others pass features [N, {width}] as well"
+            )
+        if features is not None:
+            rows = "N" if feature_map is None else feature_map.shape[0]
+            fits = features.ndim == 2 and features.shape[1] == width and rows in ("N", features.shape[0])
+            if not fits or not features.is_floating_point():
+                raise InputError(
+                    f"features: expected a floating point [{rows}, {width}] as the head receives them, got {features.dtype}"
+                    f" {list(features.shape)}"
+                )
+        given = feature_map if features is None else features
+        assert given is not None
+        valid = torch.ones(len(given), dtype=torch.bool, device=given.device)
+        return self.score_inputs((feature_map, features, valid))
+
     def score_inputs(self, inputs: Inputs) -> Scores:
         """Scores from a map and what the head received, replayed as a CUDA graph where the runtime says so."""
         valid = inputs[2]
@@ -259,6 +290,19 @@ class Scorer:
                 score = detector(signals).float()
                 scores[name] = torch.where(sound & torch.isfinite(score), score, torch.nan)
         return Scores(scores, signals.clamped)
+
+    def fit(self, cache: FeatureCache, detectors: dict[str, Detector], seed: int, progress: bool = False) -> None:
+        """Fit detectors from the features of ID samples, and score with them from now on.
+
+        Raises:
+            InputError: samples that are too few or not finite, or labels out of range; the detectors are then as before.
+        """
+        data = FitData(cache, self.head, self.kernels, seed, progress)
+        with full_precision(self.tap.device):
+            for detector in detectors.values():
+                detector.to(self.tap.device)
+                detector.fit(data)
+        self.detectors, self.is_fitted = detectors, True
 
     def calibrate(self, cache: FeatureCache, false_alarm_rate: float) -> None:
         """Set thresholds from the features of fresh ID samples.
