@@ -116,13 +116,14 @@ class Kernels:
     def _prepare_basis(self, basis: HasBasisTensors) -> ok.BasisTensors:
         tensors = basis.tensors()
         dtype = _LOW_PRECISION.get(self.runtime.precision)
-        if dtype is None or not tensors[0].is_cuda:
+        parts = [part for part in tensors.parts() if part is not None]
+        if dtype is None or not parts[0].is_cuda:
             return tensors
-        versions = tuple(_version(part) for part in tensors if isinstance(part, Tensor))
-        known, prepared = self._bases.get(tensors[0], (None, tensors))
+        versions = tuple(_version(part) for part in parts)
+        known, prepared = self._bases.get(parts[0], (None, tensors))
         if known != versions:
             prepared = tensors.to(dtype)
-            self._bases[tensors[0]] = (versions, prepared)
+            self._bases[parts[0]] = (versions, prepared)
         return prepared
 
 

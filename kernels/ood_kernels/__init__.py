@@ -7,18 +7,11 @@ holds the plain-torch twins that define what is right.
 
 from . import reference
 from .backend import BACKENDS
+from .bases import DualTensors, ExplicitTensors, FactoredTensors
 from .checks import PRECISIONS
 from .functional import masked_energy, pool_nap, pool_statistics, project_gradients, score
 from .masks import pack_mask, unpack_mask
-from .types import (
-    BasisTensors,
-    DualTensors,
-    ExplicitTensors,
-    FactoredTensors,
-    Head,
-    PoolStatistics,
-    ScoreOutputs,
-)
+from .types import BasisTensors, Head, PoolStatistics, ScoreOutputs
 
 __all__ = [
     "BACKENDS",

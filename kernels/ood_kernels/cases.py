@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import bases, reference
 from .masks import pack_mask, unpack_mask
-from .types import BasisTensors, DualTensors, ExplicitTensors, FactoredTensors, Head
+from .types import BasisTensors, Head
 from .workloads import BASES, WORKLOADS, BasisKind, Workload
 
 __all__ = ["Case", "all_cases", "forced_by", "launcher", "operands", "run", "run_reference"]
@@ -29,19 +29,6 @@ _LAUNCHERS = {
     "project_explicit": "project_explicit",
     "project_factored": "project_factored",
     "score": "score",
-}
-
-
-_BASIS_TYPES: dict[BasisKind, Callable[..., BasisTensors]] = {
-    "dual": DualTensors,
-    "explicit": ExplicitTensors,
-    "factored": FactoredTensors,
-}
-_BASIS_TENSORS: dict[BasisKind | None, tuple[str, ...]] = {
-    None: (),
-    "dual": ("anchor_cotangents", "anchor_features", "coefficients", "constants", "shift", "linear"),
-    "explicit": ("components", "constants"),
-    "factored": ("class_factors", "feature_factors", "core", "constants"),
 }
 
 
@@ -116,9 +103,9 @@ def run_reference(case: Case, values: Mapping[str, Any]) -> Any:
     }
     if case.function == "score":
         head = Head(*(plain[name] for name in Head._fields))
-        tensors = dict(zip(_BASIS_TENSORS[case.basis], values["basis"], strict=True))
-        basis = None if case.basis is None else _BASIS_TYPES[case.basis](**tensors, cotangent=case.cotangent)
-        return reference.score(plain["feature_map"], head, basis, plain["eps"], rectify=plain["rectify"])
+        return reference.score(plain["feature_map"], head, plain["basis"], plain["eps"], rectify=plain["rectify"])
+    if "basis" in plain:
+        return plain["basis"].project(plain["a"], plain["h"])
     function = getattr(reference, case.function)
     known = inspect.signature(function).parameters
     return function(**{name: value for name, value in plain.items() if name in known})
@@ -165,16 +152,7 @@ def _makers(case: Case, device: torch.device) -> dict[str, Callable[[], Any]]:
         mask = torch.rand(shape, device=device) < 0.9
         return None if not kept else mask if case.mask == "bytes" else pack_mask(mask)
 
-    makers: dict[str, Callable[[], Any]] = {
-        "feature_map": feature_map,
-        "eps": lambda: 1.0,
-        "rectify": lambda: False,
-        "h": lambda: features(count),
-        "weight": lambda: normal(classes, channels).div_(channels**0.5),
-        "bias": lambda: normal(classes),
-        "weight_mask": lambda: keep(classes, channels),
-        "neuron_mask": lambda: keep(channels),
-        "a": lambda: softmax(count),
+    tensors: dict[str, Callable[[], Tensor | None]] = {
         "anchor_cotangents": lambda: softmax(anchors).to(dtype),
         "anchor_features": lambda: features(anchors).to(dtype),
         "coefficients": lambda: normal(anchors, components).div_(anchors),
@@ -185,16 +163,29 @@ def _makers(case: Case, device: torch.device) -> dict[str, Callable[[], Any]]:
         "feature_factors": lambda: normal(channels + 1, size.feature_rank).div_(channels**0.5),
         "core": lambda: normal(components, size.class_rank, size.feature_rank),
         "constants": lambda: torch.randn(components, device=device),
-        "precision": lambda: case.precision,
     }
-    # The same names mean something else to the projections.
-    if case.function != "score":
-        return makers | ({"bias": lambda: True} if case.function.startswith("project") else {})
-    return makers | {
-        "basis": lambda: [makers[name]() for name in _BASIS_TENSORS[case.basis]],
-        "kind": lambda: case.basis or "",
-        "cotangent": lambda: case.cotangent,
-        "basis_bias": lambda: True,
+
+    def basis() -> BasisTensors | None:
+        kind = case.basis if case.function == "score" else case.function.removeprefix("project_")
+        if kind is None:
+            return None
+        form: Any = bases.BASES[kind]
+        return form(
+            **{name: make() for name, make in tensors.items() if name in form._fields}, cotangent=case.cotangent
+        )
+
+    return {
+        "feature_map": feature_map,
+        "eps": lambda: 1.0,
+        "rectify": lambda: False,
+        "h": lambda: features(count),
+        "weight": lambda: normal(classes, channels).div_(channels**0.5),
+        "bias": lambda: normal(classes),
+        "weight_mask": lambda: keep(classes, channels),
+        "neuron_mask": lambda: keep(channels),
+        "a": lambda: softmax(count),
+        "basis": basis,
+        "precision": lambda: case.precision,
     }
 
 

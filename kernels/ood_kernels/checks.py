@@ -1,22 +1,42 @@
-"""What the public functions require of their arguments: shapes, dtypes, and tensors of a basis that fit together."""
+"""What the public functions require of their arguments: shapes and dtypes that fit together."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .types import BasisTensors, DualTensors, ExplicitTensors, FactoredTensors, HasBasisTensors
-
-__all__ = ["PRECISIONS", "basis_tensors", "check_basis", "check_head", "check_precision", "map_of", "require"]
+__all__ = ["PRECISIONS", "check_head", "check_precision", "check_shapes", "map_of", "unfit"]
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16", "fp16")
 """What a GPU kernel rounds the operands of its matrix products to; sums are fp32 in all of them."""
 
 
-def require(condition: bool, name: str, expected: str, tensor: Tensor) -> None:
-    """Raise ValueError naming the tensor, what was expected and what came."""
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {tensor.dtype} {list(tensor.shape)}")
+def unfit(name: str, expected: str, tensor: Tensor) -> ValueError:
+    """The error that names a tensor, what was expected and what came."""
+    return ValueError(f"{name}: expected {expected}, got {tensor.dtype} {list(tensor.shape)}")
+
+
+def check_shapes(holder: object, **axes: str) -> dict[str, int]:
+    """Sizes of the axes of an object's tensors, where every letter has one size.
+
+    Args:
+        holder: its attributes are the tensors; one that is None is passed over.
+        axes: a letter an axis for each attribute, such as coefficients="nK"; n and K may be 0.
+
+    Raises:
+        ValueError: a tensor with another number of axes, or with another size than the tensors before it.
+    """
+    sizes: dict[str, int] = {}
+    for name, letters in axes.items():
+        tensor = getattr(holder, name)
+        if tensor is None:
+            continue
+        known, fits = dict(sizes), tensor.ndim == len(letters)
+        for letter, size in zip(letters, tensor.shape, strict=False):
+            fits = fits and sizes.setdefault(letter, size) == size and (size > 0 or letter in "nK")
+        if not fits:
+            raise unfit(name, f"[{', '.join([str(known.get(letter, letter)) for letter in letters])}]", tensor)
+    return sizes
 
 
 def check_precision(precision: str) -> None:
@@ -27,8 +47,8 @@ def check_precision(precision: str) -> None:
 
 def map_of(feature_map: Tensor) -> Tensor:
     """The map as [N, D, H, W], a view: tokens [N, T, D] become [N, D, T, 1]."""
-    is_map = feature_map.ndim in (3, 4) and 0 not in feature_map.shape[1:] and feature_map.is_floating_point()
-    require(is_map, "feature_map", "a floating point [N, D, H, W], or tokens [N, T, D]", feature_map)
+    if feature_map.ndim not in (3, 4) or 0 in feature_map.shape[1:] or not feature_map.is_floating_point():
+        raise unfit("feature_map", "a floating point [N, D, H, W], or tokens [N, T, D]", feature_map)
     feature_map = feature_map.detach()
     return feature_map.transpose(1, 2).unsqueeze(-1) if feature_map.ndim == 3 else feature_map
 
@@ -38,71 +58,17 @@ def check_head(
 ) -> None:
     """Raise ValueError where the parts of a head do not fit features [N, width]."""
     fits = weight.ndim == 2 and weight.shape[1] == width and 0 not in weight.shape
-    require(fits and weight.is_floating_point(), "weight", f"a floating point [C, {width}], C and D > 0", weight)
+    if not (fits and weight.is_floating_point()):
+        raise unfit("weight", f"a floating point [C, {width}], C and D > 0", weight)
     classes = weight.shape[0]
-    if bias is not None:
-        fits = bias.shape == (classes,) and bias.is_floating_point()
-        require(fits, "bias", f"a floating point [{classes}]", bias)
+    if bias is not None and not (bias.shape == (classes,) and bias.is_floating_point()):
+        raise unfit("bias", f"a floating point [{classes}]", bias)
     if weight_mask is not None:
         words = -(-width // 32)
         is_bool = weight_mask.shape == weight.shape and weight_mask.dtype == torch.bool
         is_packed = weight_mask.shape == (classes, words) and weight_mask.dtype == torch.int32
-        expected = f"bool {list(weight.shape)}, or int32 [{classes}, {words}] of pack_mask"
-        require(is_bool or is_packed, "weight_mask", expected, weight_mask)
-    if neuron_mask is not None:
-        fits = neuron_mask.shape == (width,) and neuron_mask.dtype == torch.bool
-        require(fits, "neuron_mask", f"bool [{width}]", neuron_mask)
-
-
-def basis_tensors(basis: BasisTensors | HasBasisTensors) -> BasisTensors:
-    """The tensors of a basis, given as they are or as something fitted that holds them."""
-    tensors = basis.tensors() if isinstance(basis, HasBasisTensors) else basis
-    if not isinstance(tensors, DualTensors | ExplicitTensors | FactoredTensors):
-        expected = "DualTensors, ExplicitTensors, FactoredTensors or an object with .tensors()"
-        raise ValueError(f"basis: expected {expected}, got {type(tensors).__name__}")
-    return tensors
-
-
-def check_basis(tensors: BasisTensors) -> tuple[int, int]:
-    """Classes C and features D of a basis whose tensors fit together; what does not fit could broadcast silently."""
-    if isinstance(tensors, ExplicitTensors):
-        return _check_explicit(tensors)
-    if isinstance(tensors, FactoredTensors):
-        return _check_factored(tensors)
-    return _check_dual(tensors)
-
-
-def _check_explicit(tensors: ExplicitTensors) -> tuple[int, int]:
-    components, constants = tensors.components, tensors.constants
-    require(components.ndim == 3 and 0 not in components.shape[1:], "components", "[K, C, D]", components)
-    require(constants.shape == components.shape[:1], "constants", f"[{components.shape[0]}]", constants)
-    return components.shape[1], components.shape[2] - tensors.bias
-
-
-def _check_factored(tensors: FactoredTensors) -> tuple[int, int]:
-    classes, features, core, constants = tensors[:4]
-    require(classes.ndim == 2 and 0 not in classes.shape, "class_factors", "[C, R]", classes)
-    fits = features.ndim == 2 and features.shape[0] > tensors.bias and features.shape[1] > 0
-    require(fits, "feature_factors", "[D, Q], with the bias [D + 1, Q]", features)
-    ranks = (classes.shape[1], features.shape[1])
-    require(core.ndim == 3 and core.shape[1:] == ranks, "core", f"[K, {ranks[0]}, {ranks[1]}]", core)
-    require(constants.shape == core.shape[:1], "constants", f"[{core.shape[0]}]", constants)
-    return classes.shape[0], features.shape[0] - tensors.bias
-
-
-def _check_dual(tensors: DualTensors) -> tuple[int, int]:
-    cotangents, features, coefficients, constants = tensors[:4]
-    anchors = cotangents.shape[0] if cotangents.ndim else 0
-    require(cotangents.ndim == 2 and cotangents.shape[1] > 0, "anchor_cotangents", "[n, C]", cotangents)
-    require(features.ndim == 2 and features.shape[0] == anchors, "anchor_features", f"[{anchors}, D]", features)
-    fits = coefficients.ndim == 2 and coefficients.shape[0] == anchors
-    require(fits, "coefficients", f"[{anchors}, K]", coefficients)
-    require(constants.shape == coefficients.shape[1:], "constants", f"[{coefficients.shape[1]}]", constants)
-    shift, linear = tensors.shift, tensors.linear
-    if (shift is None) != (linear is None):
-        raise ValueError("shift and linear of a dual basis belong together: expected both or neither, got one")
-    if shift is not None and linear is not None:
-        require(shift.shape == features.shape[1:], "shift", f"[{features.shape[1]}]", shift)
-        shape = (cotangents.shape[1], coefficients.shape[1])
-        require(linear.shape == shape, "linear", str(list(shape)), linear)
-    return cotangents.shape[1], features.shape[1]
+        if not (is_bool or is_packed):
+            expected = f"bool {list(weight.shape)}, or int32 [{classes}, {words}] of pack_mask"
+            raise unfit("weight_mask", expected, weight_mask)
+    if neuron_mask is not None and not (neuron_mask.shape == (width,) and neuron_mask.dtype == torch.bool):
+        raise unfit("neuron_mask", f"bool [{width}]", neuron_mask)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import ops, reference
-from .checks import basis_tensors, check_basis, check_head, check_precision, map_of, require
-from .types import BasisTensors, DualTensors, HasBasisTensors, Head, PoolStatistics, ScoreOutputs
+from .bases import basis_tensors
+from .checks import check_head, check_precision, map_of, unfit
+from .types import BasisTensors, HasBasisTensors, Head, PoolStatistics, ScoreOutputs
 
 __all__ = ["masked_energy", "pool_nap", "pool_statistics", "project_gradients", "score"]
 
@@ -95,7 +96,8 @@ def masked_energy(
         ValueError: shapes or dtypes that do not fit together, an unknown precision or backend.
         RuntimeError: the backend that was asked for cannot run here.
     """
-    require(h.ndim == 2 and h.is_floating_point(), "h", "floating point features [N, D]", h)
+    if h.ndim != 2 or not h.is_floating_point():
+        raise unfit("h", "floating point features [N, D]", h)
     check_head(h.shape[1], weight, bias, weight_mask, neuron_mask)
     check_precision(precision)
     bias = None if bias is None else bias.detach()
@@ -122,12 +124,12 @@ def project_gradients(
     Args:
         p: softmax [N, C] of the unpruned head.
         h: [N, D] penultimate features.
-        basis: a fitted basis of `ood_engine.subspace`, or its DualTensors / ExplicitTensors / FactoredTensors.
+        basis: a fitted basis of `ood_engine.subspace`, or its tensors, of a type in `bases`.
         precision: of the operands of the kernels' matrix products, see `score`.
         backend: "triton" or "reference"; None takes the environment variable OOD_ENGINE_BACKEND, else the device decides.
 
     Returns:
-        g_low [N, K]; fp64 where p, h, the coefficients or the components are fp64, else fp32. A row whose p or h holds
+        g_low [N, K]; fp64 where p, h or a tensor of the basis is fp64, else fp32. A row whose p or h holds
         NaN or Inf has no finite coordinate.
 
     Raises:
@@ -136,17 +138,15 @@ def project_gradients(
         RuntimeError: the backend that was asked for cannot run here.
     """
     tensors = basis_tensors(basis)
-    classes, width = check_basis(tensors)
+    classes, width = tensors.check()
     check_precision(precision)
-    require(p.ndim == 2 and p.shape[1] == classes and p.is_floating_point(), "p", f"softmax [N, {classes}]", p)
-    require(h.shape == (p.shape[0], width) and h.is_floating_point(), "h", f"features [{p.shape[0]}, {width}]", h)
-    a = reference.cotangent(p.detach(), tensors.cotangent)
-    kind, parts = _basis_parts(tensors)
-    options = {"precision": precision, "backend": backend or ""}
-    if kind == "dual":
-        return ops.project_dual(a, h.detach(), *parts[:4], tensors.bias, *parts[4:], **options)
-    project = ops.project_explicit if kind == "explicit" else ops.project_factored
-    return project(a, h.detach(), *parts, tensors.bias, **options)
+    if p.ndim != 2 or p.shape[1] != classes or not p.is_floating_point():
+        raise unfit("p", f"softmax [N, {classes}]", p)
+    if h.shape != (p.shape[0], width) or not h.is_floating_point():
+        raise unfit("h", f"features [{p.shape[0]}, {width}]", h)
+    return ops.project_gradients(
+        p.detach(), h.detach(), *_arguments(tensors), precision=precision, backend=backend or ""
+    )
 
 
 def score(
@@ -183,16 +183,9 @@ def score(
     width = feature_map.shape[1]
     check_head(width, *head)
     check_precision(precision)
-    kind, cotangent, basis_bias = "", "energy", True
-    parts: list[Tensor | None] = []
-    if basis is not None:
-        tensors = basis_tensors(basis)
-        shape = check_basis(tensors)
-        require(
-            shape == (head.weight.shape[0], width), "head.weight", f"the basis's [C, D] = {list(shape)}", head.weight
-        )
-        reference.check_cotangent(tensors.cotangent)
-        (kind, parts), cotangent, basis_bias = _basis_parts(tensors), tensors.cotangent, tensors.bias
+    tensors = None if basis is None else basis_tensors(basis)
+    if tensors is not None and tensors.check() != (head.weight.shape[0], width):
+        raise unfit("head.weight", f"the basis's [C, D] = {list(tensors.check())}", head.weight)
     bias = None if head.bias is None else head.bias.detach()
     return ScoreOutputs(
         *ops.score(
@@ -203,19 +196,17 @@ def score(
             bias,
             head.weight_mask,
             head.neuron_mask,
-            parts,
-            kind,
-            cotangent,
-            basis_bias,
+            *_arguments(tensors),
             precision=precision,
             backend=backend or "",
         )
     )
 
 
-def _basis_parts(tensors: BasisTensors) -> tuple[str, list[Tensor | None]]:
-    """Kind of a basis, and its tensors in the order of its type, those of a dual one's shift last."""
-    parts = [part.detach() if isinstance(part, Tensor) else None for part in tensors]
-    if isinstance(tensors, DualTensors):
-        return "dual", [*parts[:4], *parts[6:]]
-    return ("explicit", parts[:2]) if len(parts) == 4 else ("factored", parts[:4])
+def _arguments(tensors: BasisTensors | None) -> tuple[list[Tensor | None], str, str, bool]:
+    """A basis as the operators take it: parts, kind, cotangent and bias."""
+    if tensors is None:
+        return [], "", "energy", True
+    reference.check_cotangent(tensors.cotangent)
+    parts = [None if part is None else part.detach() for part in tensors.parts()]
+    return parts, tensors.kind, tensors.cotangent, tensors.bias

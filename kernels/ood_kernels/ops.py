@@ -16,16 +16,15 @@ from torch import Tensor
 
 from . import backend as backends
 from . import reference
+from .bases import BASES
 from .cpu import pooling
-from .reference import compute_dtype
+from .types import BasisTensors, compute_dtype
 
 __all__ = [
     "masked_energy",
     "pool_nap",
     "pool_statistics",
-    "project_dual",
-    "project_explicit",
-    "project_factored",
+    "project_gradients",
     "score",
 ]
 
@@ -43,14 +42,6 @@ def _plain_pool_nap(feature_map: Tensor, eps: float, rectify: bool) -> tuple[Ten
     return h, reference.nap_from_statistics(nap_mean, maximum, eps)[0]
 
 
-def _plain_project(kind: str, a: Tensor, h: Tensor, basis: Sequence[Tensor | None], bias: bool) -> Tensor:
-    """The projection of that kind; `basis` holds the tensors of `types` in their order, shift and linear last."""
-    project: Any = getattr(reference, f"project_{kind}")
-    if kind == "dual":
-        return project(a, h, *basis[:4], bias, *basis[4:])
-    return project(a, h, *basis, bias)
-
-
 def _plain_score(
     feature_map: Tensor,
     eps: float,
@@ -59,37 +50,47 @@ def _plain_score(
     bias: Tensor | None,
     weight_mask: Tensor | None,
     neuron_mask: Tensor | None,
-    basis: Sequence[Tensor | None],
-    kind: str,
-    cotangent: str,
-    basis_bias: bool,
+    basis: BasisTensors | None,
 ) -> tuple[Tensor, ...]:
     h, nap = _plain_pool_nap(feature_map, eps, rectify)
     lse, pruned_lse, p = reference.masked_energy(h, weight, bias, weight_mask, neuron_mask)
-    if not kind:
-        return h, nap, lse, pruned_lse, p, h.new_empty((h.shape[0], 0))
-    a = reference.cotangent(p, cotangent)
-    return h, nap, lse, pruned_lse, p, _plain_project(kind, a, h, basis, basis_bias)
+    g_low = h.new_empty((h.shape[0], 0)) if basis is None else reference.project_gradients(p, h, basis)
+    return h, nap, lse, pruned_lse, p, g_low
 
 
-def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
+def _basis(parts: Sequence[Tensor | None], kind: str, cotangent: str, bias: bool) -> BasisTensors | None:
+    """The basis that an operator was given as its last four arguments; kind "" is none."""
+    return BASES[kind].from_parts(parts, cotangent, bias) if kind else None
+
+
+def _is_double(arguments: Sequence[Any]) -> bool:
     nested = [part if isinstance(part, (list, tuple)) else [part] for part in arguments]
-    return [part for parts in nested for part in parts if isinstance(part, Tensor)]
+    return any(isinstance(part, Tensor) and part.dtype == torch.float64 for parts in nested for part in parts)
 
 
-def _define(name: str, schema: str, plain: Callable[..., Any], family: str) -> None:
-    """Define an operator: plain torch everywhere, a Triton kernel family where the dispatcher finds tensors on a GPU."""
+def _define(schema: str, plain: Callable[..., Any], *, family: str = "", with_basis: bool = False) -> None:
+    """Define an operator: plain torch everywhere, a Triton kernel family where the dispatcher finds tensors on a GPU.
+
+    Args:
+        schema: the first argument is a tensor.
+        plain: takes the arguments, the last four as one basis where `with_basis`.
+        family: module of the kernels, which has a function of the operator's name; "" where both are called the same.
+        with_basis: whether the last four arguments are a basis.
+    """
+    name = schema.partition("(")[0]
     _LIBRARY.define(schema)
 
     def run(*arguments: Any, backend: str = "", on_gpu: bool = False, **options: Any) -> Any:
-        tensors = _tensors(arguments)
-        module = backends.kernels(family, tensors[0], backend, preferred=on_gpu)
-        if module is not None and all(tensor.dtype != torch.float64 for tensor in tensors):
-            return getattr(module, name)(*arguments, **options)
+        module = backends.kernels(family or name, arguments[0], backend, preferred=on_gpu)
+        given = (*arguments[:-4], _basis(*arguments[-4:])) if with_basis else arguments
+        if module is not None and not _is_double(arguments):
+            return getattr(module, name)(*given, **options)
+        device = arguments[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return plain(*given)
         # Autocast would run the matrix products in half precision behind the caller's back.
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            result = plain(*arguments)
-        return tuple(result) if isinstance(result, tuple) else result
+        with torch.autocast(device, enabled=False):
+            return plain(*given)
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     # ROCm's tensors carry this key as well.
@@ -97,53 +98,31 @@ def _define(name: str, schema: str, plain: Callable[..., Any], family: str) -> N
 
 
 _define(
-    "pool_nap",
     "pool_nap(Tensor feature_map, float eps, bool rectify, *, str backend='') -> (Tensor, Tensor)",
     _plain_pool_nap,
-    "pool_nap",
 )
 _define(
-    "pool_statistics",
     "pool_statistics(Tensor feature_map, bool rectify, *, str backend='') -> (Tensor, Tensor, Tensor)",
     _plain_pool_statistics,
-    "pool_nap",
+    family="pool_nap",
 )
 _define(
-    "masked_energy",
     "masked_energy(Tensor h, Tensor weight, Tensor? bias, Tensor? weight_mask, Tensor? neuron_mask, *,"
     " str precision='ieee', str backend='') -> (Tensor, Tensor, Tensor)",
     reference.masked_energy,
-    "masked_energy",
 )
 _define(
-    "project_dual",
-    "project_dual(Tensor a, Tensor h, Tensor anchor_cotangents, Tensor anchor_features, Tensor coefficients,"
-    " Tensor constants, bool bias, Tensor? shift=None, Tensor? linear=None, *, str precision='ieee', str backend='')"
-    " -> Tensor",
-    reference.project_dual,
-    "project_dual",
+    "project_gradients(Tensor p, Tensor h, Tensor?[] basis, str kind, str cotangent, bool basis_bias, *,"
+    " str precision='ieee', str backend='') -> Tensor",
+    reference.project_gradients,
+    with_basis=True,
 )
 _define(
-    "project_explicit",
-    "project_explicit(Tensor a, Tensor h, Tensor components, Tensor constants, bool bias, *, str precision='ieee',"
-    " str backend='') -> Tensor",
-    reference.project_explicit,
-    "project_explicit",
-)
-_define(
-    "project_factored",
-    "project_factored(Tensor a, Tensor h, Tensor class_factors, Tensor feature_factors, Tensor core, Tensor constants,"
-    " bool bias, *, str precision='ieee', str backend='') -> Tensor",
-    reference.project_factored,
-    "project_factored",
-)
-_define(
-    "score",
     "score(Tensor feature_map, float eps, bool rectify, Tensor weight, Tensor? bias, Tensor? weight_mask,"
     " Tensor? neuron_mask, Tensor?[] basis, str kind, str cotangent, bool basis_bias, *, str precision='ieee',"
     " str backend='') -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _plain_score,
-    "score",
+    with_basis=True,
 )
 
 
@@ -173,39 +152,11 @@ def _(
     return lse, torch.empty_like(lse), lse.new_empty((h.shape[0], weight.shape[0]))
 
 
-@torch.library.register_fake("ood_kernels::project_dual", lib=_LIBRARY)
+@torch.library.register_fake("ood_kernels::project_gradients", lib=_LIBRARY)
 def _(
-    a: Tensor,
-    h: Tensor,
-    anchor_cotangents: Tensor,
-    anchor_features: Tensor,
-    coefficients: Tensor,
-    constants: Tensor,
-    bias: bool,
-    shift: Tensor | None = None,
-    linear: Tensor | None = None,
-    **_: str,
+    p: Tensor, h: Tensor, basis: Sequence[Tensor | None], kind: str, cotangent: str, basis_bias: bool, **_: str
 ) -> Tensor:
-    return h.new_empty((h.shape[0], coefficients.shape[1]), dtype=compute_dtype(a, h, coefficients))
-
-
-@torch.library.register_fake("ood_kernels::project_explicit", lib=_LIBRARY)
-def _(a: Tensor, h: Tensor, components: Tensor, constants: Tensor, bias: bool, **_: str) -> Tensor:
-    return h.new_empty((h.shape[0], components.shape[0]), dtype=compute_dtype(a, h, components))
-
-
-@torch.library.register_fake("ood_kernels::project_factored", lib=_LIBRARY)
-def _(
-    a: Tensor,
-    h: Tensor,
-    class_factors: Tensor,
-    feature_factors: Tensor,
-    core: Tensor,
-    constants: Tensor,
-    bias: bool,
-    **_: str,
-) -> Tensor:
-    return h.new_empty((h.shape[0], core.shape[0]), dtype=compute_dtype(a, h, core))
+    return _empty_coordinates(p, h, _basis(basis, kind, cotangent, basis_bias))
 
 
 @torch.library.register_fake("ood_kernels::score", lib=_LIBRARY)
@@ -228,23 +179,18 @@ def _(
     nap = h.new_empty((samples,))
     lse = h.new_empty((samples,), dtype=compute_dtype(feature_map, weight))
     p = lse.new_empty((samples, weight.shape[0]))
-    # In `types`: the components come first in an explicit basis, third in the others, which index K by their second axis (dual)
-    # or first (factored).
-    axis = {"dual": (2, 1), "explicit": (0, 0), "factored": (2, 0)}
-    if not kind:
-        g_low = h.new_empty((samples, 0))
-    else:
-        part, dimension = axis[kind]
-        components = basis[part]
-        assert components is not None
-        g_low = h.new_empty((samples, components.shape[dimension]), dtype=compute_dtype(p, h, components))
+    g_low = _empty_coordinates(p, h, _basis(basis, kind, cotangent, basis_bias))
     return h, nap, lse, torch.empty_like(lse), p, g_low
+
+
+def _empty_coordinates(p: Tensor, h: Tensor, basis: BasisTensors | None) -> Tensor:
+    if basis is None:
+        return h.new_empty((h.shape[0], 0))
+    return h.new_empty((h.shape[0], basis.n_components), dtype=compute_dtype(p, h, *basis.parts()))
 
 
 pool_nap = torch.ops.ood_kernels.pool_nap.default
 pool_statistics = torch.ops.ood_kernels.pool_statistics.default
 masked_energy = torch.ops.ood_kernels.masked_energy.default
-project_dual = torch.ops.ood_kernels.project_dual.default
-project_explicit = torch.ops.ood_kernels.project_explicit.default
-project_factored = torch.ops.ood_kernels.project_factored.default
+project_gradients = torch.ops.ood_kernels.project_gradients.default
 score = torch.ops.ood_kernels.score.default

@@ -11,8 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .bases import basis_tensors
+from .bases.dual import linear_part, project_dual
+from .bases.explicit import project_explicit
+from .bases.factored import project_factored
 from .masks import unpack_mask
-from .types import BasisTensors, DualTensors, FactoredTensors, HasBasisTensors, Head, PoolStatistics, ScoreOutputs
+from .types import BasisTensors, HasBasisTensors, Head, PoolStatistics, ScoreOutputs, compute_dtype
 
 __all__ = [
     "COTANGENTS",
@@ -34,14 +38,7 @@ COTANGENTS = ("energy", "predicted", "uniform", "max_logit", "sum_logits")
 """The scalars whose last-layer gradient keeps the form a ⊗ h̃."""
 
 _WORKSPACE_ELEMENTS = 4 * 2**20
-_LONGEST_SUM = 2**17
 _MASKED_ELEMENTS = 2**20
-
-
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 where any of the tensors is fp64, else fp32: the dtype of accumulation and of every output."""
-    is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if is_double else torch.float32
 
 
 def pool_statistics(feature_map: Tensor, *, rectify: bool = False) -> PoolStatistics:
@@ -112,10 +109,11 @@ def masked_energy(
         weight_mask = unpack_mask(weight_mask, weight.shape[1])
     # Products with the masks, not `where`: 0 · NaN is NaN, so a bad feature surfaces even in a pruned neuron.
     kept = h if neuron_mask is None else h * neuron_mask
-    logits, pruned = (h.new_empty((len(h), len(weight))) for _ in range(2))
+    logits = h.new_empty((h.shape[0], weight.shape[0]))
+    pruned = torch.empty_like(logits)
     # Some classes at a time: the masked weights then never leave the caches.
     rows = max(1, _MASKED_ELEMENTS // max(1, weight.shape[1]))
-    for start in range(0, len(weight), rows):
+    for start in range(0, weight.shape[0], rows):
         here = slice(start, start + rows)
         part, of_part = weight[here], None if bias is None else bias[here]
         logits[:, here] = F.linear(h, part, of_part)
@@ -153,109 +151,10 @@ def _unknown_cotangent(kind: str) -> ValueError:
     return ValueError(f"cotangent {kind!r} is not known: expected one of {', '.join(COTANGENTS)}")
 
 
-def project_dual(
-    a: Tensor,
-    h: Tensor,
-    anchor_cotangents: Tensor,
-    anchor_features: Tensor,
-    coefficients: Tensor,
-    constants: Tensor,
-    bias: bool = True,
-    shift: Tensor | None = None,
-    linear: Tensor | None = None,
-) -> Tensor:
-    """Centred coordinates [N, K] in a dual basis: ((A Aₐᵀ) ∘ (H̃ H̃ₐᵀ)) · coefficients - constants.
-
-    The Gram entry of two rank-one gradients is ⟨a ⊗ h̃, a_i ⊗ h̃_i⟩ = (a·a_i)(h̃·h̃_i), so three matrix products replace
-    any tensor of [N, C, D]: 2·n·(C + D̃ + K) flops a sample. With a shift μ, G = a ⊗ [h - μ; 0] + a ⊗ [μ; 1], and the second
-    term's coordinates are `a @ linear`: the same numbers, from a Gram matrix without the part that all its entries share.
-    """
-    dtype = compute_dtype(a, h, coefficients)
-    a, h = a.to(dtype), h.to(dtype)
-    kernel = (h if shift is None else h - shift.to(dtype)) @ anchor_features.to(dtype).T
-    if bias and shift is None:
-        kernel += 1
-    kernel *= a @ anchor_cotangents.to(dtype).T
-    coordinates = kernel @ coefficients.to(dtype) - constants.to(dtype)
-    return coordinates if linear is None else coordinates + a @ linear.to(dtype)
-
-
-def linear_part(
-    anchor_cotangents: Tensor, anchor_features: Tensor, coefficients: Tensor, shift: Tensor, bias: bool = True
-) -> Tensor:
-    """Coordinates [C, K] of e_c ⊗ [shift; 1] in a dual basis, Σ_i α_ik a_ic (h_i·shift + 1): the `linear` of `project_dual`."""
-    inner = anchor_features @ shift + bias
-    return (anchor_cotangents * inner[:, None]).T @ coefficients
-
-
-def project_explicit(a: Tensor, h: Tensor, components: Tensor, constants: Tensor, bias: bool = True) -> Tensor:
-    """Centred coordinates [N, K] in an explicit basis V [K, C, D̃]: aᵀ V_k h̃ - constant_k, 2·K·C·D̃ flops a sample."""
-    dtype = compute_dtype(a, h, components)
-    a, h = a.to(dtype), h.to(dtype)
-    n_components, classes, width = components.shape
-    coordinates = a.new_empty((a.shape[0], n_components))
-    # Gradients of some samples at a time as rows of one product, where these are smaller than what lies between two products else;
-    # a sum over more entries would lose digits.
-    if classes < n_components and classes * width <= _LONGEST_SUM:
-        rows = max(1, _WORKSPACE_ELEMENTS // max(1, classes * width))
-        vectors, extended = components.to(dtype).flatten(1), torch.cat([h, h.new_ones((len(h), 1))], 1) if bias else h
-        for start in range(0, len(a), rows):
-            here = slice(start, start + rows)
-            gradients = (a[here, :, None] * extended[here, None]).flatten(1)
-            torch.mm(gradients, vectors.T, out=coordinates[here])
-        return coordinates - constants.to(dtype)
-    block = max(1, _WORKSPACE_ELEMENTS // max(1, a.shape[0] * width))
-    for start in range(0, n_components, block):
-        left = a @ components[start : start + block].to(dtype)  # [block, N, D̃]
-        features = left[..., :-1] if bias else left
-        part = (features * h).sum(-1)
-        coordinates[:, start : start + block] = (part + left[..., -1] if bias else part).T
-    return coordinates - constants.to(dtype)
-
-
-def project_factored(
-    a: Tensor,
-    h: Tensor,
-    class_factors: Tensor,
-    feature_factors: Tensor,
-    core: Tensor,
-    constants: Tensor,
-    bias: bool = True,
-) -> Tensor:
-    """Centred coordinates [N, K] in a factored basis: (aᵀ U_p) core_k (U_hᵀ h̃) - constant_k.
-
-    The Kronecker form of a last-layer gradient, G = a ⊗ h̃, is kept by U_pᵀ G U_h = (U_pᵀ a) ⊗ (U_hᵀ h̃): after two small
-    products it is an explicit projection with R for C and Q for D̃, 2·(C·R + D̃·Q + K·R·Q) flops a sample.
-    """
-    dtype = compute_dtype(a, h, core)
-    a, h, class_factors, feature_factors = (x.to(dtype) for x in (a, h, class_factors, feature_factors))
-    reduced = h @ feature_factors[: h.shape[1]]
-    if bias:
-        reduced += feature_factors[-1]
-    return project_explicit(a @ class_factors, reduced, core, constants, bias=False)
-
-
 def project_gradients(p: Tensor, h: Tensor, basis: BasisTensors | HasBasisTensors) -> Tensor:
     """Centred coordinates g_low [N, K] of the last-layer gradients, see `ood_kernels.project_gradients`."""
-    tensors = basis.tensors() if isinstance(basis, HasBasisTensors) else basis
-    a = cotangent(p, tensors.cotangent)
-    if isinstance(tensors, DualTensors):
-        return project_dual(
-            a,
-            h,
-            tensors.anchor_cotangents,
-            tensors.anchor_features,
-            tensors.coefficients,
-            tensors.constants,
-            tensors.bias,
-            tensors.shift,
-            tensors.linear,
-        )
-    if isinstance(tensors, FactoredTensors):
-        return project_factored(
-            a, h, tensors.class_factors, tensors.feature_factors, tensors.core, tensors.constants, tensors.bias
-        )
-    return project_explicit(a, h, tensors.components, tensors.constants, tensors.bias)
+    tensors = basis_tensors(basis)
+    return tensors.project(cotangent(p, tensors.cotangent), h)
 
 
 def score(

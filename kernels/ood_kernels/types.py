@@ -1,21 +1,20 @@
-"""The tuples that travel through the functional layer."""
+"""What travels through the functional layer: tuples, what a basis is, and the dtype of every output."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "BasisTensors",
-    "DualTensors",
-    "ExplicitTensors",
-    "FactoredTensors",
     "HasBasisTensors",
     "Head",
     "PoolStatistics",
     "ScoreOutputs",
+    "compute_dtype",
 ]
 
 
@@ -49,78 +48,59 @@ class PoolStatistics(NamedTuple):
     maximum: Tensor
 
 
-class DualTensors(NamedTuple):
-    """A gradient subspace written over n anchor samples: V_k = Σ_i coefficients[i, k] · (a_i ⊗ h̃_i).
+class BasisTensors(Protocol):
+    """A subspace of last-layer gradients G = a ⊗ h̃, h̃ = [h; 1]: what every form in `bases` answers.
 
-    Attributes:
-        anchor_cotangents: [n, C], the a_i (for the energy cotangent the softmax of anchor i).
-        anchor_features: [n, D], the h_i.
-        coefficients: [n, K].
-        constants: [K], subtracted so that the coordinates are centred.
-        cotangent: which scalar was differentiated, see `ood_kernels.reference.cotangent`.
-        bias: whether the gradient of the bias is part of the space (h̃ = [h; 1]).
-        shift: [D] or None, subtracted from h before the Gram product, best the anchors' mean feature. Gram entries of features
-            that share a large mean are large and almost equal, and their rounding is what a low precision loses.
-        linear: [C, K], with `shift`: the coordinates of a ⊗ [shift; 1] for each class, see `linear_part`.
+    Only the form itself knows which tensors it has and in which order operators take them.
     """
 
-    anchor_cotangents: Tensor
-    anchor_features: Tensor
-    coefficients: Tensor
-    constants: Tensor
-    cotangent: str = "energy"
-    bias: bool = True
-    shift: Tensor | None = None
-    linear: Tensor | None = None
+    @property
+    def kind(self) -> str:
+        """Its name in `bases.BASES` and in the operators."""
+        ...
 
-    def to(self, dtype: torch.dtype) -> DualTensors:
-        """The same with the large tensors stored in another dtype; constants, shift and its linear part stay as they are."""
-        large = ("anchor_cotangents", "anchor_features", "coefficients")
-        return self._replace(**{name: getattr(self, name).to(dtype) for name in large})
+    @property
+    def constants(self) -> Tensor:
+        """[K], subtracted so that the coordinates are centred."""
+        ...
 
+    @property
+    def cotangent(self) -> str:
+        """Which scalar was differentiated, see `ood_kernels.reference.cotangent`."""
+        ...
 
-class ExplicitTensors(NamedTuple):
-    """A gradient subspace as its vectors: `components` [K, C, D̃] with D̃ = D + 1 where `bias`, else D."""
+    @property
+    def bias(self) -> bool:
+        """Whether the gradient of the bias is part of the space; else h̃ = h."""
+        ...
 
-    components: Tensor
-    constants: Tensor
-    cotangent: str = "energy"
-    bias: bool = True
+    @property
+    def n_components(self) -> int:
+        """K."""
+        ...
 
-    def to(self, dtype: torch.dtype) -> ExplicitTensors:
-        """The same with the components stored in another dtype."""
-        return self._replace(components=self.components.to(dtype))
+    def parts(self) -> list[Tensor | None]:
+        """Its tensors in the order of `from_parts`; None for one that it may lack."""
+        ...
 
+    @classmethod
+    def from_parts(cls, parts: Sequence[Tensor | None], cotangent: str = "energy", bias: bool = True) -> Self:
+        """The basis with these tensors."""
+        ...
 
-class FactoredTensors(NamedTuple):
-    """A gradient subspace inside a product of two smaller ones: V_k = class_factors · core_k · feature_factorsᵀ.
+    def check(self) -> tuple[int, int]:
+        """Classes C and features D; raises ValueError for tensors that do not fit together, which could broadcast silently."""
+        ...
 
-    Attributes:
-        class_factors: [C, R], the directions U_p that the cotangents are reduced to.
-        feature_factors: [D̃, Q], the directions U_h that h̃ is reduced to, with D̃ = D + 1 where `bias`, else D.
-        core: [K, R, Q], the vectors in the coordinates of the two.
-        constants: [K], subtracted so that the coordinates are centred.
-        cotangent: which scalar was differentiated, see `ood_kernels.reference.cotangent`.
-        bias: whether the gradient of the bias is part of the space (h̃ = [h; 1]).
-    """
+    def project(self, a: Tensor, h: Tensor) -> Tensor:
+        """Centred coordinates [N, K] of a ⊗ h̃ in plain torch, from a [N, C] and h [N, D]; the truth for its kernels."""
+        ...
 
-    class_factors: Tensor
-    feature_factors: Tensor
-    core: Tensor
-    constants: Tensor
-    cotangent: str = "energy"
-    bias: bool = True
-
-    def to(self, dtype: torch.dtype) -> FactoredTensors:
-        """The same with factors and core stored in another dtype."""
-        large = ("class_factors", "feature_factors", "core")
-        return self._replace(**{name: getattr(self, name).to(dtype) for name in large})
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same with the large tensors stored in another dtype."""
+        ...
 
 
-BasisTensors = DualTensors | ExplicitTensors | FactoredTensors
-
-
-@runtime_checkable
 class HasBasisTensors(Protocol):
     """Anything fitted that can hand its tensors to the functional layer, such as `ood_engine.subspace.DualBasis`."""
 
@@ -147,3 +127,11 @@ class ScoreOutputs(NamedTuple):
     pruned_lse: Tensor
     p: Tensor
     g_low: Tensor
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 where any of the tensors is fp64, else fp32: the dtype of accumulation and of every output."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32

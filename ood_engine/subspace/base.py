@@ -47,7 +47,7 @@ class Basis(FittedModule):
     @property
     def bytes(self) -> int:
         """Bytes that a projection reads beside its inputs."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors() if isinstance(tensor, Tensor))
+        return sum(part.nbytes for part in self.tensors().parts() if part is not None)
 
     def plan(self, samples: int = 64) -> Plan:
         """What this form and the others of the same subspace cost for a batch, see `ood_engine.subspace.plan`."""
@@ -69,19 +69,7 @@ class Basis(FittedModule):
 
     def combine(self, weights: Tensor) -> Tensor:
         """Σ_k weights_k V_k, [C, D̃] in fp64: the direction in gradient space with these coordinates."""
-        tensors, weights = self.tensors(), weights.double()
-        if isinstance(tensors, ok.DualTensors):
-            along = tensors.coefficients.double() @ weights
-            return (tensors.anchor_cotangents.double() * along[:, None]).T @ extend(
-                tensors.anchor_features.double(), self.bias
-            )
-        if isinstance(tensors, ok.FactoredTensors):
-            core = torch.tensordot(weights, tensors.core.double(), 1)
-            return tensors.class_factors.double() @ core @ tensors.feature_factors.double().T
-        total = torch.zeros(tensors.components.shape[1:], dtype=torch.float64, device=weights.device)
-        for weight, component in zip(weights, tensors.components, strict=True):
-            total += weight * component.double()
-        return total
+        raise NotImplementedError
 
     def flops(self, samples: int) -> int:
         """Floating point operations of projecting `samples` gradients."""

@@ -206,6 +206,10 @@ class ClassAverageBasis(MetricBasis):
         """Those of the form that the columns are held in."""
         return self.form.tensors()
 
+    def combine(self, weights: Tensor) -> Tensor:
+        """Σ_k weights_k V_k, [C, D̃] in fp64."""
+        return self.form.combine(weights)
+
     def _norms(self, p: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         return self.form._norms(p, h)
 

@@ -154,6 +154,12 @@ class DualBasis(MetricBasis):
             self.fitted("linear"),
         )
 
+    def combine(self, weights: Tensor) -> Tensor:
+        """Σ_k weights_k V_k, [C, D̃] in fp64."""
+        a, h = self._anchors()
+        along = self.fitted("coefficients").double() @ weights.double()
+        return (a * along[:, None]).T @ extend(h, self.bias)
+
     def _inner_products(self, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         names = ("anchor_cotangents", "anchor_features", "coefficients")
         stored = (*(self.fitted(name) for name in names), self._mean_weights())

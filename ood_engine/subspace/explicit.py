@@ -115,10 +115,16 @@ class ExplicitBasis(MetricBasis):
         """Components and constants."""
         return ok.ExplicitTensors(self.fitted("components"), self.fitted("constants"), self.cotangent, self.bias)
 
+    def combine(self, weights: Tensor) -> Tensor:
+        """Σ_k weights_k V_k, [C, D̃] in fp64."""
+        components = self.fitted("components")
+        total = torch.zeros(components.shape[1:], dtype=torch.float64, device=components.device)
+        for weight, component in zip(weights.double(), components, strict=True):
+            total += weight * component.double()
+        return total
+
     def _inner_products(self, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        tensors = self.tensors()
-        coordinates = reference.project_explicit(a, h, tensors.components, tensors.constants, self.bias)
-        return self._along_mean(a, h), coordinates
+        return self._along_mean(a, h), self.tensors().project(a, h)
 
     def to_explicit(self) -> ExplicitBasis:
         """Itself."""

@@ -142,15 +142,21 @@ class FactoredBasis(MetricBasis):
             self.bias,
         )
 
+    def combine(self, weights: Tensor) -> Tensor:
+        """Σ_k weights_k V_k, [C, D̃] in fp64."""
+        tensors = self.tensors()
+        core = torch.tensordot(weights.double(), tensors.core.double(), 1)
+        return tensors.class_factors.double() @ core @ tensors.feature_factors.double().T
+
     def _inner_products(self, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        return self._along_mean(a, h), reference.project_factored(a, h, *self.tensors()[:4], self.bias)
+        return self._along_mean(a, h), self.tensors().project(a, h)
 
     def to_explicit(self) -> ExplicitBasis:
         """The same subspace as its vectors [K, C, D̃]."""
-        class_factors, feature_factors, core = self.tensors()[:3]
-        basis = ExplicitBasis(cotangent=self.cotangent, bias=self.bias).to(core.device)
+        tensors = self.tensors()
+        basis = ExplicitBasis(cotangent=self.cotangent, bias=self.bias).to(tensors.core.device)
         basis.set_fitted(
-            components=(class_factors @ core) @ feature_factors.T,
+            components=(tensors.class_factors @ tensors.core) @ tensors.feature_factors.T,
             mean_gradient=self.mean.clone(),
             constants=self.fitted("constants").clone(),
             explained=self.fitted("explained").clone(),

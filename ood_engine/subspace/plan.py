@@ -160,26 +160,16 @@ def plan(
 def plan_of(basis: Basis, *, samples: int, budget: int | None = None) -> Plan:
     """Compare the form of a fitted basis with the others that the same subspace could have, on its device; see `plan`."""
     tensors = basis.tensors()
-    anchors, ranks, forms = 1, None, ["explicit"]
-    if isinstance(tensors, ok.DualTensors):
-        anchors, classes = tensors.anchor_cotangents.shape
-        width = tensors.anchor_features.shape[1] + basis.bias
-        forms.append("dual")
-    elif isinstance(tensors, ok.FactoredTensors):
-        (classes, rank), (width, other) = tensors.class_factors.shape, tensors.feature_factors.shape
-        ranks = (rank, other)
-        forms.append("factored")
-    else:
-        _, classes, width = tensors.components.shape
+    classes, features = tensors.check()
     return plan(
         samples=samples,
-        anchors=anchors,
+        anchors=len(tensors.anchor_features) if isinstance(tensors, ok.DualTensors) else 1,
         classes=classes,
-        features=width,
+        features=features + basis.bias,
         components=basis.n_components,
-        ranks=ranks,
+        ranks=(tensors.core.shape[1], tensors.core.shape[2]) if isinstance(tensors, ok.FactoredTensors) else None,
         device=tensors.constants.device,
         budget=budget,
-        forms=forms,
+        forms=list({"explicit": None, tensors.kind: None}),
         itemsize=tensors.constants.element_size(),
     )

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import ood_kernels as ok
 from ood_kernels import ops, reference
+from ood_kernels.bases import BASES
 
 OPERATORS = (
     "pool_nap",
     "pool_statistics",
     "masked_energy",
-    "project_dual",
-    "project_explicit",
-    "project_factored",
+    "project_gradients",
     "score",
 )
 KINDS = reference.COTANGENTS
@@ -47,13 +47,15 @@ def arguments_of(name, samples=4):
             (h, weight, bias, masks[0], None),
             (h, weight, None, None, masks[1]),
         ],
-        "project_dual": [
-            (p, h, *anchors, True, None, None),
-            (p, h, *anchors, False, None, None),
-            (p, h, *anchors, True, normal(6, seed=5), normal(5, 3, seed=6)),
+        "project_gradients": [
+            (p, h, [*anchors, None, None], "dual", "energy", True),
+            (p, h, [*anchors, None, None], "dual", "predicted", False),
+            (p, h, shifted, "dual", "uniform", True),
+            (p, h, [normal(3, 5, 7), normal(3)], "explicit", "energy", True),
+            (p, h, [normal(3, 5, 6), normal(3)], "explicit", "max_logit", False),
+            (p, h, list(factors), "factored", "energy", True),
+            (p, h, [factors[0], normal(6, 4), *factors[2:]], "factored", "sum_logits", False),
         ],
-        "project_explicit": [(p, h, normal(3, 5, 7), normal(3), True), (p, h, normal(3, 5, 6), normal(3), False)],
-        "project_factored": [(p, h, *factors, True), (p, h, factors[0], normal(6, 4), *factors[2:], False)],
         "score": [
             (feature_map, 2.0, False, weight, bias, *masks, shifted, "dual", "predicted", True),
             (feature_map, 1.0, True, weight, None, None, None, [*anchors, None, None], "dual", "energy", False),
@@ -121,11 +123,10 @@ def test_shape_only_twin_agrees_with_the_implementation(name, samples):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_mixed_dtypes_agree_with_the_shape_only_twin(name):
     for arguments in arguments_of(name):
-        for index, value in enumerate(arguments):
-            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-                continue
-            mixed = (*arguments[:index], value.double(), *arguments[index + 1 :])
-            torch.library.opcheck(getattr(ops, name), mixed, test_utils=("test_faketensor",))
+        for one in tree_leaves(arguments):
+            if isinstance(one, torch.Tensor) and one.is_floating_point():
+                mixed = convert(arguments, lambda tensor, one=one: tensor.double() if tensor is one else tensor)
+                torch.library.opcheck(getattr(ops, name), mixed, test_utils=("test_faketensor",))
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -143,12 +144,13 @@ def by_reference(name, arguments):
     """What the reference says to the arguments of an operator."""
     if name.startswith("pool"):
         return getattr(reference, name)(*arguments[:-1], rectify=arguments[-1])
-    if name != "score":
-        return getattr(reference, name)(*arguments)
-    feature_map, eps, rectify, *head, parts, kind, cotangent, bias = arguments
-    forms = {"dual": ok.DualTensors, "explicit": ok.ExplicitTensors, "factored": ok.FactoredTensors}
-    split = 4 if kind == "dual" else len(parts)
-    basis = forms[kind](*parts[:split], cotangent, bias, *parts[split:]) if kind else None
+    if name == "masked_energy":
+        return reference.masked_energy(*arguments)
+    *others, parts, kind, cotangent, bias = arguments
+    basis = BASES[kind].from_parts(parts, cotangent, bias) if kind else None
+    if name == "project_gradients":
+        return reference.project_gradients(*others, basis)
+    feature_map, eps, rectify, *head = others
     return reference.score(feature_map, ok.Head(*head), basis, eps, rectify=rectify)
 
 
@@ -228,8 +230,7 @@ def test_exports_with_a_dynamic_batch(make_problem, kind, explicit):
     scorer, feature_map = make_scorer(make_problem, kind, explicit)
     exported = torch.export.export(scorer, (feature_map,), dynamic_shapes=({0: torch.export.Dim("N")},))
     called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
-    projection = "project_explicit" if explicit else "project_dual"
-    for name in ("score", "pool_nap", "pool_statistics", "masked_energy", projection):
+    for name in OPERATORS:
         assert f"ood_kernels.{name}.default" in called
     exported_scorer = exported.module()
     for samples in (0, 1, 11):

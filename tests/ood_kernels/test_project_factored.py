@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import ood_kernels as ok
 from ood_kernels import reference
-from ood_kernels.types import FactoredTensors
+from ood_kernels.bases import FactoredTensors
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 

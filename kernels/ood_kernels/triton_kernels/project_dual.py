@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..bases import DualTensors
 from . import combine as combining
 from .combine import combine, samples_at_once
 from .dual_kernels import dual_kernel, gram_kernel, product_kernel
@@ -40,16 +41,14 @@ class DualPlan(NamedTuple):
     stored: bool
 
 
-def dual_plan(
-    anchor_cotangents: Tensor,
-    anchor_features: Tensor,
-    coefficients: Tensor,
-    bias: bool,
-    shift: Tensor | None,
-    linear: Tensor | None,
-    precision: str,
-) -> DualPlan:
-    """The tile, the splits and the arguments for a basis; arguments as for `project_dual`."""
+def dual_plan(basis: DualTensors, precision: str) -> DualPlan:
+    """The tile, the splits and the arguments for a basis."""
+    anchor_cotangents, anchor_features, coefficients = (
+        basis.anchor_cotangents,
+        basis.anchor_features,
+        basis.coefficients,
+    )
+    shift, linear = basis.shift, basis.linear
     (anchors, classes), channels, components = anchor_cotangents.shape, anchor_features.shape[1], coefficients.shape[1]
     shape: dict[str, int | str] = {
         "precision": precision,
@@ -83,7 +82,7 @@ def dual_plan(
         "feature_column": anchor_features.stride(1),
         "coefficient_row": coefficients.stride(0),
         "coefficient_column": coefficients.stride(1),
-        "BIAS": bias,
+        "BIAS": basis.bias,
         "SHIFT": shift is not None,
         "LINEAR": linear is not None,
         "PRECISION": precision,
@@ -101,13 +100,7 @@ def dual_plan(
 def project_dual(
     a: Tensor,
     h: Tensor,
-    anchor_cotangents: Tensor,
-    anchor_features: Tensor,
-    coefficients: Tensor,
-    constants: Tensor,
-    bias: bool = True,
-    shift: Tensor | None = None,
-    linear: Tensor | None = None,
+    basis: DualTensors,
     precision: str = "ieee",
     *,
     kind: str = "given",
@@ -121,14 +114,8 @@ def project_dual(
     Args:
         a: [N, C], the cotangents; where `kind` names one (see `reference.cotangent`), the logits in fp32 instead.
         h: [N, D] penultimate features.
-        anchor_cotangents: [n, C], any strides, as of the next two; contiguous rows are fast.
-        anchor_features: [n, D].
-        coefficients: [n, K].
-        constants: [K].
-        bias: whether the gradient of the bias is part of the space.
-        shift: [D] or None.
-        linear: [C, K] or None.
-        precision: one of `launch.PRECISIONS`, to which both operands of each product are rounded, h after `shift` is
+        basis: any strides; contiguous rows of anchors and coefficients are fast.
+        precision: one of `launch.PRECISIONS`, to which both operands of each product are rounded, h after the shift is
             subtracted and the Gram matrix among them; a and `linear` keep 16 bits at least. Where features share a mean,
             the median component of a PCA (n = D = 512, C = 100, K = 64) is then off by 1.5e-3 of its own root mean square
             in bf16 and 1.6e-4 in fp16, with a shift by 1.9e-4 and 1.9e-5; in "ieee" by 8e-8. fp16 needs features, and
@@ -137,17 +124,17 @@ def project_dual(
         partials: [N, T, 4] of the logits, from `masked_energy.head_partials`, unless a is given.
         argmaxima: int32 [N, T], likewise.
     """
-    samples, components = h.shape[0], coefficients.shape[1]
+    samples, components, anchors = h.shape[0], basis.n_components, basis.anchor_features.shape[0]
     output = h.new_empty((samples, components), dtype=torch.float32)
     if output.numel() == 0:
         return output
-    plan = dual_plan(anchor_cotangents, anchor_features, coefficients, bias, shift, linear, precision)
+    plan = dual_plan(basis, precision)
     a, h = a.contiguous(), h.contiguous()
-    width = plan.splits * components + (anchor_cotangents.shape[0] if plan.stored else 0)
+    width = plan.splits * components + (anchors if plan.stored else 0)
     at_once = samples_at_once(samples, 1, width, plan.arguments["BLOCK_N"])
     partial = h.new_empty((plan.splits * at_once * components,), dtype=torch.float32)
     gram_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    gram = h.new_empty((at_once, anchor_cotangents.shape[0]), dtype=gram_dtype) if plan.stored else None
+    gram = h.new_empty((at_once, anchors), dtype=gram_dtype) if plan.stored else None
     for start in range(0, samples, at_once):
         rows = slice(start, start + at_once)
         own = {
@@ -160,7 +147,7 @@ def project_dual(
             "KIND": kind,
         }
         _launch_partial(plan, own | {"partial_ptr": partial}, gram)
-        combine(partial, constants, output[rows], plan.splits)
+        combine(partial, basis.constants, output[rows], plan.splits)
     return output
 
 

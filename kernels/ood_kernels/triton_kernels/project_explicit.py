@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..bases import ExplicitTensors
 from .combine import combine, samples_at_once
 from .device import matmul, multiple, rounded
 from .launch import choose, launch
@@ -140,9 +141,10 @@ class ExplicitPlan(NamedTuple):
     wide: bool
 
 
-def explicit_plan(components: Tensor, bias: bool, precision: str) -> ExplicitPlan:
-    """The tile, the splits and the arguments for a basis; arguments as for `project_explicit`."""
-    component_count, classes, features = *components.shape[:2], components.shape[2] - bias
+def explicit_plan(basis: ExplicitTensors, precision: str) -> ExplicitPlan:
+    """The tile, the splits and the arguments for a basis."""
+    components = basis.components
+    component_count, classes, features = *components.shape[:2], components.shape[2] - basis.bias
     itemsize = components.element_size()
     unit = row_unit(components, features)
     wide = unit * itemsize >= 16
@@ -165,7 +167,7 @@ def explicit_plan(components: Tensor, bias: bool, precision: str) -> ExplicitPla
         "stride_component": components.stride(0),
         "stride_class": components.stride(1),
         "stride_feature": components.stride(2),
-        "BIAS": bias,
+        "BIAS": basis.bias,
         "PRECISION": precision,
         "H_UNIT": math.gcd(features, 16),
         "UNIT": unit,
@@ -215,9 +217,7 @@ def _default_tile(itemsize: int, precision: str, wide: bool) -> dict[str, Any]:
 def project_explicit(
     a: Tensor,
     h: Tensor,
-    components: Tensor,
-    constants: Tensor,
-    bias: bool = True,
+    basis: ExplicitTensors,
     precision: str = "ieee",
     *,
     kind: str = "given",
@@ -231,20 +231,18 @@ def project_explicit(
     Args:
         a: [N, C], the cotangents; where `kind` names one (see `reference.cotangent`), the logits in fp32 instead.
         h: [N, D] penultimate features.
-        components: V [K, C, D̃] with D̃ = D + 1 where `bias`, else D; any strides. Rows are read 16 bytes at a time where all of
-            them start on such a boundary, as with bias only those do that are padded.
-        constants: [K].
-        bias: whether the last column of V belongs to the bias.
+        basis: any strides. Rows of V are read 16 bytes at a time where all of them start on such a boundary, as with bias only
+            those do that are padded.
         precision: one of `launch.PRECISIONS`, to which h and V are rounded; a and the bias column never are.
         kind: "given", or the name of the cotangent to be formed.
         partials: [N, T, 4] of the logits, from `masked_energy.head_partials`, unless a is given.
         argmaxima: int32 [N, T], likewise.
     """
-    samples, component_count = h.shape[0], components.shape[0]
+    samples, component_count = h.shape[0], basis.n_components
     output = h.new_empty((samples, component_count), dtype=torch.float32)
     if output.numel() == 0:
         return output
-    plan = explicit_plan(components, bias, precision)
+    plan = explicit_plan(basis, precision)
     block = plan.arguments["BLOCK_N"]
     at_once = samples_at_once(samples, plan.splits, component_count, block)
     partial = h.new_empty((plan.splits * at_once * component_count,), dtype=torch.float32)
@@ -262,5 +260,5 @@ def project_explicit(
         }
         grid = (triton.cdiv(own["samples"], block), plan.component_tiles, plan.splits)
         launch(explicit_kernel, grid, wide=plan.wide, **plan.arguments, **own)
-        combine(partial, constants, output[rows], plan.splits)
+        combine(partial, basis.constants, output[rows], plan.splits)
     return output

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..bases import FactoredTensors
 from .combine import WORKSPACE_BYTES, combine, samples_at_once
 from .device import matmul, multiple, rounded
 from .launch import choose, launch
@@ -161,12 +162,11 @@ class FactoredPlan(NamedTuple):
     wide: bool
 
 
-def factored_plan(
-    class_factors: Tensor, feature_factors: Tensor, core: Tensor, bias: bool, precision: str
-) -> FactoredPlan:
-    """The tiles, the splits and the arguments for a basis; arguments as for `project_factored`."""
+def factored_plan(basis: FactoredTensors, precision: str) -> FactoredPlan:
+    """The tiles, the splits and the arguments for a basis."""
+    class_factors, feature_factors, core = basis.class_factors, basis.feature_factors, basis.core
     component_count, class_rank, feature_rank = core.shape
-    classes, features = class_factors.shape[0], feature_factors.shape[0] - bias
+    classes, features = class_factors.shape[0], feature_factors.shape[0] - basis.bias
     itemsize = core.element_size()
     shape: dict[str, int | str] = {"precision": precision, "itemsize": itemsize, "classes": classes}
     shape |= {"components": component_count, "class_rank": class_rank, "feature_rank": feature_rank}
@@ -183,7 +183,7 @@ def factored_plan(
         "rank": feature_rank,
         "stride_row": feature_factors.stride(0),
         "stride_column": feature_factors.stride(1),
-        "BIAS": bias,
+        "BIAS": basis.bias,
         "H_UNIT": math.gcd(features, 16),
         "UNIT": units[1],
         "BLOCK_Q": 16,
@@ -245,11 +245,7 @@ def reduce_features(h: Tensor, plan: FactoredPlan) -> Tensor:
 def project_factored(
     a: Tensor,
     h: Tensor,
-    class_factors: Tensor,
-    feature_factors: Tensor,
-    core: Tensor,
-    constants: Tensor,
-    bias: bool = True,
+    basis: FactoredTensors,
     precision: str = "ieee",
     *,
     kind: str = "given",
@@ -263,24 +259,20 @@ def project_factored(
     Args:
         a: [N, C], the cotangents; where `kind` names one (see `reference.cotangent`), the logits in fp32 instead.
         h: [N, D] penultimate features.
-        class_factors: U_p [C, R], any strides, as of the next two; contiguous rows of a multiple of 16 bytes are fast.
-        feature_factors: U_h [D̃, Q] with D̃ = D + 1 where `bias`, else D.
-        core: [K, R, Q].
-        constants: [K].
-        bias: whether the last row of U_h belongs to the bias.
+        basis: any strides; contiguous rows of a multiple of 16 bytes are fast.
         precision: one of `launch.PRECISIONS`, to which the operands of each product are rounded: a, U_p, h, U_h, s and core;
             t and the row of the bias never are. fp16 loses cotangents below 6e-8, and features must be within its range.
         kind: "given", or the name of the cotangent to be formed.
         partials: [N, T, 4] of the logits, from `masked_energy.head_partials`, unless a is given.
         argmaxima: int32 [N, T], likewise.
     """
-    samples, component_count = h.shape[0], core.shape[0]
+    samples, component_count = h.shape[0], basis.n_components
     output = h.new_empty((samples, component_count), dtype=torch.float32)
     if output.numel() == 0:
         return output
-    plan = factored_plan(class_factors, feature_factors, core, bias, precision)
+    plan = factored_plan(basis, precision)
     block = plan.projection["BLOCK_N"]
-    at_once = samples_at_once(samples, 1, plan.splits * component_count + core.shape[2], block)
+    at_once = samples_at_once(samples, 1, plan.splits * component_count + plan.product["rank"], block)
     partial = h.new_empty((plan.splits * at_once * component_count,), dtype=torch.float32)
     for start in range(0, samples, at_once):
         rows = slice(start, start + at_once)
@@ -296,5 +288,5 @@ def project_factored(
         }
         grid = (triton.cdiv(own["samples"], block), plan.component_tiles, plan.splits)
         launch(factored_kernel, grid, wide=plan.wide, **plan.projection, **own)
-        combine(partial, constants, output[rows], plan.splits)
+        combine(partial, basis.constants, output[rows], plan.splits)
     return output

@@ -10,14 +10,15 @@ more: 64 KiB in fp32, 256 KiB on tensor cores. These are estimates; a tuned conf
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ..types import Head, ScoreOutputs
+from ..bases import DualTensors, ExplicitTensors, FactoredTensors
+from ..types import BasisTensors, Head, ScoreOutputs
 from .launch import choose
 from .pool_nap import pool_partials
 from .project_dual import dual_plan
@@ -39,10 +40,7 @@ def score(
     bias: Tensor | None,
     weight_mask: Tensor | None,
     neuron_mask: Tensor | None,
-    basis: Sequence[Tensor | None],
-    kind: str,
-    cotangent: str,
-    basis_bias: bool,
+    basis: BasisTensors | None,
     *,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -59,15 +57,12 @@ def score(
         bias: [C] or None.
         weight_mask: bool [C, D], or int32 [C, ceil(D / 32)] from `pack_mask`; or None.
         neuron_mask: bool [D], or int32 [ceil(D / 32)]; or None.
-        basis: the tensors of the basis in the order of its type; those of a dual one's shift last, None where there is none.
-        kind: "dual", "explicit" or "factored"; "" without a basis, which leaves g_low [N, 0].
-        cotangent: of the gradients, see `reference.cotangent`.
-        basis_bias: whether the gradient of the bias is part of the space.
+        basis: None leaves g_low [N, 0].
         precision: of the products, one of `launch.PRECISIONS`.
     """
     (samples, channels), classes = feature_map.shape[:2], weight.shape[0]
     head = Head(weight, bias, weight_mask, neuron_mask)
-    projection = _projection(kind, basis, cotangent, basis_bias, precision)
+    projection = _projection(basis, precision)
 
     def empty(*shape: int) -> Tensor:
         return feature_map.new_empty(shape, dtype=torch.float32)
@@ -75,7 +70,8 @@ def score(
     g_low = empty(samples, projection.components)
     if samples == 0:
         return empty(0, channels), empty(0), empty(0), empty(0), empty(0, classes), g_low
-    streamed = sum(part.nbytes for part in (*head, *basis) if part is not None)
+    parts = [*head, *([] if basis is None else basis.parts())]
+    streamed = sum(part.nbytes for part in parts if part is not None)
     tile = _small_tile(feature_map, head, streamed, projection, precision)
     if streamed <= 1024 * tile.pop("LIMIT_KIB") and classes <= _SMALL_CLASSES:
         nap, h = empty(samples), empty(samples, channels)
@@ -84,45 +80,46 @@ def score(
         score_small(feature_map, eps, rectify, head, projection, precision, tile, outputs, rows)
     else:
         rows = _rows_at_once(samples, classes, projection, projection.block, with_logits=bool(projection.kind))
-        parts = triton.cdiv(samples, rows)
+        turns = triton.cdiv(samples, rows)
         counters = 1 + triton.cdiv(rows, projection.block) * projection.component_tiles
-        tickets = feature_map.new_empty((parts, counters), dtype=torch.int32) if projection.kind else None
+        tickets = feature_map.new_empty((turns, counters), dtype=torch.int32) if projection.kind else None
         h, squares = pool_partials(feature_map, eps, rectify, tickets)
         outputs = ScoreOutputs(h, empty(samples), empty(samples), empty(samples), empty(samples, classes), g_low)
         score_large(head, projection, precision, squares, tickets, outputs, rows)
     return tuple(outputs)  # type: ignore[return-value]
 
 
-def _projection(kind: str, basis: Sequence[Any], cotangent: str, bias: bool, precision: str) -> Projection:
+def _projection(basis: BasisTensors | None, precision: str) -> Projection:
     none = Projection("", {}, {}, None, 0, 1, 0, True)
-    if kind == "dual" and basis[2].shape[1]:
-        cotangents, features, coefficients, constants, shift, linear = basis
-        dual = dual_plan(cotangents, features, coefficients, bias, shift, linear, precision)
+    if basis is None or not basis.n_components:
+        return none
+    if isinstance(basis, DualTensors):
+        dual = dual_plan(basis, precision)
         plan = none._replace(arguments=dual.arguments, programs=dual.splits, wide=dual.wide)
-    elif kind == "explicit" and basis[0].shape[0]:
-        components, constants = basis
-        explicit = explicit_plan(components, bias, precision)
+    elif isinstance(basis, ExplicitTensors):
+        explicit = explicit_plan(basis, precision)
         plan = none._replace(
             arguments=explicit.arguments,
             component_tiles=explicit.component_tiles,
             programs=explicit.splits,
             wide=explicit.wide,
         )
-    elif kind == "factored" and basis[2].shape[0]:
-        class_factors, feature_factors, core, constants = basis
-        factored = factored_plan(class_factors, feature_factors, core, bias, precision)
+    elif isinstance(basis, FactoredTensors):
+        factored = factored_plan(basis, precision)
         plan = none._replace(
             arguments=factored.projection,
             product=_product_arguments(factored.product),
-            rank=core.shape[2],
+            rank=factored.product["rank"],
             component_tiles=factored.component_tiles,
             programs=factored.splits,
             wide=factored.wide,
         )
     else:
-        return none
-    arguments = plan.arguments | {"KIND": cotangent}
-    return plan._replace(kind=kind, arguments=arguments, constants=constants.contiguous())
+        raise ValueError(
+            f"basis: expected one that a score kernel exists for, got {type(basis).__name__}; use backend='reference'"
+        )
+    arguments = plan.arguments | {"KIND": basis.cotangent}
+    return plan._replace(kind=basis.kind, arguments=arguments, constants=basis.constants.contiguous())
 
 
 def _product_arguments(product: dict[str, Any]) -> dict[str, Any]:

@@ -96,15 +96,13 @@ def test_opcheck(scorer, feature_map):
     head, basis = scorer.head, scorer.basis
     checks = ("test_schema", "test_faketensor")
     h, p = feature_map.mean((2, 3)), torch.rand(3, 5, device=feature_map.device)
-    parts = [*basis[:4], None, None]
+    taken = (basis.parts(), basis.kind, "energy", True)
     ops = torch.ops.ood_kernels
     torch.library.opcheck(ops.pool_nap.default, (feature_map, 1.0, False), test_utils=checks)
     torch.library.opcheck(ops.pool_nap.default, (feature_map.permute(0, 1, 3, 2), 1.0, True), test_utils=checks)
     torch.library.opcheck(ops.masked_energy.default, (h, *head), test_utils=checks)
-    torch.library.opcheck(ops.project_dual.default, (p, h, *basis[:4], True), test_utils=checks)
-    torch.library.opcheck(
-        ops.score.default, (feature_map, 1.0, False, *head, parts, "dual", "energy", True), test_utils=checks
-    )
+    torch.library.opcheck(ops.project_gradients.default, (p, h, *taken), test_utils=checks)
+    torch.library.opcheck(ops.score.default, (feature_map, 1.0, False, *head, *taken), test_utils=checks)
 
 
 def test_compiles_without_a_graph_break(scorer, feature_map):

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ood_kernels as ok
 from ood_kernels import reference
-from ood_kernels.triton_kernels import combine
+from ood_kernels.triton_kernels import combine, project_dual as family
 from ood_kernels.triton_kernels.launch import PRECISIONS, forced, record
-from ood_kernels.triton_kernels.project_dual import dual_plan, project_dual
+from ood_kernels.triton_kernels.project_dual import dual_plan
 
 ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # What a product may lose in each precision: operands keep 24, 21, 11, 11 and 8 bits.
@@ -33,6 +34,13 @@ def make(device, samples=5, anchors=7, classes=4, channels=33, components=3, *, 
     tensors = (a, h, *stored, shift, linear)
     placed = [None if part is None else part.to(device) for part in tensors]
     return (*placed[:6], True, *placed[6:])
+
+
+def project_dual(a, h, *basis_and_precision, **options):
+    """The launcher on a basis given as the reference takes it, from its anchors to bias, shift and linear."""
+    (*parts, bias, shift, linear), precision = basis_and_precision[:7], basis_and_precision[7:]
+    basis = ok.DualTensors(*parts, bias=bias, shift=shift, linear=linear)
+    return family.project_dual(a, h, basis, *precision, **options)
 
 
 def doubled(inputs):

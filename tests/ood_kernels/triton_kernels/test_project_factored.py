@@ -5,11 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ood_kernels as ok
 from ood_kernels import reference
 from ood_kernels.triton_kernels import project_factored as family
 from ood_kernels.triton_kernels.launch import PRECISIONS, record
 from ood_kernels.triton_kernels.masked_energy import head_partials
-from ood_kernels.triton_kernels.project_factored import factored_plan, project_factored
+from ood_kernels.triton_kernels.project_factored import factored_plan
 
 # What the three products may lose one after the other: operands keep 24, 21, 11, 11 and 8 bits.
 HAIR = {"ieee": 1e-6, "tf32x3": 2e-6, "tf32": 2e-3, "fp16": 2e-3, "bf16": 1.6e-2}
@@ -30,6 +31,12 @@ def make(device, samples=5, classes=4, features=33, ranks=(3, 6), components=7, 
         normal(components, seed=5, dtype=dtype),
     )
     return tuple(part.to(device) for part in parts)
+
+
+def project_factored(a, h, class_factors, feature_factors, core, constants, bias=True, *precision, **options):
+    """The launcher on a basis given as the reference takes it."""
+    basis = ok.FactoredTensors(class_factors, feature_factors, core, constants, bias=bias)
+    return family.project_factored(a, h, basis, *precision, **options)
 
 
 def truth(a, h, class_factors, feature_factors, core, constants, bias=True):
@@ -205,7 +212,7 @@ def test_three_launches_and_a_bounded_workspace(samples, classes, features, rank
 @given(st.integers(1, 1000), st.integers(1, 500), st.integers(1, 5000), st.sampled_from(PRECISIONS))
 def test_splits_cover_every_class_factor_once(class_rank, feature_rank, components, precision):
     basis = meta_basis(7, 9, (class_rank, feature_rank), components)
-    plan = factored_plan(*basis, False, precision)
+    plan = factored_plan(ok.FactoredTensors(*basis, torch.empty(components, device="meta"), bias=False), precision)
     step = plan.projection["BLOCK_R"]
     assert (plan.splits - 1) * step < class_rank <= plan.splits * step
     assert (plan.component_tiles - 1) * 32 < components <= plan.component_tiles * 32

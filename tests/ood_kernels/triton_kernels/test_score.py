@@ -9,15 +9,12 @@ from torch import Tensor
 
 import ood_kernels as ok
 from ood_kernels import reference
-from ood_kernels.functional import _basis_parts
 from ood_kernels.masks import pack_mask
 from ood_kernels.triton_kernels import score as family
 from ood_kernels.triton_kernels.launch import forced, record
 from ood_kernels.triton_kernels.masked_energy import masked_energy
 from ood_kernels.triton_kernels.pool_nap import pool_nap
-from ood_kernels.triton_kernels.project_dual import project_dual
-from ood_kernels.triton_kernels.project_explicit import project_explicit
-from ood_kernels.triton_kernels.project_factored import project_factored
+from ood_kernels.triton_kernels.project_gradients import project_gradients
 from ood_kernels.workloads import WORKLOADS
 
 # numpy, which interprets, warns of Inf - Inf where a NaN is what shall come out.
@@ -78,13 +75,8 @@ def make(device):
 
 def run(plan, feature_map, head, basis, eps=1.0, rectify=False, precision="ieee", **settings):
     """The launcher as the torch operator calls it, with a plan of our choice."""
-    kind, parts, cotangent, bias = "", [], "energy", True
-    if basis is not None:
-        (kind, parts), cotangent, bias = _basis_parts(basis), basis.cotangent, basis.bias
     with forced({"score": {"LIMIT_KIB": LIMITS[plan], **settings}}):
-        outputs = family.score(
-            feature_map, eps, rectify, *head, parts, kind, cotangent, bias, precision=precision
-        )  # fmt: skip
+        outputs = family.score(feature_map, eps, rectify, *head, basis, precision=precision)
     return ok.ScoreOutputs(*outputs)
 
 
@@ -256,9 +248,6 @@ def test_the_map_of_another_sample_may_be_anywhere(make, plan):
         assert torch.equal(value, right)
 
 
-PARTS = {"shifted": project_dual, "explicit": project_explicit, "factored": project_factored}
-
-
 @pytest.mark.parametrize("form", ["shifted", "explicit", "factored"])
 def test_is_the_composition_of_its_parts(make, form):
     # Several tiles of samples and of components.
@@ -266,8 +255,7 @@ def test_is_the_composition_of_its_parts(make, form):
     outputs = run("large", feature_map, head, basis, 0.5)
     h, nap = pool_nap(feature_map, 0.5, False)
     lse, pruned_lse, p = masked_energy(h, *head)
-    _, parts = _basis_parts(basis)
-    g_low = PARTS[form](p, h, *parts[:4], True, *parts[4:])
+    g_low = project_gradients(p, h, basis)
     small = run("small", feature_map[:3], head, basis, 0.5)
     for name, value, other, right in zip(
         outputs._fields, outputs, small, (h, nap, lse, pruned_lse, p, g_low), strict=True
@@ -340,11 +328,8 @@ def on_meta(workload, samples, form, dtype=torch.bfloat16):
 
 
 def default_launches(feature_map, head, basis, precision="bf16"):
-    (kind, parts), cotangent, bias = ("", []), "energy", True
-    if basis is not None:
-        (kind, parts), cotangent, bias = _basis_parts(basis), basis.cotangent, basis.bias
     with record() as launches:
-        family.score(feature_map, 1.0, False, *head, parts, kind, cotangent, bias, precision=precision)
+        family.score(feature_map, 1.0, False, *head, basis, precision=precision)
     return launches
 
 

@@ -1,0 +1,116 @@
+"""A gradient subspace over anchor samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import check_shapes
+from ..types import compute_dtype
+
+__all__ = ["DualTensors", "linear_part", "project_dual"]
+
+
+class DualTensors(NamedTuple):
+    """A gradient subspace written over n anchor samples: V_k = Σ_i coefficients[i, k] · (a_i ⊗ h̃_i).
+
+    Attributes:
+        anchor_cotangents: [n, C], the a_i (for the energy cotangent the softmax of anchor i).
+        anchor_features: [n, D], the h_i.
+        coefficients: [n, K].
+        constants: [K], subtracted so that the coordinates are centred.
+        cotangent: which scalar was differentiated, see `ood_kernels.reference.cotangent`.
+        bias: whether the gradient of the bias is part of the space (h̃ = [h; 1]).
+        shift: [D] or None, subtracted from h before the Gram product, best the anchors' mean feature. Gram entries of features
+            that share a large mean are large and almost equal, and their rounding is what a low precision loses.
+        linear: [C, K], with `shift`: the coordinates of a ⊗ [shift; 1] for each class, see `linear_part`.
+    """
+
+    anchor_cotangents: Tensor
+    anchor_features: Tensor
+    coefficients: Tensor
+    constants: Tensor
+    cotangent: str = "energy"
+    bias: bool = True
+    shift: Tensor | None = None
+    linear: Tensor | None = None
+
+    @property
+    def kind(self) -> str:
+        """Its name in `BASES` and in the operators."""
+        return "dual"
+
+    @property
+    def n_components(self) -> int:
+        """K."""
+        return self.constants.shape[0]
+
+    def parts(self) -> list[Tensor | None]:
+        """Its tensors, shift and linear last."""
+        return [*self[:4], *self[6:]]
+
+    @classmethod
+    def from_parts(cls, parts: Sequence[Tensor | None], cotangent: str = "energy", bias: bool = True) -> DualTensors:
+        """The basis with these tensors, see `parts`."""
+        return cls._make([*parts[:4], cotangent, bias, *parts[4:]])
+
+    def to(self, dtype: torch.dtype) -> DualTensors:
+        """The same with the large tensors stored in another dtype; constants, shift and its linear part stay as they are."""
+        return DualTensors._make([*(part.to(dtype) for part in self[:3]), *self[3:]])
+
+    def check(self) -> tuple[int, int]:
+        """Classes C and features D; raises ValueError where the tensors do not fit together."""
+        if (self.shift is None) != (self.linear is None):
+            raise ValueError("shift and linear of a dual basis belong together: expected both or neither, got one")
+        sizes = check_shapes(
+            self,
+            anchor_cotangents="nC",
+            anchor_features="nD",
+            coefficients="nK",
+            constants="K",
+            shift="D",
+            linear="CK",
+        )
+        return sizes["C"], sizes["D"]
+
+    def project(self, a: Tensor, h: Tensor) -> Tensor:
+        """Centred coordinates [N, K], see `project_dual`."""
+        return project_dual(a, h, *self[:4], self.bias, *self[6:])
+
+
+def project_dual(
+    a: Tensor,
+    h: Tensor,
+    anchor_cotangents: Tensor,
+    anchor_features: Tensor,
+    coefficients: Tensor,
+    constants: Tensor,
+    bias: bool = True,
+    shift: Tensor | None = None,
+    linear: Tensor | None = None,
+) -> Tensor:
+    """Centred coordinates [N, K] in a dual basis: ((A Aₐᵀ) ∘ (H̃ H̃ₐᵀ)) · coefficients - constants.
+
+    The Gram entry of two rank-one gradients is ⟨a ⊗ h̃, a_i ⊗ h̃_i⟩ = (a·a_i)(h̃·h̃_i), so three matrix products replace
+    any tensor of [N, C, D]: 2·n·(C + D̃ + K) flops a sample. With a shift μ, G = a ⊗ [h - μ; 0] + a ⊗ [μ; 1], and the second
+    term's coordinates are `a @ linear`: the same numbers, from a Gram matrix without the part that all its entries share.
+    """
+    dtype = compute_dtype(a, h, anchor_cotangents, anchor_features, coefficients, constants, shift, linear)
+    a, h = a.to(dtype), h.to(dtype)
+    kernel = (h if shift is None else h - shift.to(dtype)) @ anchor_features.to(dtype).T
+    if bias and shift is None:
+        kernel += 1
+    kernel *= a @ anchor_cotangents.to(dtype).T
+    coordinates = kernel @ coefficients.to(dtype) - constants.to(dtype)
+    return coordinates if linear is None else coordinates + a @ linear.to(dtype)
+
+
+def linear_part(
+    anchor_cotangents: Tensor, anchor_features: Tensor, coefficients: Tensor, shift: Tensor, bias: bool = True
+) -> Tensor:
+    """Coordinates [C, K] of e_c ⊗ [shift; 1] in a dual basis, Σ_i α_ik a_ic (h_i·shift + 1): the `linear` of `project_dual`."""
+    inner = anchor_features @ shift + bias
+    return (anchor_cotangents * inner[:, None]).T @ coefficients

@@ -1,0 +1,85 @@
+"""A gradient subspace as its vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import check_shapes
+from ..types import compute_dtype
+
+__all__ = ["ExplicitTensors", "project_explicit"]
+
+_WORKSPACE_ELEMENTS = 4 * 2**20
+_LONGEST_SUM = 2**17
+
+
+class ExplicitTensors(NamedTuple):
+    """A gradient subspace as its vectors: `components` [K, C, D̃] with D̃ = D + 1 where `bias`, else D."""
+
+    components: Tensor
+    constants: Tensor
+    cotangent: str = "energy"
+    bias: bool = True
+
+    @property
+    def kind(self) -> str:
+        """Its name in `BASES` and in the operators."""
+        return "explicit"
+
+    @property
+    def n_components(self) -> int:
+        """K."""
+        return self.constants.shape[0]
+
+    def parts(self) -> list[Tensor | None]:
+        """Its tensors."""
+        return [*self[:2]]
+
+    @classmethod
+    def from_parts(
+        cls, parts: Sequence[Tensor | None], cotangent: str = "energy", bias: bool = True
+    ) -> ExplicitTensors:
+        """The basis with these tensors, see `parts`."""
+        return cls._make([*parts, cotangent, bias])
+
+    def to(self, dtype: torch.dtype) -> ExplicitTensors:
+        """The same with the components stored in another dtype."""
+        return self._replace(components=self.components.to(dtype))
+
+    def check(self) -> tuple[int, int]:
+        """Classes C and features D; raises ValueError where the tensors do not fit together."""
+        sizes = check_shapes(self, components="KCD", constants="K")
+        return sizes["C"], sizes["D"] - self.bias
+
+    def project(self, a: Tensor, h: Tensor) -> Tensor:
+        """Centred coordinates [N, K], see `project_explicit`."""
+        return project_explicit(a, h, *self[:2], self.bias)
+
+
+def project_explicit(a: Tensor, h: Tensor, components: Tensor, constants: Tensor, bias: bool = True) -> Tensor:
+    """Centred coordinates [N, K] in an explicit basis V [K, C, D̃]: aᵀ V_k h̃ - constant_k, 2·K·C·D̃ flops a sample."""
+    dtype = compute_dtype(a, h, components, constants)
+    a, h = a.to(dtype), h.to(dtype)
+    n_components, classes, width = components.shape
+    coordinates = a.new_empty((a.shape[0], n_components))
+    # Gradients of some samples at a time as rows of one product, where these are smaller than what lies between two products else;
+    # a sum over more entries would lose digits.
+    if classes < n_components and classes * width <= _LONGEST_SUM:
+        rows = max(1, _WORKSPACE_ELEMENTS // max(1, classes * width))
+        vectors, extended = components.to(dtype).flatten(1), torch.cat([h, h.new_ones((len(h), 1))], 1) if bias else h
+        for start in range(0, len(a), rows):
+            here = slice(start, start + rows)
+            gradients = (a[here, :, None] * extended[here, None]).flatten(1)
+            torch.mm(gradients, vectors.T, out=coordinates[here])
+        return coordinates - constants.to(dtype)
+    block = max(1, _WORKSPACE_ELEMENTS // max(1, a.shape[0] * width))
+    for start in range(0, n_components, block):
+        left = a @ components[start : start + block].to(dtype)  # [block, N, D̃]
+        features = left[..., :-1] if bias else left
+        part = (features * h).sum(-1)
+        coordinates[:, start : start + block] = (part + left[..., -1] if bias else part).T
+    return coordinates - constants.to(dtype)
