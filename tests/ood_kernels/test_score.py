@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import ood_kernels as ok
 from ood_kernels import reference
+from ood_kernels.bases import explicit as explicit_form
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS = reference.COTANGENTS
@@ -171,7 +172,7 @@ def test_inference_tensors_are_accepted(make_problem):
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_of_samples_by_classes_by_features_is_built(make_problem, largest_tensor, monkeypatch, explicit, kind):
-    monkeypatch.setattr(reference, "_WORKSPACE_ELEMENTS", 1)
+    monkeypatch.setattr(explicit_form, "_WORKSPACE_ELEMENTS", 1)
     feature_map, head, basis = make_problem(40, 30, 20, 2, cotangent=kind)
     basis = as_explicit(basis) if explicit else basis
     elements = largest_tensor(lambda: reference.score(feature_map, head, basis))

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 import ood_kernels as ok
 from ood_kernels import reference
-from ood_kernels.triton_kernels import combine, project_dual as family
+from ood_kernels.triton_kernels import combine
+from ood_kernels.triton_kernels import project_dual as family
 from ood_kernels.triton_kernels.launch import PRECISIONS, forced, record
 from ood_kernels.triton_kernels.project_dual import dual_plan
 
@@ -193,10 +194,10 @@ def test_launches(device, variant, count):
 
 def test_splits_do_not_depend_on_the_batch_and_fit_the_workspace():
     for anchors, components in [(1, 1), (4096, 512), (50_000, 1000), (300_000, 8192)]:
-        inputs = make("meta", 1, 1, 10, 16, 1)
-        basis = (inputs[2].new_empty((anchors, 10)), inputs[3].new_empty((anchors, 16)))
+        shapes = (anchors, 10), (anchors, 16), (anchors, components), (components,)
+        basis = ok.DualTensors(*(torch.empty(shape, device="meta") for shape in shapes))
         for precision in PRECISIONS:
-            plan = dual_plan(*basis, inputs[4].new_empty((anchors, components)), True, None, None, precision)
+            plan = dual_plan(basis, precision)
             covered = plan.splits * plan.arguments["BLOCKS"] * plan.arguments["BLOCK_A"]
             assert anchors <= covered < anchors + 2 * plan.splits * plan.arguments["BLOCK_A"]
             assert 4 * plan.splits * plan.arguments["BLOCK_N"] * components <= 32 * 2**20

@@ -70,7 +70,7 @@ def test_splits_over_classes_and_features(
 ):
     inputs = make(device, 3, 7, 70, 5)
     monkeypatch.setattr(family, "_ELEMENTS", elements)
-    plan = explicit_plan(inputs[2], True, "ieee")
+    plan = explicit_plan(ok.ExplicitTensors(*inputs[2:]), "ieee")
     assert (plan.arguments["class_step"], plan.arguments["feature_step"]) == (class_step, feature_step)
     assert_as_good_as_torch(project_explicit(*inputs), truth(*inputs), reference.project_explicit(*inputs))
 
