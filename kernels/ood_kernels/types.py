@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class BasisTensors(Protocol):
         ...
 
     @classmethod
-    def from_parts(cls, parts: Sequence[Tensor | None], cotangent: str = "energy", bias: bool = True) -> Self:
+    def from_parts(cls, parts: Sequence[Tensor | None], cotangent: str = "energy", bias: bool = True) -> BasisTensors:
         """The basis with these tensors."""
         ...
 
@@ -96,7 +96,7 @@ class BasisTensors(Protocol):
         """Centred coordinates [N, K] of a ⊗ h̃ in plain torch, from a [N, C] and h [N, D]; the truth for its kernels."""
         ...
 
-    def to(self, dtype: torch.dtype) -> Self:
+    def to(self, dtype: torch.dtype) -> BasisTensors:
         """The same with the large tensors stored in another dtype."""
         ...
 

@@ -169,10 +169,17 @@ class GradPCA(Detector):
         """The tensors that `ood_kernels.project_gradients` takes: explicit where class means were held, else over anchors."""
         constants = self.fitted("constants")
         if self._buffers["components"] is not None:
-            return ok.ExplicitTensors(self.fitted("components"), constants, self._cotangent)
-        a, h, coefficients = (self.fitted(name) for name in _FORMS[1:4])
-        shift, linear = self.fitted("shift"), self.fitted("linear")
-        return ok.DualTensors(a, h, coefficients, constants, self._cotangent, True, shift, linear)
+            components = self.fitted("components")
+            return ok.ExplicitTensors(components=components, constants=constants, cotangent=self._cotangent)
+        return ok.DualTensors(
+            anchor_cotangents=self.fitted("anchor_cotangents"),
+            anchor_features=self.fitted("anchor_features"),
+            coefficients=self.fitted("coefficients"),
+            constants=constants,
+            cotangent=self._cotangent,
+            shift=self.fitted("shift"),
+            linear=self.fitted("linear"),
+        )
 
     @property
     def gradient_basis(self) -> GradPCA:

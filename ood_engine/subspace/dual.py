@@ -144,14 +144,14 @@ class DualBasis(MetricBasis):
     def tensors(self) -> ok.DualTensors:
         """Anchors, coefficients, constants and shift."""
         return ok.DualTensors(
-            self.fitted("anchor_cotangents"),
-            self.fitted("anchor_features"),
-            self.fitted("coefficients"),
-            self.fitted("constants"),
-            self.cotangent,
-            self.bias,
-            self.fitted("shift"),
-            self.fitted("linear"),
+            anchor_cotangents=self.fitted("anchor_cotangents"),
+            anchor_features=self.fitted("anchor_features"),
+            coefficients=self.fitted("coefficients"),
+            constants=self.fitted("constants"),
+            cotangent=self.cotangent,
+            bias=self.bias,
+            shift=self.fitted("shift"),
+            linear=self.fitted("linear"),
         )
 
     def combine(self, weights: Tensor) -> Tensor:

@@ -113,7 +113,12 @@ class ExplicitBasis(MetricBasis):
 
     def tensors(self) -> ok.ExplicitTensors:
         """Components and constants."""
-        return ok.ExplicitTensors(self.fitted("components"), self.fitted("constants"), self.cotangent, self.bias)
+        return ok.ExplicitTensors(
+            components=self.fitted("components"),
+            constants=self.fitted("constants"),
+            cotangent=self.cotangent,
+            bias=self.bias,
+        )
 
     def combine(self, weights: Tensor) -> Tensor:
         """Σ_k weights_k V_k, [C, D̃] in fp64."""

@@ -134,12 +134,12 @@ class FactoredBasis(MetricBasis):
     def tensors(self) -> ok.FactoredTensors:
         """Factors, core and constants."""
         return ok.FactoredTensors(
-            self.fitted("class_factors"),
-            self.fitted("feature_factors"),
-            self.fitted("core"),
-            self.fitted("constants"),
-            self.cotangent,
-            self.bias,
+            class_factors=self.fitted("class_factors"),
+            feature_factors=self.fitted("feature_factors"),
+            core=self.fitted("core"),
+            constants=self.fitted("constants"),
+            cotangent=self.cotangent,
+            bias=self.bias,
         )
 
     def combine(self, weights: Tensor) -> Tensor:

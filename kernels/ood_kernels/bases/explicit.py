@@ -65,18 +65,19 @@ def project_explicit(a: Tensor, h: Tensor, components: Tensor, constants: Tensor
     dtype = compute_dtype(a, h, components, constants)
     a, h = a.to(dtype), h.to(dtype)
     n_components, classes, width = components.shape
-    coordinates = a.new_empty((a.shape[0], n_components))
+    samples = a.shape[0]
+    coordinates = a.new_empty((samples, n_components))
     # Gradients of some samples at a time as rows of one product, where these are smaller than what lies between two products else;
     # a sum over more entries would lose digits.
     if classes < n_components and classes * width <= _LONGEST_SUM:
         rows = max(1, _WORKSPACE_ELEMENTS // max(1, classes * width))
-        vectors, extended = components.to(dtype).flatten(1), torch.cat([h, h.new_ones((len(h), 1))], 1) if bias else h
-        for start in range(0, len(a), rows):
+        vectors, extended = components.to(dtype).flatten(1), torch.cat([h, h.new_ones((samples, 1))], 1) if bias else h
+        for start in range(0, samples, rows):
             here = slice(start, start + rows)
             gradients = (a[here, :, None] * extended[here, None]).flatten(1)
             torch.mm(gradients, vectors.T, out=coordinates[here])
         return coordinates - constants.to(dtype)
-    block = max(1, _WORKSPACE_ELEMENTS // max(1, a.shape[0] * width))
+    block = max(1, _WORKSPACE_ELEMENTS // max(1, samples * width))
     for start in range(0, n_components, block):
         left = a @ components[start : start + block].to(dtype)  # [block, N, D̃]
         features = left[..., :-1] if bias else left

@@ -86,8 +86,8 @@ def project_factored(
     products it is an explicit projection with R for C and Q for D̃, 2·(C·R + D̃·Q + K·R·Q) flops a sample.
     """
     dtype = compute_dtype(a, h, class_factors, feature_factors, core, constants)
-    a, h, class_factors, feature_factors = (x.to(dtype) for x in (a, h, class_factors, feature_factors))
-    reduced = h @ feature_factors[: h.shape[1]]
+    feature_factors = feature_factors.to(dtype)
+    reduced = h.to(dtype) @ feature_factors[: h.shape[1]]
     if bias:
         reduced += feature_factors[-1]
-    return project_explicit(a @ class_factors, reduced, core, constants, bias=False)
+    return project_explicit(a.to(dtype) @ class_factors.to(dtype), reduced, core, constants, bias=False)
