@@ -82,6 +82,22 @@ def test_a_double_among_the_parts_makes_the_result_double(form):
             assert ok.project_gradients(p, h, wide).dtype == torch.float64
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_an_unknown_cotangent_is_refused_before_anything_is_computed(form):
+    basis = make(form, cotangent="loss")
+    basis = type(basis)(*(part.to("meta") if isinstance(part, Tensor) else part for part in basis))
+    with torch.device("meta"):
+        p, h, head, feature_map = (
+            torch.empty(2, 4),
+            torch.empty(2, 5),
+            ok.Head(torch.empty(4, 5)),
+            torch.empty(2, 5, 1, 1),
+        )
+    for call in (lambda: ok.project_gradients(p, h, basis), lambda: ok.score(feature_map, head, basis)):
+        with pytest.raises(ValueError, match="cotangent 'loss' is not known"):
+            call()
+
+
 class PairTensors(NamedTuple):
     """V_k = left_k ⊗ right_k: a form that this package has not."""
 
