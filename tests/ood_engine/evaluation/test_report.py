@@ -261,6 +261,14 @@ class TestJson:
         assert path.read_text() == "old"
         assert os.listdir(tmp_path) == ["result.json"]
 
+    def test_an_older_file_is_replaced_and_not_written_over(self, tmp_path):
+        path, same_file = tmp_path / "result.json", tmp_path / "same"
+        path.write_text("old")
+        same_file.hardlink_to(path)
+        write_json(evaluation_of(), path)
+        assert json.loads(path.read_text())["title"] == "A title"
+        assert same_file.read_text() == "old"
+
     def test_a_path_that_is_a_folder_is_refused(self, tmp_path):
         with pytest.raises(OodEngineError, match="choose another path"):
             write_json(evaluation_of(), tmp_path)

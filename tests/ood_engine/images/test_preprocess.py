@@ -96,6 +96,9 @@ def test_normalised_floats_pass_only_without_mean_and_std():
     for preprocess in (Preprocess(None, 1, (0.5,)), Preprocess(None, 1, std=(0.5,))):
         with pytest.raises(InputError, match=r"float pixels from -2 to 3; expected \[0, 1\]"):
             preprocess(pixels)
+        for too_low_or_too_high in (-0.1, 1.1):
+            with pytest.raises(InputError, match=r"expected \[0, 1\]"):
+                preprocess(np.array([[0.5, too_low_or_too_high]]))
         assert preprocess(np.array([[0.0, 1.0]])).shape == (1, 1, 2)
 
 
