@@ -165,8 +165,11 @@ def run(faults: Sequence[Fault], root: Path, jobs: int, limit: float) -> int:
             return outcome.code == FAILED
 
         started = time.monotonic()
-        with ThreadPoolExecutor(jobs) as pool:
+        pool = ThreadPoolExecutor(jobs)
+        try:
             caught = list(pool.map(attempt, faults))
+        finally:
+            pool.shutdown(cancel_futures=True)
     print(f"{sum(caught)} of {len(caught)} faults caught in {time.monotonic() - started:.0f} s")
     return 0 if all(caught) else 1
 
