@@ -109,6 +109,8 @@ def run_tests(tree: Path, tests: Sequence[str], limit: float) -> Outcome:
     # No bytecode: one as old and as long as the source before the fault would pass for that of the fault.
     path = os.pathsep.join([str(tree / "kernels"), str(tree)])
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    # What is compiled with a fault goes with the trees.
+    environment["OOD_ENGINE_CACHE"] = str(tree.parent / "cache")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
     started = time.monotonic()
     process = subprocess.Popen(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -104,6 +105,24 @@ def test_outputs_do_not_change_with_the_next_batch():
     kept = {name: value.clone() for name, value in first.items()}
     graphs(batch(4, seed=2), "fitted")
     assert all(torch.equal(first[name], kept[name]) for name in kept)
+
+
+def test_another_thread_may_replay_once_the_lock_is_free():
+    outputs = []
+
+    def capture(function):
+        outputs.append(function())
+        return lambda: outputs[0].copy_(function()), outputs[0]
+
+    class Lock(nullcontext):
+        """At its release another thread writes into the buffers."""
+
+        def __exit__(self, *error):
+            outputs[0].fill_(torch.nan)
+
+    graphs = ScoringGraphs(score, capture)
+    graphs._lock = Lock()
+    assert torch.equal(graphs(batch(4), "fitted")["total"], score(batch(4))["total"])
 
 
 def test_threads_share_the_buffers_one_at_a_time():
