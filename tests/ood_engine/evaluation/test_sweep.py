@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import ood_engine as oe
+import ood_kernels as ok
 from ood_engine.cli import main
 from ood_engine.demo import SmallCNN
 from ood_engine.detectors.low_dim_gradient import HEADS
@@ -61,6 +62,19 @@ def test_rows_are_those_of_a_detector_fitted_alone(engine, model, id_batches, ca
     bank = 120 * 6 if head == "knn" else 0
     assert rows[0]["flops_per_sample"] - rows[2]["flops_per_sample"] == 2 * bank
     assert rows[0]["bytes"] - rows[2]["bytes"] == 4 * bank
+
+
+def test_what_is_measured_is_computed_by_the_kernels_given(engine, caches, monkeypatch):
+    seen, masked_energy = set(), ok.masked_energy
+
+    def spy(*arguments, precision, **options):
+        seen.add(precision)
+        return masked_energy(*arguments, precision=precision, **options)
+
+    monkeypatch.setattr(ok, "masked_energy", spy)
+    kernels = Kernels(oe.Runtime(precision="tf32"))
+    sweep(engine.head, kernels, *caches, bases=["dual"], components=[4], heads=["knn"])
+    assert seen == {"tf32"}
 
 
 @pytest.mark.filterwarnings("ignore:n_components=500")

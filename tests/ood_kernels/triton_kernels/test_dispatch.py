@@ -83,6 +83,15 @@ def test_fp64_is_for_the_reference(scorer, feature_map):
     assert outputs[0].dtype == torch.float64
 
 
+def test_fp64_in_any_argument_is_for_the_reference(scorer, feature_map):
+    h, (weight, bias, *_) = feature_map.mean((2, 3)), scorer.head
+    for arguments in ((h.double(), weight, bias), (h, weight.double(), bias)):
+        with record() as launches:
+            lse, _, _ = ok.masked_energy(*arguments)
+        assert not launches
+        assert lse.dtype == torch.float64
+
+
 def test_tokens_need_no_copy(device):
     tokens = torch.rand(2, 9, 16, generator=torch.Generator().manual_seed(2)).to(device)
     with record() as launches:
