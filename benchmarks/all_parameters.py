@@ -34,8 +34,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in 
 from ood_engine.bench import measure  # noqa: E402
 from ood_engine.demo import SmallCNN  # noqa: E402
 from ood_engine.demo import run as demo  # noqa: E402
-from ood_engine.detectors.heads.linear_probe import LinearProbe  # noqa: E402
-from ood_engine.detectors.heads.vector_heads import KNearestNeighbours, Mahalanobis  # noqa: E402
+from ood_engine.detectors.heads import KNearestNeighbours, LinearProbe, Mahalanobis  # noqa: E402
 from ood_engine.evaluation.metrics import auroc, fpr_at_tpr  # noqa: E402
 from ood_engine.images.dataset import ImageDataset, open_dataset  # noqa: E402
 from ood_engine.subspace import Basis, ClassAverageBasis, DualBasis, ExplicitBasis  # noqa: E402

@@ -1,9 +1,8 @@
 """Fitting from caches of growing size: time and resident memory against n.
 
-A synthetic cache of fp16 features is mapped from a file. `ood_engine.subspace.gather` reads it in blocks, and a dual basis is found
-from the anchors. Gathering does the same work for every sample (2·(C·D̃ + C² + D̃² + C·D) flops), and what it holds does not depend
-on n, so time has to grow in proportion and memory not at all; finding the basis depends on the anchors alone. Then engines are
-fitted from the largest cache, a detector each: they look at every sample, and what they collect lies in a file beside the cache.
+A synthetic cache of fp16 features is mapped from a file, a dual basis is found from its first samples, and engines are fitted from
+it, a detector each: they look at every sample, and what they collect lies in a file beside the cache. Finding the basis depends on
+the anchors alone; the rest has to grow in proportion to n, and memory hardly.
 Memory is what the process holds itself (RssAnon, looked at every 20 ms), without pages of mapped files, which the system may drop.
 
     python benchmarks/fit_scale.py [--sizes 12500,50000,200000] [--json]
@@ -36,7 +35,7 @@ from ood_engine.bench.measure import (  # noqa: E402
     print_table,
     write_results,
 )
-from ood_engine.subspace import DualBasis, gather  # noqa: E402
+from ood_engine.subspace import DualBasis  # noqa: E402
 
 COLUMNS = {
     "subject": "subject",
@@ -86,24 +85,20 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     weight = torch.randn(options.classes, options.features, generator=generator) / math.sqrt(options.features) * 4
     head = ok.Head(weight, torch.zeros(options.classes))
     with tempfile.TemporaryDirectory() as name:
-        statistics = None
         for samples in options.sizes:
             cache = make_cache(Path(name), samples, options.features)
-            found: dict[str, Any] = {}
+            if samples == options.sizes[0]:
+                yield fit_basis(cache, head, options)
+            yield from fit_engines(cache, head, options)
 
-            def run(cache: oe.FeatureCache = cache, found: dict[str, Any] = found) -> None:
-                started = time.perf_counter()
-                found["statistics"] = gather(cache, head, max_anchors=options.anchors, progress=True)
-                found["seconds"] = time.perf_counter() - started
 
-            peak = peak_anonymous_mib(run)
-            statistics = found["statistics"]
-            yield _row("gather", samples, found["seconds"], peak, cache.rows.features.nbytes)
-        assert statistics is not None
-        started = time.perf_counter()
-        basis = DualBasis.fit(statistics.anchor_p, statistics.anchor_h, n_components=options.components)
-        yield _row(f"dual basis, K={basis.n_components}", options.anchors, time.perf_counter() - started, None, 0)
-        yield from fit_engines(cache, head, options)
+def fit_basis(cache: oe.FeatureCache, head: ok.Head, options: argparse.Namespace) -> dict[str, Any]:
+    """The row of a dual basis over the first samples."""
+    h = cache.rows.features[: options.anchors].float()
+    p = (h @ head.weight.T).softmax(1)
+    started = time.perf_counter()
+    basis = DualBasis.fit(p, h, n_components=options.components)
+    return _row(f"dual basis, K={basis.n_components}", len(h), time.perf_counter() - started, None, 0)
 
 
 def fit_engines(cache: oe.FeatureCache, head: ok.Head, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -166,11 +161,15 @@ def _row(subject: str, samples: int, seconds: float, peak: float | None, size: i
     }
 
 
-def exponent(rows: Sequence[dict[str, Any]]) -> float:
-    """B of seconds ≈ a · n^b over the sizes, by least squares of the logarithms."""
-    points = [(math.log(row["samples"]), math.log(row["seconds"])) for row in rows if row["subject"] == "gather"]
-    x, y = (np.array(column) for column in zip(*points, strict=True))
-    return float(np.polyfit(x, y, 1)[0])
+def exponents(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Subject → b of seconds ≈ a · n^b, by least squares of the logarithms, where it was measured at several sizes."""
+    found = {}
+    for subject in dict.fromkeys(row["subject"] for row in rows):
+        points = [(row["samples"], row["seconds"]) for row in rows if row["subject"] == subject]
+        if len(points) > 1:
+            x, y = np.log(points).T
+            found[subject] = float(np.polyfit(x, y, 1)[0])
+    return found
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -181,7 +180,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--classes", type=int, default=1000, help="C")
     parser.add_argument("--anchors", type=int, default=4096)
     parser.add_argument("--components", type=int, default=1000, help="K")
-    parser.add_argument("--detectors", nargs="*", choices=DETECTORS, default=list(DETECTORS), help="fitted at the end")
+    parser.add_argument(
+        "--detectors", nargs="*", choices=DETECTORS, default=list(DETECTORS), help="fitted at each size"
+    )
     path = default_results_path("fit_scale")
     parser.add_argument("--json", type=Path, nargs="?", const=path, help="write the rows")
     return parser.parse_args(argv)
@@ -192,17 +193,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = machine_facts()
     print(f"D={options.features} C={options.classes} anchors={options.anchors}, features mapped in fp16")
     rows: list[dict[str, Any]] = []
-    growth = None
     for row in measure(options):
         rows.append({**row, "shape": f"D={options.features} C={options.classes}", "dtype": "float16"})
         print(f"{row['subject']}, {row['samples']:,} samples: {row['seconds']:.1f} s", flush=True)
-        if row["subject"] == "gather" and len(rows) > 1:
-            growth = exponent(rows)
         if options.json:
-            write_results(options.json, machine, rows, time_exponent=growth)
+            write_results(options.json, machine, rows, time_exponents=exponents(rows))
     print_table(rows, COLUMNS)
-    if growth is not None:
-        print(f"gathering grows with n^{growth:.2f}")
+    for subject, growth in exponents(rows).items():
+        print(f"{subject} grows with n^{growth:.2f}")
     return 0
 
 

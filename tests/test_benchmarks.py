@@ -217,13 +217,14 @@ def test_fitting_grows_with_the_samples_and_not_in_memory(tmp_path, monkeypatch)
     path = tmp_path / "rows.json"
     arguments = ["--sizes", "300,900", "--features", "16", "--classes", "5", "--anchors", "50", "--components", "5"]
     assert fit_scale.main([*arguments, "--json", str(path)]) == 0
-    rows = json.loads(path.read_text())["rows"]
-    assert [row["samples"] for row in rows if row["subject"] == "gather"] == [300, 900]
-    fitted = [row["subject"].removeprefix("fit ") for row in rows if row["subject"].startswith("fit ")]
-    assert fitted == list(fit_scale.DETECTORS)
-    assert [row["samples"] for row in rows if row["subject"].startswith("dual basis")] == [50]
-    made = [{"subject": "gather", "samples": n, "seconds": 3e-6 * n**1.5} for n in (10, 100, 1000)]
-    assert fit_scale.exponent(made) == pytest.approx(1.5)
+    document = json.loads(path.read_text())
+    fits = [row for row in document["rows"] if row["subject"].startswith("fit ")]
+    expected = [(f"fit {name}", samples) for samples in (300, 900) for name in fit_scale.DETECTORS]
+    assert [(row["subject"], row["samples"]) for row in fits] == expected
+    assert [row["samples"] for row in document["rows"] if row["subject"].startswith("dual basis")] == [50]
+    assert set(document["time_exponents"]) == {subject for subject, _ in expected}
+    made = [{"subject": "fit opnp", "samples": n, "seconds": 3e-6 * n**1.5} for n in (10, 100, 1000)]
+    assert fit_scale.exponents(made) == {"fit opnp": pytest.approx(1.5)}
 
 
 def test_the_chosen_form_is_held_to_the_faster_one(tmp_path):

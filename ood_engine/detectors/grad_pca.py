@@ -24,7 +24,7 @@ __all__ = ["GradPCA"]
 _CLASS_MEAN_BYTES = 2 * 2**30
 _GRAM_BLOCK = 1024
 _EPSILON = torch.finfo(torch.float64).eps
-_FORMS = ("components", "anchor_cotangents", "anchor_features", "coefficients", "shift", "linear")
+_SUBSPACE = ("components", "anchor_cotangents", "anchor_features", "coefficients", "shift", "linear")
 
 
 @register("grad_pca")
@@ -54,7 +54,7 @@ class GradPCA(Detector):
         if isinstance(anchors_per_class, bool) or not isinstance(anchors_per_class, int) or anchors_per_class < 1:
             raise InputError(f"anchors_per_class={anchors_per_class!r}: expected a whole number of at least 1")
         self._cotangent, self._explained, self._anchors_per_class = cotangent, explained, anchors_per_class
-        for name in _FORMS:
+        for name in _SUBSPACE:
             self.register_buffer(name, None)
 
     def fit(self, data: FitData) -> None:
@@ -63,7 +63,7 @@ class GradPCA(Detector):
         Raises:
             InputError: one class only, or class means that are all equal.
         """
-        for name in _FORMS:
+        for name in _SUBSPACE:
             self._buffers[name] = None
         _, index = data.split(0)
         classes, membership = data.labels(index).unique(return_inverse=True)
@@ -200,7 +200,7 @@ class GradPCA(Detector):
         return score.to(signals.features.dtype)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        for name in _FORMS:
+        for name in _SUBSPACE:
             value = state_dict.get(prefix + name)
             self._buffers[name] = None if value is None else torch.empty_like(value, device=self._place.device)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ood_kernels import reference
 
-from ..detectors.heads.vector_heads import Mahalanobis
+from ..detectors.heads import Mahalanobis
 from ..detectors.low_dim_gradient import LowDimGradient
 from ..errors import InputError
 from ..subspace import Basis, extend

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from ..errors import DetectorUnavailableError
 from ..runtime import Kernels, Masks
 
 __all__ = ["Energies", "Pruner", "Signals", "wide"]
+
+T = TypeVar("T")
 
 Energies = tuple[Tensor, Tensor, Tensor]
 """(lse [N], lse of the pruned head [N], softmax [N, C] of the unpruned head)."""
@@ -67,6 +70,7 @@ class Signals:
         self._energies = energies
         self._coordinates = coordinates or {}
         self._pruner = pruner
+        self._shared: dict[Hashable, Any] = {}
         self.clamped: dict[str, Tensor] = {}
 
     def nap(self, eps: float) -> Tensor:
@@ -103,6 +107,13 @@ class Signals:
         if basis not in self._coordinates:
             self._coordinates[basis] = self._kernels.project_gradients(self.probabilities, self.features, basis)
         return self._coordinates[basis]
+
+    def shared(self, key: Hashable, build: Callable[[], T]) -> T:
+        """What `build` returns, built once a batch for all detectors that ask by the same key."""
+        if key not in self._shared:
+            self._shared[key] = build()
+        value: T = self._shared[key]
+        return value
 
     def count_clamped(self, name: str, rows: Tensor) -> None:
         """Note on the device, without waiting for it, how many rows a detector had to clamp."""

@@ -4,15 +4,14 @@ The gradient of a scalar of the logits is G = a ⊗ h̃ (h̃ = [h; 1]), so every
 ⟨G_i, G_j⟩ = (a_i·a_j)(h̃_i·h̃_j), and PCA of n anchor gradients is the eigenproblem of their centred n × n Gram matrix.
 """
 
+from . import convert as convert  # registers the conversions to a factored basis
 from .base import Basis, extend
 from .class_average import ClassAverageBasis
 from .dual import DualBasis
 from .explicit import ExplicitBasis
 from .factored import FactoredBasis
-from .gathering import gather
 from .plan import Machine, Plan, plan, plan_of
 from .samples import check_n_components
-from .statistics import FitStatistics
 
 __all__ = [
     "BASES",
@@ -21,12 +20,10 @@ __all__ = [
     "DualBasis",
     "ExplicitBasis",
     "FactoredBasis",
-    "FitStatistics",
     "Machine",
     "Plan",
     "check_n_components",
     "extend",
-    "gather",
     "plan",
     "plan_of",
 ]

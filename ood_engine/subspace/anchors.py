@@ -71,7 +71,7 @@ def choose_anchors(
         InputError: samples that are not finite, labels that do not fit, a count below 1 or an unknown method.
     """
     check_anchor_method(method)
-    check_samples(p, h, "none")
+    check_samples(p, h)
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise InputError(f"count={count!r}: expected a whole number of at least 1")
     p, h = p.detach(), h.detach()

@@ -1,8 +1,10 @@
-"""What every basis of gradient space can do."""
+"""What every basis of gradient space can do, and how it measures normalised gradients."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from functools import singledispatch
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,27 +14,44 @@ from ood_kernels import reference
 
 from ..errors import InputError
 from ..fitted import FittedModule
+from .nfk import Separable
+from .plan import Plan, plan_of
 
-if TYPE_CHECKING:
-    from .explicit import ExplicitBasis
-    from .plan import Plan
+__all__ = ["Basis", "extend", "outer_sums", "to_factored", "whitening_of"]
 
-__all__ = ["Basis", "extend"]
+_METRIC = ("inverse_deviation", "class_scale", "feature_scale", "separable_error", "whitening")
 
 
 class Basis(FittedModule):
-    """What all forms share: projection, norms, size."""
+    """A basis of the normalised gradients g̃ = I ∘ (G - Ḡ), whose vectors V need not be orthonormal.
 
-    def __init__(self, *fitted: str, cotangent: str = "energy", bias: bool = True) -> None:
+    The scales are folded into what is stored, so that projecting reads G as it is: ⟨g̃, V_k⟩ = ⟨G - Ḡ, I ∘ V_k⟩. Norms are those
+    of g̃. Buffers that only some bases have decide what it is, so that a state says itself how it was normalised:
+    `inverse_deviation` I [C, D̃] (nfk); `class_scale` u [C], `feature_scale` v [D̃] with I = u ⊗ v, and `separable_error`, 0-d
+    (nfk-separable); `whitening` [K, r], by which coordinates along V become those along an orthonormal basis of its span.
+    """
+
+    def __init__(
+        self, *fitted: str, optional: tuple[str, ...] = (), cotangent: str = "energy", bias: bool = True
+    ) -> None:
         super().__init__(*fitted, "constants", "explained")
         if cotangent not in reference.COTANGENTS:
             raise InputError(f"cotangent={cotangent!r}: expected one of {', '.join(reference.COTANGENTS)}")
         self.cotangent = cotangent
         self.bias = bias
+        self._optional_names = (*_METRIC, *optional)
+        for name in self._optional_names:
+            self.register_buffer(name, None)
 
     constants: Tensor
     explained: Tensor
     """[K] share of the anchors' total gradient variance along each component."""
+    inverse_deviation: Tensor | None
+    class_scale: Tensor | None
+    feature_scale: Tensor | None
+    separable_error: Tensor | None
+    """‖u ⊗ v ∘ (G - Ḡ) - I ∘ (G - Ḡ)‖ relative to ‖I ∘ (G - Ḡ)‖, root mean square over the anchors; None unless nfk-separable."""
+    whitening: Tensor | None
 
     @property
     def n_components(self) -> int:
@@ -45,14 +64,28 @@ class Basis(FittedModule):
         raise NotImplementedError
 
     @property
+    def normalisation(self) -> str:
+        """What was done to the gradients: "none", "nfk" or "nfk-separable"."""
+        if self.inverse_deviation is not None:
+            return "nfk"
+        return "none" if self.class_scale is None else "nfk-separable"
+
+    @property
+    def is_orthonormal(self) -> bool:
+        """Whether the vectors are orthonormal, in the space of the normalised gradients."""
+        return self.whitening is None
+
+    @property
     def bytes(self) -> int:
         """Bytes that a projection reads beside its inputs."""
         return sum(part.nbytes for part in self.tensors().parts() if part is not None)
 
-    def plan(self, samples: int = 64) -> Plan:
-        """What this form and the others of the same subspace cost for a batch, see `ood_engine.subspace.plan`."""
-        from .plan import plan_of
+    def flops(self, samples: int) -> int:
+        """Floating point operations of projecting `samples` gradients."""
+        raise NotImplementedError
 
+    def plan(self, samples: int = 64) -> Plan:
+        """What this basis and the others of the same subspace cost for a batch, see `ood_engine.subspace.plan`."""
         return plan_of(self, samples=samples)
 
     def tensors(self) -> ok.BasisTensors:
@@ -63,43 +96,126 @@ class Basis(FittedModule):
         """Centred coordinates g_low [N, K] of the gradients at softmax p [N, C] and features h [N, D]."""
         return ok.project_gradients(p, h, self)
 
-    def to_explicit(self) -> ExplicitBasis:
-        """The same subspace as its vectors [K, C, D̃]."""
-        raise NotImplementedError
-
     def combine(self, weights: Tensor) -> Tensor:
         """Σ_k weights_k V_k, [C, D̃] in fp64: the direction in gradient space with these coordinates."""
         raise NotImplementedError
 
-    def flops(self, samples: int) -> int:
-        """Floating point operations of projecting `samples` gradients."""
+    def to_explicit(self) -> Basis:
+        """The same subspace as its vectors [K, C, D̃], an `ExplicitBasis`: 8 GB for ImageNet's ResNet-50 at K = 1000."""
         raise NotImplementedError
 
+    def to_factored(self, tolerance: float = 0.01) -> Basis:
+        """The same vectors inside a product of two smaller spaces, a `FactoredBasis`.
+
+        Args:
+            tolerance: largest share of Σ_k explained_k ‖V_k‖² to lose, in [0, 1); 0.01 is ours.
+
+        Raises:
+            InputError: the basis is normalised with "nfk", whose scales are no product.
+        """
+        return to_factored(self, tolerance)
+
     def centred_norm(self, p: Tensor, h: Tensor) -> Tensor:
-        """‖G - Ḡ‖ [N] in fp64: ‖a‖²‖h̃‖² - 2 aᵀ Ḡ h̃ + ‖Ḡ‖², a difference of large numbers."""
+        """‖g̃‖ [N] in fp64: ‖a‖²‖h̃‖² - 2 aᵀ Ḡ h̃ + ‖Ḡ‖² without normalisation, a difference of large numbers."""
         return self._norms(p, h)[0].sqrt()
 
     def residual_norm(self, p: Tensor, h: Tensor) -> Tensor:
-        """‖(I - V Vᵀ)(G - Ḡ)‖ [N] in fp64: the part of the centred gradient outside the subspace; V has orthonormal columns."""
+        """Norm of the part of g̃ outside the span of V, [N] in fp64."""
         total, inside = self._norms(p, h)
         return (total - inside).clamp_min(0).sqrt()
 
+    def metric(self) -> dict[str, Tensor]:
+        """The buffers that say how gradients are measured, those that are there."""
+        return {name: value for name in _METRIC if (value := self._buffers[name]) is not None}
+
+    def set_separable(self, found: Separable) -> None:
+        """Measure gradients scaled by u ⊗ v."""
+        scales = {"class_scale": found.class_scale, "feature_scale": found.feature_scale}
+        self.set_fitted(**scales, separable_error=found.error)
+
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """Scales u [C] and v [D̃] in fp64; [1] and 1 unless nfk-separable."""
+        if self.class_scale is None or self.feature_scale is None:
+            one = torch.ones(1, dtype=torch.float64, device=self._place.device)
+            return one, one
+        return self.class_scale, self.feature_scale
+
+    def scaled(self, a: Tensor, h: Tensor, power: int = 1) -> tuple[Tensor, Tensor]:
+        """u^power ∘ a and v^power ∘ h; v is 1 for the bias."""
+        if self.class_scale is None or self.feature_scale is None:
+            return a, h
+        return a * self.class_scale**power, h * self.feature_scale[: h.shape[1]] ** power
+
     def _norms(self, p: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """‖G - Ḡ‖² and ‖g_low‖², [N] each, in fp64."""
+        """‖g̃‖² and the share of it inside the span of V, [N] each, in fp64."""
         a, h = reference.cotangent(p.double(), self.cotangent), h.double()
         along_mean, coordinates = self._inner_products(a, h)
-        total = a.square().sum(1) * (h.square().sum(1) + self.bias) - 2 * along_mean + self._mean_square()
+        if self.whitening is not None:
+            coordinates = coordinates @ self.whitening.double()
+        total = self._square(a, h) - 2 * along_mean + self._mean_square()
         return total.clamp_min(0), coordinates.square().sum(1)
 
     def _inner_products(self, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """⟨G, Ḡ⟩ [N] and the centred coordinates [N, K], in fp64."""
+        """⟨I ∘ G, I ∘ Ḡ⟩ [N] and the centred coordinates [N, K], in fp64."""
         raise NotImplementedError
 
+    def _square(self, a: Tensor, h: Tensor) -> Tensor:
+        """‖I ∘ G‖² [N]."""
+        if self.inverse_deviation is not None:
+            squares = extend(h, self.bias).square()
+            return ((a.square() @ self.inverse_deviation.double().square()) * squares).sum(1)
+        if self.class_scale is not None:
+            a, h = self.scaled(a, h)
+        return a.square().sum(1) * (h.square().sum(1) + self.bias)
+
+    def _along_mean(self, a: Tensor, h: Tensor) -> Tensor:
+        return ((a @ self._metric_mean()) * extend(h, self.bias)).sum(1)
+
     def _mean_square(self) -> Tensor:
-        """‖Ḡ‖², 0-d in fp64."""
-        raise NotImplementedError
+        """‖I ∘ Ḡ‖², 0-d in fp64."""
+        return (self.mean.double() * self._metric_mean()).sum()
+
+    def _metric_mean(self) -> Tensor:
+        """I² ∘ Ḡ [C, D̃] in fp64, so that ⟨G, I² ∘ Ḡ⟩ is the inner product of the normalised."""
+        mean = self.mean.double()
+        if self.inverse_deviation is not None:
+            return mean * self.inverse_deviation.double().square()
+        class_scale, feature_scale = self.scales()
+        return mean * class_scale.square()[:, None] * feature_scale.square()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        for name in self._optional_names:
+            value = state_dict.get(prefix + name)
+            self._buffers[name] = None if value is None else torch.empty_like(value, device=self._place.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@singledispatch
+def to_factored(basis: Basis, tolerance: float) -> Basis:
+    """What `Basis.to_factored` calls; `ood_engine.subspace.convert` registers each basis."""
+    raise NotImplementedError(f"{type(basis).__name__} has no conversion to a factored basis")
 
 
 def extend(h: Tensor, bias: bool) -> Tensor:
     """h̃ = [h; 1] where the bias is part of the gradient, else h."""
     return torch.cat([h, h.new_ones(h.shape[0], 1)], 1) if bias else h
+
+
+def outer_sums(a: Tensor, h: Tensor, coefficients: Tensor) -> Tensor:
+    """Σ_i coefficients_ik a_i ⊗ h_i for every k, [K, C, D̃], one at a time."""
+    sums = torch.empty((coefficients.shape[1], a.shape[1], h.shape[1]), dtype=h.dtype, device=h.device)
+    for k, column in enumerate(coefficients.T):
+        torch.matmul((a * column[:, None]).T, h, out=sums[k])
+    return sums
+
+
+def whitening_of(gram: Tensor, dtype: torch.dtype) -> Tensor:
+    """[K, r] that maps inner products with K vectors to coordinates along an orthonormal basis of their span.
+
+    Args:
+        gram: [K, K] inner products of the vectors, in fp64.
+        dtype: the precision that the vectors are stored in: directions below its rounding are left out.
+    """
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+    kept = eigenvalues > len(gram) * torch.finfo(dtype).eps * eigenvalues[-1]
+    return eigenvectors[:, kept] / eigenvalues[kept].sqrt()

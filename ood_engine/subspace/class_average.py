@@ -11,12 +11,11 @@ from ood_kernels import reference
 
 from ..errors import InputError
 from . import nfk
-from .base import extend
+from .base import Basis, extend, whitening_of
 from .class_samples import ClassSamples
 from .dual import DualBasis
 from .explicit import ExplicitBasis
-from .factored import FactoredBasis
-from .metric import MetricBasis, whitening_of
+from .samples import check_fit
 
 __all__ = ["MAX_BYTES", "ClassAverageBasis", "class_means_bytes"]
 
@@ -29,7 +28,7 @@ _EXPLICIT = ("components", "mean_gradient")
 _DUAL = ("anchor_cotangents", "anchor_features", "coefficients", "shift", "linear", "mean_square", "weights")
 
 
-class ClassAverageBasis(MetricBasis):
+class ClassAverageBasis(Basis):
     """Column c is (Ḡ_c - Ḡ) / ‖Ḡ_c - Ḡ‖ over the samples of true class c: normalised, not orthogonalised, as in the paper's code.
 
     Held in one of two forms, see `fit`: as the columns [K, C, D̃] themselves, or over anchors, V_c = Σ_i α_ic a_i ⊗ h̃_i with
@@ -85,7 +84,7 @@ class ClassAverageBasis(MetricBasis):
                 an unknown option.
         """
         basis = cls(cotangent=cotangent, bias=bias).to(p.device)
-        nfk.check_fit(p, h, normalisation, ("none", "nfk", "nfk-separable"), max_anchors)
+        check_fit(p, h, normalisation, ("none", "nfk", "nfk-separable"), max_anchors)
         samples = ClassSamples.of(p.detach(), h.detach(), labels, cotangent, bias)
         required = class_means_bytes(len(samples.classes), p.shape[1], h.shape[1] + bias, samples.dtype)
         if required <= max_bytes:
@@ -217,12 +216,8 @@ class ClassAverageBasis(MetricBasis):
         """The columns themselves [K, C, D̃]."""
         return self.form.to_explicit()
 
-    def to_dual(self) -> DualBasis:
-        """The columns over their anchors; InputError where the class means are held, and no anchors."""
-        return self.form.to_dual()
-
-    def to_factored(self, tolerance: float = 0.01) -> FactoredBasis:
-        """The same columns inside a product of two smaller spaces, see `DualBasis.to_factored`."""
+    def to_factored(self, tolerance: float = 0.01) -> Basis:
+        """The same columns inside a product of two smaller spaces, see `Basis.to_factored`."""
         return self.form.to_factored(tolerance)
 
 

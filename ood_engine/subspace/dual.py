@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -12,21 +10,17 @@ from ood_kernels import reference
 
 from . import nfk
 from .anchors import check_anchor_method, choose_anchors
-from .base import extend
-from .eigen import CentredGram, leading_eigenpairs
-from .metric import MetricBasis
-from .samples import check_n_components, count_components, fix_signs
-
-if TYPE_CHECKING:
-    from .explicit import ExplicitBasis
-    from .factored import FactoredBasis
+from .base import Basis, extend, outer_sums
+from .eigen import LARGEST_EIGENPROBLEM, gram_pca
+from .explicit import ExplicitBasis
+from .samples import check_fit, check_n_components
 
 __all__ = ["DualBasis"]
 
 _ANCHOR_BLOCK = 256
 
 
-class DualBasis(MetricBasis):
+class DualBasis(Basis):
     """PCA of last-layer gradients, written over the n anchor samples it was found from: V_k = Σ_i α_ik (a_i ⊗ h̃_i).
 
     Exact: coordinates equal those of PCA on the materialised gradients of the anchors up to sign, at 2·(n·(C + D + K) + C·K)
@@ -60,8 +54,6 @@ class DualBasis(MetricBasis):
     ) -> DualBasis:
         """Find the subspace from ID samples, at most `max_anchors` of which become the anchors.
 
-        Exact up to `ood_engine.subspace.eigen.EXACT_ROWS` anchors; beyond, by block iteration to a relative residual of 1e-8.
-
         Args:
             p: softmax [n, C].
             h: features [n, D].
@@ -72,7 +64,7 @@ class DualBasis(MetricBasis):
             cotangent: the scalar that is differentiated.
             normalisation: "none", our default: centred only; "nfk-separable", the nearest that keeps rank one to the "nfk" of all
                 runs in the paper's README (exact in `ExplicitBasis`); `separable_error` is its relative error.
-            max_anchors: most samples to build the Gram matrix from.
+            max_anchors: most samples to build the Gram matrix from, at most 8192.
             bias: take the gradients of weight and bias together.
             anchors: how they are chosen where there are more samples, see `choose_anchors`: "first", "class_balanced" or "pivoted";
                 the latter two are ours. `residual` says what they leave out. Mean and PCA are those of the anchors, so a choice
@@ -82,11 +74,11 @@ class DualBasis(MetricBasis):
             The fitted basis, in fp64 where p or h is, else fp32.
 
         Raises:
-            InputError: gradients that are all equal, values that are not finite, or an unknown option.
+            InputError: gradients that are all equal, values that are not finite, more than 8192 anchors, or an unknown option.
         """
         check_n_components(n_components)
         basis = cls(cotangent=cotangent, bias=bias).to(p.device)
-        nfk.check_fit(p, h, normalisation, ("none", "nfk-separable"), max_anchors, nfk.BREAKS_RANK_ONE)
+        check_fit(p, h, normalisation, ("none", "nfk-separable"), max_anchors, LARGEST_EIGENPROBLEM)
         p, h = p.detach(), h.detach()
         dtype = reference.compute_dtype(p, h)
         check_anchor_method(anchors)
@@ -100,23 +92,20 @@ class DualBasis(MetricBasis):
         if normalisation == "nfk-separable":
             basis.set_separable(nfk.separate(nfk.mean_and_deviation(anchor_a, extend(anchor_h, bias))[1], bias))
         anchor_a, anchor_h = basis.scaled(anchor_a, anchor_h)
-        gram = CentredGram(anchor_a, extend(anchor_h, bias))
-        eigenvalues, eigenvectors, total = leading_eigenpairs(gram, n_components)
-        kept = count_components(eigenvalues, gram, n_components, total if len(eigenvalues) < len(gram) else None)
-        explained = eigenvalues[:kept] / total
-        coefficients = fix_signs(eigenvectors[:, :kept]) / eigenvalues[:kept].sqrt()
+        extended = extend(anchor_h, bias)
+        found = gram_pca((anchor_a @ anchor_a.T) * (extended @ extended.T), n_components)
         # ⟨u∘a ⊗ v∘h̃, u∘a_i ⊗ v∘h̃_i⟩ = ⟨a ⊗ h̃, u²∘a_i ⊗ v²∘h̃_i⟩: with the scales twice on the anchors, none is left on samples.
         anchor_a, anchor_h = basis.scaled(anchor_a, anchor_h)
-        linear = reference.linear_part(anchor_a, anchor_h, coefficients, shift.double(), bias)
+        linear = reference.linear_part(anchor_a, anchor_h, found.coefficients, shift.double(), bias)
         basis.set_fitted(
             anchor_cotangents=anchor_a.to(dtype),
             anchor_features=anchor_h.to(dtype),
-            coefficients=coefficients.to(dtype),
-            constants=(gram.row_mean @ coefficients).to(dtype),
+            coefficients=found.coefficients.to(dtype),
+            constants=found.constants.to(dtype),
             shift=shift,
             linear=linear.to(dtype),
-            explained=explained.to(dtype),
-            mean_square=gram.mean,
+            explained=found.explained.to(dtype),
+            mean_square=found.mean_square,
         )
         nfk.check_finite(*(basis.fitted(name) for name in ("anchor_cotangents", "anchor_features", "linear")))
         return basis
@@ -124,10 +113,11 @@ class DualBasis(MetricBasis):
     @property
     def mean(self) -> Tensor:
         """[C, D̃] mean gradient of the anchors."""
-        a, h = self.scaled(*self._anchors(), power=-2)
+        a, h = self.scaled(*self.anchors(), power=-2)
         return (a * self._mean_weights()[:, None]).T @ extend(h, self.bias)
 
-    def _anchors(self) -> tuple[Tensor, Tensor]:
+    def anchors(self) -> tuple[Tensor, Tensor]:
+        """Anchor cotangents [n, C] and features [n, D] as they are stored, with u² and v² folded in, in fp64."""
         return self.fitted("anchor_cotangents").double(), self.fitted("anchor_features").double()
 
     def _mean_weights(self) -> Tensor:
@@ -155,8 +145,8 @@ class DualBasis(MetricBasis):
         )
 
     def combine(self, weights: Tensor) -> Tensor:
-        """Σ_k weights_k V_k, [C, D̃] in fp64."""
-        a, h = self._anchors()
+        """Σ_k weights_k V_k, [C, D̃] in fp64: the direction in gradient space with these coordinates."""
+        a, h = self.anchors()
         along = self.fitted("coefficients").double() @ weights.double()
         return (a * along[:, None]).T @ extend(h, self.bias)
 
@@ -177,36 +167,5 @@ class DualBasis(MetricBasis):
 
     def to_explicit(self) -> ExplicitBasis:
         """The same subspace as its vectors [K, C, D̃]: K·C·D̃ numbers, 8 GB for ImageNet's ResNet-50 at K = 1000."""
-        a, h = self.fitted("anchor_cotangents"), extend(self.fitted("anchor_features"), self.bias)
-        coefficients = self.fitted("coefficients")
-        components = torch.empty((coefficients.shape[1], a.shape[1], h.shape[1]), dtype=h.dtype, device=h.device)
-        for k, column in enumerate(coefficients.T):
-            torch.matmul((a * column[:, None]).T, h, out=components[k])
-        from .explicit import ExplicitBasis
-
-        basis = ExplicitBasis(cotangent=self.cotangent, bias=self.bias).to(a.device)
-        basis.set_fitted(
-            components=components,
-            mean_gradient=self.mean.to(h.dtype),
-            constants=self.fitted("constants").clone(),
-            explained=self.fitted("explained").clone(),
-            **self.metric(),
-        )
-        return basis
-
-    def to_dual(self) -> DualBasis:
-        """Itself."""
-        return self
-
-    def to_factored(self, tolerance: float = 0.01) -> FactoredBasis:
-        """The same vectors inside a product of two smaller spaces, that keep all but `tolerance` of their explained variance.
-
-        Reads the anchors alone: with B = α diag(explained) αᵀ, Σ_k explained_k V_k V_kᵀ = Aᵀ (B ∘ H̃ H̃ᵀ) A.
-        """
-        from .factored import core_of, factor
-
-        a, h = self.scaled(*self._anchors(), power=-1)
-        h, coefficients = extend(h, self.bias), self.fitted("coefficients").double()
-        weights = (coefficients * self.fitted("explained").double()) @ coefficients.T
-        left, right = a.T @ (weights * (h @ h.T)) @ a, h.T @ (weights * (a @ a.T)) @ h
-        return factor(self, left, right, lambda p, q: core_of(a @ p, h @ q, coefficients), tolerance)
+        h = extend(self.fitted("anchor_features"), self.bias)
+        return ExplicitBasis.of(self, outer_sums(self.fitted("anchor_cotangents"), h, self.fitted("coefficients")))

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 import ood_kernels as ok
 from ood_kernels import reference
 
-from ..errors import InputError
 from . import nfk
-from .base import extend
-from .dual import DualBasis
-from .metric import MetricBasis
-from .samples import check_n_components
-
-if TYPE_CHECKING:
-    from .factored import FactoredBasis
+from .base import Basis, extend, outer_sums
+from .eigen import LARGEST_EIGENPROBLEM, gram_pca
+from .samples import check_fit, check_n_components
 
 __all__ = ["ExplicitBasis"]
 
 
-class ExplicitBasis(MetricBasis):
+class ExplicitBasis(Basis):
     """A gradient subspace as its vectors V [K, C, D̃]: 2·K·C·D̃ flops a sample, for few classes or few components.
 
-    The only form that holds the paper's normalisation exactly: it stores I ∘ V.
+    The only basis that holds the paper's normalisation exactly: it stores I ∘ V.
 
     Args:
         cotangent: the scalar that is differentiated, see `ood_kernels.reference.cotangent`.
@@ -61,7 +53,7 @@ class ExplicitBasis(MetricBasis):
                 to explain, in (0, 1).
             cotangent: the scalar that is differentiated.
             normalisation: "none", our default; "nfk", that of all runs in the paper's README, at 2·n²·C·D̃ flops; "nfk-separable".
-            max_anchors: most samples that PCA reads, the first of them.
+            max_anchors: most samples that PCA reads, the first of them, at most 8192.
             bias: take the gradients of weight and bias together.
             max_bytes: most memory for the components of "nfk"; 2 GiB is ours.
 
@@ -69,38 +61,47 @@ class ExplicitBasis(MetricBasis):
             The fitted basis, in fp64 where p or h is, else fp32.
 
         Raises:
-            InputError: gradients that are all equal, values that are not finite, components beyond `max_bytes`, or an unknown
-                option.
+            InputError: gradients that are all equal, values that are not finite, more than 8192 anchors, components beyond
+                `max_bytes`, or an unknown option.
         """
-        if normalisation in ("none", "nfk-separable"):
-            dual = DualBasis.fit(
-                p,
-                h,
-                n_components=n_components,
-                cotangent=cotangent,
-                normalisation=normalisation,
-                max_anchors=max_anchors,
-                bias=bias,
-            )
-            return dual.to_explicit()
         check_n_components(n_components)
         basis = cls(cotangent=cotangent, bias=bias).to(p.device)
-        nfk.check_fit(p, h, normalisation, ("none", "nfk", "nfk-separable"), max_anchors)
+        check_fit(p, h, normalisation, ("none", "nfk", "nfk-separable"), max_anchors, LARGEST_EIGENPROBLEM)
         dtype = reference.compute_dtype(p, h)
         a = reference.cotangent(p.detach()[:max_anchors].double(), cotangent)
         features = extend(h.detach()[:max_anchors].double(), bias)
         mean, spread = nfk.mean_and_deviation(a, features)
-        found = nfk.pca(a, features, mean, spread, n_components, dtype, max_bytes)
-        scale = nfk.inverse(spread).to(dtype)
-        nfk.check_finite(scale)
+        if normalisation == "nfk":
+            components, constants, explained = nfk.pca(a, features, mean, spread, n_components, dtype, max_bytes)
+            basis.set_fitted(inverse_deviation=nfk.inverse(spread).to(dtype))
+        else:
+            if normalisation == "nfk-separable":
+                basis.set_separable(nfk.separate(spread, bias))
+            a, features = basis.scaled(a, features)
+            coefficients, _, explained, constants, _ = gram_pca((a @ a.T) * (features @ features.T), n_components)
+            a, features = basis.scaled(a, features)
+            components = outer_sums(a.to(dtype), features.to(dtype), coefficients.to(dtype))
         basis.set_fitted(
-            components=found.components,
-            constants=found.constants.to(dtype),
-            explained=found.explained.to(dtype),
+            components=components,
+            constants=constants.to(dtype),
+            explained=explained.to(dtype),
             mean_gradient=mean.to(dtype),
-            inverse_deviation=scale,
         )
+        nfk.check_finite(components, *basis.metric().values())
         return basis
+
+    @classmethod
+    def of(cls, basis: Basis, components: Tensor) -> ExplicitBasis:
+        """The subspace of another basis from its vectors [K, C, D̃], which keeps its mean, shares and scales."""
+        explicit = cls(cotangent=basis.cotangent, bias=basis.bias).to(components.device)
+        explicit.set_fitted(
+            components=components,
+            mean_gradient=basis.mean.to(components.dtype, copy=True),
+            constants=basis.fitted("constants").clone(),
+            explained=basis.fitted("explained").clone(),
+            **basis.metric(),
+        )
+        return explicit
 
     @property
     def mean(self) -> Tensor:
@@ -121,7 +122,7 @@ class ExplicitBasis(MetricBasis):
         )
 
     def combine(self, weights: Tensor) -> Tensor:
-        """Σ_k weights_k V_k, [C, D̃] in fp64."""
+        """Σ_k weights_k V_k, [C, D̃] in fp64: the direction in gradient space with these coordinates."""
         components = self.fitted("components")
         total = torch.zeros(components.shape[1:], dtype=torch.float64, device=components.device)
         for weight, component in zip(weights.double(), components, strict=True):
@@ -134,29 +135,3 @@ class ExplicitBasis(MetricBasis):
     def to_explicit(self) -> ExplicitBasis:
         """Itself."""
         return self
-
-    def to_factored(self, tolerance: float = 0.01) -> FactoredBasis:
-        """The same vectors inside a product of two smaller spaces, that keep all but `tolerance` of their explained variance.
-
-        Raises:
-            InputError: the basis is normalised with "nfk", whose scales are no product.
-        """
-        from .factored import factor
-
-        if self.normalisation == "nfk":
-            raise InputError(
-                "normalisation='nfk' scales every entry of a gradient by itself, which no product of two spaces can hold:"
-                " expected 'none' or 'nfk-separable'; fit a FactoredBasis with one of them"
-            )
-        weights = self.fitted("explained").double()
-        classes, width = self.mean.shape
-        left, right = weights.new_zeros((classes, classes)), weights.new_zeros((width, width))
-        for weight, vector in zip(weights, self._vectors(), strict=True):
-            left += weight * vector @ vector.T
-            right += weight * vector.T @ vector
-        return factor(self, left, right, lambda p, q: torch.stack([p.T @ v @ q for v in self._vectors()]), tolerance)
-
-    def _vectors(self) -> Iterator[Tensor]:
-        """One [C, D̃] after another in fp64, in the space of the normalised gradients."""
-        class_scale, feature_scale = self.scales()
-        return (vector.double() / class_scale[:, None] / feature_scale for vector in self.fitted("components"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,18 +12,17 @@ from ood_kernels import reference
 
 from ..errors import InputError
 from . import nfk
-from .base import extend
+from .base import Basis, extend, outer_sums
+from .eigen import LARGEST_EIGENPROBLEM, gram_pca
 from .explicit import ExplicitBasis
-from .metric import MetricBasis, whitening_of
-from .samples import check_n_components, count_components, fix_signs
+from .samples import check_fit, check_n_components, count_components, fix_signs
 
-__all__ = ["FactoredBasis", "core_of", "factor"]
+__all__ = ["FactoredBasis", "leading_factors"]
 
-_LARGEST_EIGENPROBLEM = 8192
 _WORKSPACE_ELEMENTS = 4 * 2**20
 
 
-class FactoredBasis(MetricBasis):
+class FactoredBasis(Basis):
     """PCA of the gradients reduced to U_pᵀ G U_h = (U_pᵀ a) ⊗ (U_hᵀ h̃): V_k = U_p core_k U_hᵀ, with U_p [C, R] and U_h [D̃, Q].
 
     U_p and U_h are the leading eigenvectors of Σ (G - Ḡ)(G - Ḡ)ᵀ [C, C] and Σ (G - Ḡ)ᵀ(G - Ḡ) [D̃, D̃], the higher-order singular
@@ -80,7 +79,7 @@ class FactoredBasis(MetricBasis):
         """
         check_n_components(n_components)
         basis = cls(cotangent=cotangent, bias=bias).to(p.device)
-        nfk.check_fit(p, h, normalisation, ("none", "nfk-separable"), max_anchors, nfk.BREAKS_RANK_ONE)
+        check_fit(p, h, normalisation, ("none", "nfk-separable"), max_anchors)
         a = reference.cotangent(p.detach()[:max_anchors].double(), cotangent)
         features = extend(h.detach()[:max_anchors].double(), bias)
         dtype = reference.compute_dtype(p, h)
@@ -90,15 +89,15 @@ class FactoredBasis(MetricBasis):
         class_scale, feature_scale = basis.scales()
         a, features = a * class_scale, features * feature_scale
         left, right = _scatters(a, features)
-        class_factors, feature_factors = _factors(left, right, tolerance, ranks)
+        class_factors, feature_factors = leading_factors(left, right, tolerance, ranks)
         t, s = a @ class_factors, features @ feature_factors
         core, eigenvalues = _reduced_pca(t, s, n_components)
         total, kept = left.diagonal().sum(), _scatters(t, s)[0].diagonal().sum()
         basis.set_fitted(explained=(eigenvalues / total).to(dtype))
-        basis._set_factors(class_factors, feature_factors, core, kept / total, dtype)
+        basis.set_factors(class_factors, feature_factors, core, kept / total, dtype)
         return basis
 
-    def _set_factors(
+    def set_factors(
         self, class_factors: Tensor, feature_factors: Tensor, core: Tensor, captured: Tensor, dtype: torch.dtype
     ) -> None:
         """Set what projects; factors and core are those of the normalised gradients."""
@@ -142,55 +141,22 @@ class FactoredBasis(MetricBasis):
             bias=self.bias,
         )
 
-    def combine(self, weights: Tensor) -> Tensor:
-        """Σ_k weights_k V_k, [C, D̃] in fp64."""
-        tensors = self.tensors()
-        core = torch.tensordot(weights.double(), tensors.core.double(), 1)
-        return tensors.class_factors.double() @ core @ tensors.feature_factors.double().T
-
     def _inner_products(self, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         return self._along_mean(a, h), self.tensors().project(a, h)
 
+    def combine(self, weights: Tensor) -> Tensor:
+        """Σ_k weights_k V_k, [C, D̃] in fp64: the direction in gradient space with these coordinates."""
+        core = torch.tensordot(weights.double(), self.fitted("core").double(), 1)
+        return self.class_factors.double() @ core @ self.feature_factors.double().T
+
     def to_explicit(self) -> ExplicitBasis:
-        """The same subspace as its vectors [K, C, D̃]."""
+        """The same subspace as its vectors [K, C, D̃], V_k = U_p core_k U_hᵀ."""
         tensors = self.tensors()
-        basis = ExplicitBasis(cotangent=self.cotangent, bias=self.bias).to(tensors.core.device)
-        basis.set_fitted(
-            components=(tensors.class_factors @ tensors.core) @ tensors.feature_factors.T,
-            mean_gradient=self.mean.clone(),
-            constants=self.fitted("constants").clone(),
-            explained=self.fitted("explained").clone(),
-            **self.metric(),
-        )
-        return basis
+        return ExplicitBasis.of(self, (tensors.class_factors @ tensors.core) @ tensors.feature_factors.T)
 
     def to_factored(self, tolerance: float = 0.01) -> FactoredBasis:
         """Itself."""
         return self
-
-
-def factor(
-    basis: MetricBasis, left: Tensor, right: Tensor, reduce: Callable[[Tensor, Tensor], Tensor], tolerance: float
-) -> FactoredBasis:
-    """The vectors of another basis, projected onto the product of two spaces found for them.
-
-    Args:
-        basis: whose mean, shares and scales the new one takes.
-        left: Σ_k explained_k V_k V_kᵀ [C, C] in the space of the normalised gradients.
-        right: Σ_k explained_k V_kᵀ V_k [D̃, D̃].
-        reduce: (U_p, U_h) → core [K, R, Q] = U_pᵀ V_k U_h.
-        tolerance: largest share of Σ_k explained_k ‖V_k‖² to lose.
-    """
-    dtype, explained = basis.fitted("constants").dtype, basis.fitted("explained")
-    class_factors, feature_factors = _factors(left, right, tolerance, None)
-    core = reduce(class_factors, feature_factors)
-    kept = explained.double() @ core.square().sum((1, 2))
-    found = FactoredBasis(cotangent=basis.cotangent, bias=basis.bias).to(core.device)
-    found.set_fitted(mean_gradient=basis.mean.to(dtype), explained=explained.clone(), **basis.metric())
-    # The parts of orthonormal vectors are not quite orthonormal.
-    found.set_fitted(whitening=whitening_of(core.flatten(1) @ core.flatten(1).T, dtype))
-    found._set_factors(class_factors, feature_factors, core, kept / left.diagonal().sum(), dtype)
-    return found
 
 
 def _scatters(a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,13 +167,20 @@ def _scatters(a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return left, right
 
 
-def core_of(t: Tensor, s: Tensor, coefficients: Tensor) -> Tensor:
-    """core_k = Σ_i coefficients_ik t_i ⊗ s_i, [K, R, Q]."""
-    return torch.stack([(t * column[:, None]).T @ s for column in coefficients.T])
+def leading_factors(
+    left: Tensor, right: Tensor, tolerance: float, ranks: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """U_p [C, R] and U_h [D̃, Q], orthonormal: the leading eigenvectors of `left` [C, C] and `right` [D̃, D̃].
 
+    Args:
+        left: Σ (G - Ḡ)(G - Ḡ)ᵀ.
+        right: Σ (G - Ḡ)ᵀ(G - Ḡ).
+        tolerance: largest share of the trace to lose, half of it on each side.
+        ranks: (R, Q), in place of the tolerance.
 
-def _factors(left: Tensor, right: Tensor, tolerance: float, ranks: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-    """U_p [C, R] and U_h [D̃, Q], orthonormal."""
+    Raises:
+        InputError: a tolerance outside [0, 1), or ranks that the matrices do not have.
+    """
     if not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
         raise InputError(f"tolerance={tolerance!r}: expected the largest share of the trace to lose, in [0, 1)")
     largest = (len(left), len(right))
@@ -233,19 +206,14 @@ def _leading(moment: Tensor, tolerance: float, rank: int | None) -> Tensor:
 def _reduced_pca(t: Tensor, s: Tensor, n_components: int | float) -> tuple[Tensor, Tensor]:
     """(core [K, R, Q], eigenvalues [K]) of the centred t_i ⊗ s_i, through the smaller of their covariance and Gram matrix."""
     samples, size = len(t), t.shape[1] * s.shape[1]
-    if min(samples, size) > _LARGEST_EIGENPROBLEM:
+    if min(samples, size) > LARGEST_EIGENPROBLEM:
         raise InputError(
             f"{samples} samples and ranks {t.shape[1]} x {s.shape[1]} ask for an eigenproblem of {min(samples, size)}: expected at"
-            f" most {_LARGEST_EIGENPROBLEM}; give max_anchors={_LARGEST_EIGENPROBLEM} or a larger tolerance"
+            f" most {LARGEST_EIGENPROBLEM}; give max_anchors={LARGEST_EIGENPROBLEM} or a larger tolerance"
         )
     if size >= samples:
-        gram = (t @ t.T) * (s @ s.T)
-        along_mean = gram.mean(1)
-        centred = gram - along_mean[:, None] - along_mean[None, :] + along_mean.mean()
-        eigenvalues, vectors = (part.flip(-1) for part in torch.linalg.eigh(centred))
-        kept = count_components(eigenvalues, gram, n_components)
-        coefficients = fix_signs(vectors[:, :kept]) / eigenvalues[:kept].sqrt()
-        return core_of(t, s, coefficients), eigenvalues[:kept]
+        found = gram_pca((t @ t.T) * (s @ s.T), n_components)
+        return outer_sums(t, s, found.coefficients), found.eigenvalues
     covariance = t.new_zeros((size, size))
     for block in _centred_blocks(t, s):
         covariance += block.T @ block
@@ -254,7 +222,7 @@ def _reduced_pca(t: Tensor, s: Tensor, n_components: int | float) -> tuple[Tenso
     # The other samples - size eigenvalues of their Gram matrix are 0.
     kept = count_components(torch.cat([eigenvalues, eigenvalues.new_zeros(samples - size)]), largest, n_components)
     coordinates = torch.cat([block @ vectors[:, :kept] for block in _centred_blocks(t, s)])
-    return core_of(t, s, fix_signs(coordinates) / eigenvalues[:kept]), eigenvalues[:kept]
+    return outer_sums(t, s, fix_signs(coordinates) / eigenvalues[:kept]), eigenvalues[:kept]
 
 
 def _centred_blocks(t: Tensor, s: Tensor) -> Iterator[Tensor]:

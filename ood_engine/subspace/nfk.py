@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .samples import check_samples, count_components, fix_signs
+from .eigen import gram_pca
 
 __all__ = [
-    "BREAKS_RANK_ONE",
     "NormalisedPca",
     "Separable",
     "check_finite",
-    "check_fit",
     "deviation",
     "inverse",
     "mean_and_deviation",
@@ -29,7 +27,6 @@ __all__ = [
     "separate",
 ]
 
-BREAKS_RANK_ONE = "; 'nfk' scales every entry by itself, which only an ExplicitBasis can hold"
 _WORKSPACE_ELEMENTS = 4 * 2**20
 _SWEEPS = 20
 _ROUNDINGS = 8
@@ -49,20 +46,6 @@ class NormalisedPca(NamedTuple):
     components: Tensor
     constants: Tensor
     explained: Tensor
-
-
-def check_fit(
-    p: Tensor, h: Tensor, normalisation: str, known: tuple[str, ...], max_anchors: int, otherwise: str = ""
-) -> None:
-    """Raise InputError unless p [n, C] and h [n, D] are finite samples and the options are known."""
-    if normalisation not in known:
-        expected = " or ".join(repr(name) for name in known)
-        raise InputError(f"normalisation={normalisation!r}: expected {expected}{otherwise}")
-    if not isinstance(max_anchors, int) or max_anchors < 1:
-        raise InputError(f"max_anchors={max_anchors!r}: expected a whole number of at least 1")
-    check_samples(p, h, "none")
-    if p.numel() == 0 or h.numel() == 0:
-        raise InputError(f"nothing to fit on: expected samples, got p {list(p.shape)} and h {list(h.shape)}")
 
 
 def check_finite(*tensors: Tensor) -> None:
@@ -157,16 +140,14 @@ def pca(
     gram = a.new_zeros((len(a), len(a)))
     for _, block in _normalised_blocks(a, h, mean, scale):
         gram += block @ block.T
-    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
-    eigenvalues, eigenvectors = eigenvalues.flip(0), eigenvectors.flip(1)
-    kept = count_components(eigenvalues, gram, n_components)
+    coefficients, _, explained, *_ = gram_pca(gram, n_components, is_centred=True)
+    kept = len(explained)
     required = kept * mean.numel() * torch.finfo(dtype).bits // 8
     if required > max_bytes:
         raise InputError(
             f"{kept} components of {mean.shape[0]} x {mean.shape[1]} gradients take {required} bytes: expected at most"
             f" max_bytes={max_bytes}; ask for fewer components, or take DualBasis with normalisation='nfk-separable'"
         )
-    coefficients = fix_signs(eigenvectors[:, :kept]) / eigenvalues[:kept].sqrt()
     components = torch.empty((kept, *mean.shape), dtype=dtype, device=a.device)
     constants = a.new_zeros(kept)
     for classes, block in _normalised_blocks(a, h, mean, scale):
@@ -174,7 +155,7 @@ def pca(
         components[:, classes] = part.to(dtype)
         constants += (part * mean[classes]).sum((1, 2))
     check_finite(components)
-    return NormalisedPca(components, constants, eigenvalues[:kept] / eigenvalues.clamp_min(0).sum())
+    return NormalisedPca(components, constants, explained)
 
 
 def _normalised_blocks(a: Tensor, h: Tensor, mean: Tensor, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 
 import ood_kernels as ok
+from ood_kernels.types import HasBasisTensors
 
 from ..errors import InputError
-from .base import Basis
 
 __all__ = ["FORMS", "Cost", "Machine", "Plan", "plan", "plan_of"]
 
@@ -157,7 +157,7 @@ def plan(
     return Plan(fitting[0].form, tuple(costs), samples, budget, kind)
 
 
-def plan_of(basis: Basis, *, samples: int, budget: int | None = None) -> Plan:
+def plan_of(basis: HasBasisTensors, *, samples: int, budget: int | None = None) -> Plan:
     """Compare the form of a fitted basis with the others that the same subspace could have, on its device; see `plan`."""
     tensors = basis.tensors()
     classes, features = tensors.check()
@@ -165,8 +165,8 @@ def plan_of(basis: Basis, *, samples: int, budget: int | None = None) -> Plan:
         samples=samples,
         anchors=len(tensors.anchor_features) if isinstance(tensors, ok.DualTensors) else 1,
         classes=classes,
-        features=features + basis.bias,
-        components=basis.n_components,
+        features=features + tensors.bias,
+        components=len(tensors.constants),
         ranks=(tensors.core.shape[1], tensors.core.shape[2]) if isinstance(tensors, ok.FactoredTensors) else None,
         device=tensors.constants.device,
         budget=budget,

@@ -3,29 +3,51 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, OodEngineWarning
 
-if TYPE_CHECKING:
-    from .eigen import CentredGram
+__all__ = ["check_fit", "check_max_anchors", "check_n_components", "check_samples", "count_components", "fix_signs"]
 
-__all__ = ["check_n_components", "check_samples", "count_components", "fix_signs"]
+_BREAKS_RANK_ONE = "; 'nfk' scales every entry by itself, which only an ExplicitBasis can hold"
 
 
-def check_samples(p: Tensor, h: Tensor, normalisation: str) -> None:
-    """Raise InputError unless p [n, C] and h [n, D] are finite samples and the normalisation is known."""
+def check_fit(
+    p: Tensor, h: Tensor, normalisation: str, known: Sequence[str], max_anchors: int, most_anchors: int | None = None
+) -> None:
+    """Raise InputError unless p [n, C] and h [n, D] are finite samples, at least one, and the options are known."""
+    if normalisation not in known:
+        expected = " or ".join(repr(name) for name in known)
+        otherwise = "" if "nfk" in known else _BREAKS_RANK_ONE
+        raise InputError(f"normalisation={normalisation!r}: expected {expected}{otherwise}")
+    check_max_anchors(max_anchors, most=most_anchors)
+    check_samples(p, h)
+    if p.numel() == 0 or h.numel() == 0:
+        raise InputError(f"nothing to fit on: expected samples, got p {list(p.shape)} and h {list(h.shape)}")
+
+
+def check_samples(p: Tensor, h: Tensor) -> None:
+    """Raise InputError unless p [n, C] and h [n, D] are finite samples."""
     if p.ndim != 2 or h.ndim != 2 or p.shape[0] != h.shape[0]:
         raise InputError(f"expected softmax p [n, C] and features h [n, D], got {list(p.shape)} and {list(h.shape)}")
-    if normalisation != "none":
-        raise InputError(f"normalisation={normalisation!r}: expected 'none'")
     bad = int((~(torch.isfinite(p).all(1) & torch.isfinite(h).all(1))).sum())
     if bad:
         raise InputError(
             f"{bad} of {p.shape[0]} samples have NaN or infinite p or h: expected finite samples; leave them out"
+        )
+
+
+def check_max_anchors(max_anchors: int, least: int = 1, most: int | None = None) -> None:
+    """Raise InputError unless it is a whole number of at least `least` and, where PCA decomposes them, at most `most`."""
+    if not isinstance(max_anchors, int) or isinstance(max_anchors, bool) or max_anchors < least:
+        raise InputError(f"max_anchors={max_anchors!r}: expected a whole number of at least {least}")
+    if most is not None and max_anchors > most:
+        raise InputError(
+            f"max_anchors={max_anchors}: expected at most {most}, because PCA decomposes the anchors' whole Gram matrix; take"
+            f" {most}, which a dual basis can choose by anchors='pivoted', or take a factored basis, which reads more samples"
         )
 
 
@@ -37,18 +59,15 @@ def check_n_components(wanted: int | float) -> None:
         raise InputError(f"n_components={wanted!r}: expected a whole number of at least 1, or a share in (0, 1)")
 
 
-def count_components(
-    eigenvalues: Tensor, gram: Tensor | CentredGram, wanted: int | float, total: Tensor | None = None
-) -> int:
+def count_components(eigenvalues: Tensor, gram: Tensor, wanted: int | float) -> int:
     """Return K that was asked for, or less where the gradients do not span it.
 
     Args:
-        eigenvalues: [n], largest first; with `total` only the leading ones.
-        gram: what they are of; its diagonal is read.
+        eigenvalues: all of them [n], largest first.
+        gram: the matrix before it was centred, whose diagonal sets their rounding.
         wanted: K, or a share of the variance.
-        total: 0-d sum of all n eigenvalues.
     """
-    anchors = eigenvalues.shape[0] if total is None else len(gram)
+    anchors = eigenvalues.shape[0]
     # Centring a Gram matrix of large entries leaves rounding of this size in directions that are really empty.
     floor = anchors * torch.finfo(eigenvalues.dtype).eps * float(gram.diagonal().max())
     rank = int((eigenvalues > floor).sum())
@@ -57,7 +76,7 @@ def count_components(
             f"all {anchors} anchor gradients are equal: expected samples that differ; fit on more varied ID data"
         )
     if isinstance(wanted, float):
-        cumulative = eigenvalues[:rank].cumsum(0) / (eigenvalues[:rank].sum() if total is None else total)
+        cumulative = eigenvalues[:rank].cumsum(0) / eigenvalues[:rank].sum()
         return min(rank, int((cumulative < wanted).sum()) + 1)
     if wanted > rank:
         warnings.warn(

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ood_engine as oe
 from ood_engine.demo import SmallCNN
-from ood_engine.detectors.heads.vector_heads import Mahalanobis
+from ood_engine.detectors.heads import Mahalanobis
 from ood_engine.graphs import LARGEST_BUCKET, ScoringGraphs
 from ood_engine.runtime import Kernels
 from ood_engine.scores import Scores

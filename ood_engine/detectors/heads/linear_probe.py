@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import InputError
-from ...fitted import FittedModule
+from ...features.fit_data import FitData
+from .base import VectorHead
 
 __all__ = ["LinearProbe"]
 
@@ -16,7 +17,7 @@ _MOST_QUANTILE_VALUES = 2**27
 _BLOCK_ROWS = 8192
 
 
-class LinearProbe(FittedModule):
+class LinearProbe(VectorHead):
     """BatchNorm → Linear classifier on vectors, scored by the Energy or MSP of its logits (arXiv 2310.17163).
 
     Trained as the paper's code does: cross-entropy, SGD with momentum 0.9, weight decay 5e-4, learning rate 0.1, 10 epochs. The
@@ -34,11 +35,9 @@ class LinearProbe(FittedModule):
         react_quantile: where it clips; the paper's code takes 0.9 and 0.7, of the test data, here of the training data (of the
             first 2^27 values where there are more).
         bats_width: of the interval in standard deviations; 1 is ours.
-        validation_share: share of the vectors held out; the epoch with the best accuracy on them is kept, and training stops
-            after three epochs without a better one. 0, the paper's, holds out none.
 
     Attributes:
-        accuracy: 0-d, of the trained probe on the held-out vectors where there are any, else on its own; None before `fit`.
+        accuracy: 0-d, of the trained probe on the vectors it was trained on; None before `fit`.
     """
 
     accuracy: Tensor | None
@@ -52,7 +51,6 @@ class LinearProbe(FittedModule):
         react_from: int = 10,
         react_quantile: float = 0.9,
         bats_width: float = 1.0,
-        validation_share: float = 0.0,
     ) -> None:
         super().__init__("weight", "bias", "lower", "upper", "accuracy")
         if score not in ("energy", "msp"):
@@ -68,12 +66,9 @@ class LinearProbe(FittedModule):
             )
         if not bats_width > 0:
             raise InputError(f"bats_width={bats_width!r}: expected standard deviations above 0")
-        if not 0 <= validation_share < 1:
-            raise InputError(f"validation_share={validation_share!r}: expected a fraction in [0, 1)")
         self.score = score
         self.epochs = epochs
         self._clamp = (clamp, react_from, react_quantile, bats_width)
-        self._validation_share = validation_share
 
     def fit(self, x: Tensor, labels: Tensor, classes: int, seed: int = 0) -> None:
         """Train on x [m, K] with labels [m] in 0 … classes - 1.
@@ -91,7 +86,7 @@ class LinearProbe(FittedModule):
             # `torch.manual_seed` would seed the generators of all devices, which are not put back.
             torch.default_generator.manual_seed(seed)
             norm, linear = nn.BatchNorm1d(x.shape[1]), nn.Linear(x.shape[1], classes)
-            accuracy = _train(nn.Sequential(norm, linear), x, labels, self.epochs, self._validation_share)
+            accuracy = _train(nn.Sequential(norm, linear), x, labels, self.epochs)
         # In evaluation the norm is an affine map, which folds into the linear layer.
         assert norm.running_var is not None
         assert norm.running_mean is not None
@@ -118,6 +113,10 @@ class LinearProbe(FittedModule):
             upper[react_from:] = late.flatten().kthvalue(max(1, round(react_quantile * late.numel()))).values
         return lower, upper
 
+    def fit_samples(self, x: Tensor, data: FitData, index: Tensor) -> None:
+        """Fit on the vectors x [m, K] of the ID samples at `index` and their labels."""
+        self.fit(x, data.labels(index), data.head.weight.shape[0], data.seed)
+
     def forward(self, x: Tensor) -> Tensor:
         """[N] lse or largest probability of the probe's logits."""
         weight = self.fitted("weight")
@@ -126,32 +125,17 @@ class LinearProbe(FittedModule):
         return logits.logsumexp(1) if self.score == "energy" else logits.softmax(1).amax(1)
 
 
-def _train(probe: nn.Sequential, x: Tensor, labels: Tensor, epochs: int, validation_share: float) -> float:
-    """Train in place; returns the accuracy, on held-out samples where a share of them is asked for."""
-    held_out = int(validation_share * x.shape[0])
-    order = torch.randperm(x.shape[0]) if held_out else torch.arange(x.shape[0])
-    validation, training = order[:held_out], order[held_out:]
+def _train(probe: nn.Sequential, x: Tensor, labels: Tensor, epochs: int) -> float:
+    """Train in place; returns the accuracy."""
     optimiser = torch.optim.SGD(probe.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    best, best_state, waited = -1.0, None, 0
     for _ in range(epochs):
         probe.train()
-        for index in training[torch.randperm(len(training))].split(_BATCH):
+        for index in torch.randperm(len(x)).split(_BATCH):
             if len(index) == 1:  # a batch norm cannot be trained on one sample
                 continue
             optimiser.zero_grad()
             F.cross_entropy(probe(x[index]), labels[index]).backward()
             optimiser.step()
-        if held_out:
-            accuracy = _accuracy(probe, x[validation], labels[validation])
-            waited = 0 if accuracy > best else waited + 1
-            if accuracy > best:
-                best, best_state = accuracy, {name: value.clone() for name, value in probe.state_dict().items()}
-            if waited == 3:
-                break
-    if best_state is not None:
-        probe.load_state_dict(best_state)
-        probe.eval()
-        return best
     return _accuracy(probe, x, labels)
 
 

@@ -199,7 +199,7 @@ def test_class_means_too_large_to_hold_are_written_over_anchors(model, id_batche
     few = [(images[labels < 2], labels[labels < 2]) for images, labels in id_batches]
     limit = classes * classes * (width + 1) * 4
     for most, held in ((limit, True), (limit - 1, False)):
-        monkeypatch.setattr("ood_engine.detectors.low_dim_gradient.MAX_BYTES", most)
+        monkeypatch.setattr("ood_engine.detectors.gradient_subspace.MAX_BYTES", most)
         basis = oe.Engine(model, ["low_dim_gradient"], settings=settings).fit(few).detectors["low_dim_gradient"].basis
         assert basis.n_components == 2
         assert (basis.components is not None) == held

@@ -1,4 +1,4 @@
-"""Block iteration on the implicit centred Gram matrix against dense decomposition of materialised gradients."""
+"""PCA through the Gram matrix against the decomposition of materialised gradients, and what is too large for it."""
 
 from __future__ import annotations
 
@@ -7,141 +7,89 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ood_engine.detectors import create_detector
 from ood_engine.errors import InputError, OodEngineWarning
-from ood_engine.subspace import DualBasis, eigen
-from ood_engine.subspace.eigen import CentredGram, leading_eigenpairs
+from ood_engine.subspace import ClassAverageBasis, DualBasis, ExplicitBasis, FactoredBasis
+from ood_engine.subspace.eigen import LARGEST_EIGENPROBLEM, centre, gram_pca
+
+TOO_MANY = LARGEST_EIGENPROBLEM + 1
 
 
-@pytest.fixture
-def iterate(monkeypatch):
-    """Every Gram matrix is too large to decompose."""
-    monkeypatch.setattr(eigen, "EXACT_ROWS", 1)
-
-
-@pytest.fixture(params=["kept", "in row blocks"])
-def memory(request, monkeypatch, iterate):
-    if request.param == "in row blocks":
-        monkeypatch.setattr(eigen, "GRAM_BYTES", 0)
-        monkeypatch.setattr(eigen, "_BLOCK_ELEMENTS", 7 * 90)
-
-
-def factors(samples=90, seed=0, offset=3.0):
+def make_gradients(samples=90, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    a = torch.randn((samples, 4), generator=generator, dtype=torch.float64).softmax(1)
-    decay = 0.5 ** torch.arange(9, dtype=torch.float64)
-    h = decay * torch.randn((samples, 9), generator=generator, dtype=torch.float64) + offset
-    return a, h
+    decay = 0.8 ** torch.arange(36, dtype=torch.float64)
+    return decay * torch.randn((samples, 36), generator=generator, dtype=torch.float64) + 3
 
 
-def dense_of(a, h):
-    gradients = (a[:, :, None] * h[:, None, :]).flatten(1)
+@pytest.mark.parametrize("is_centred", [False, True])
+@pytest.mark.parametrize("wanted", [1, 6, 20, 0.3, 0.999])
+def test_components_are_those_of_a_singular_value_decomposition(wanted, is_centred):
+    gradients = make_gradients()
     centred = gradients - gradients.mean(0)
-    return gradients, centred, centred @ centred.T
+    gram = centred @ centred.T if is_centred else gradients @ gradients.T
+    coefficients, eigenvalues, explained, constants, mean_square = gram_pca(gram, wanted, is_centred=is_centred)
+    _, singular, expected = torch.linalg.svd(centred, full_matrices=False)
+    shares = singular.square() / singular.square().sum()
+    kept = wanted if isinstance(wanted, int) else int((shares.cumsum(0) < wanted).sum()) + 1
+    assert len(eigenvalues) == len(explained) == kept
+    assert (eigenvalues - singular[:kept].square()).abs().max() < 1e-10 * eigenvalues[0]
+    assert (explained - shares[:kept]).abs().max() < 1e-10
+    components = coefficients.T @ centred
+    assert ((components * expected[:kept]).sum(1).abs() - 1).abs().max() < 1e-10
+    mean = torch.zeros(36, dtype=torch.float64) if is_centred else gradients.mean(0)
+    assert (constants - components @ mean).abs().max() < 1e-6
+    assert float(mean_square) == pytest.approx(float(mean.square().sum()), rel=1e-12, abs=1e-9)
+    assert (coefficients.gather(0, coefficients.abs().argmax(0, keepdim=True)) > 0).all()
 
 
-def test_operator_is_the_centred_gram_of_materialised_gradients(memory):
-    a, h = factors()
-    gram = CentredGram(a, h)
-    gradients, centred, dense = dense_of(a, h)
-    block = torch.randn((90, 5), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    assert (gram @ block - dense @ block).abs().max() < 1e-10
-    assert (gram.dense() - dense).abs().max() < 1e-10
-    assert (gram.diagonal() - gradients.square().sum(1)).abs().max() < 1e-10
-    assert (gram.row_mean - gradients @ gradients.mean(0)).abs().max() < 1e-10
-    assert abs(float(gram.mean - gradients.mean(0).square().sum())) < 1e-10
-    assert abs(float(gram.trace() - centred.square().sum())) < 1e-9
-
-
-def test_large_matrices_are_never_formed(iterate, monkeypatch):
-    monkeypatch.setattr(eigen, "GRAM_BYTES", 8 * 90**2 - 1)
-    monkeypatch.setattr(eigen, "_BLOCK_ELEMENTS", 7 * 90)
-    shapes = []
-    original = torch.Tensor.__matmul__
-    monkeypatch.setattr(
-        torch.Tensor, "__matmul__", lambda x, y: shapes.append((x.shape[0], y.shape[-1])) or original(x, y)
-    )
-    leading_eigenpairs(CentredGram(*factors()), 3)
-    assert {rows for rows, columns in shapes if columns == 90} == {7, 90 % 7}
-
-
-@pytest.mark.parametrize("wanted", [1, 6, 20])
-def test_pairs_equal_those_of_dense_decomposition(wanted, memory):
-    a, h = factors()
-    dense = dense_of(a, h)[2]
-    values, vectors, total = leading_eigenpairs(CentredGram(a, h), wanted, tolerance=1e-10)
-    expected = torch.linalg.eigvalsh(dense).flip(0)
-    assert values.shape == (wanted,)
-    assert (values - expected[:wanted]).abs().max() < 1e-10 * expected[0]
-    assert (vectors.T @ vectors - torch.eye(wanted)).abs().max() < 1e-12
-    assert ((dense @ vectors - vectors * values).norm(dim=0) <= 1e-9 * values).all()
-    assert abs(float(total - dense.trace())) < 1e-9
-
-
-@pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
-def test_a_share_widens_the_block_until_it_is_reached(share, iterate, monkeypatch):
-    monkeypatch.setattr(eigen, "_FIRST_GUESS", 1)
-    a, h = factors()
-    values, _, total = leading_eigenpairs(CentredGram(a, h), share)
-    assert values.sum() >= share * total
-    assert len(values) < 90
-    expected = torch.linalg.eigvalsh(dense_of(a, h)[2]).flip(0)[: len(values)]
-    assert (values - expected).abs().max() < 1e-10 * expected[0]
-
-
-def test_exact_up_to_the_threshold():
-    a, h = factors()
-    values, vectors, _ = leading_eigenpairs(CentredGram(a, h), 2)
-    assert values.shape == (90,)
-    assert vectors.shape == (90, 90)
-
-
-def test_it_is_deterministic_and_leaves_the_global_generator_alone(iterate):
-    a, h = factors()
-    state = torch.get_rng_state()
-    first, second = (leading_eigenpairs(CentredGram(a, h), 4) for _ in range(2))
-    assert torch.equal(first.vectors, second.vectors)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_it_says_when_it_did_not_converge(iterate, monkeypatch):
-    monkeypatch.setattr(eigen, "_EXTRA", 0)
-    a, h = factors()
-    with pytest.warns(OodEngineWarning, match="eigenvectors of 90 anchors are known to .* after 2 iterations"):
-        leading_eigenpairs(CentredGram(a, h), 3, max_iterations=2)
+def test_centring_subtracts_the_mean():
+    gradients = make_gradients()
+    centred = gradients - gradients.mean(0)
+    assert (centre(gradients @ gradients.T) - centred @ centred.T).abs().max() < 1e-10
 
 
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 10**6), distinct=st.integers(2, 12), copies=st.integers(2, 6))
-def test_duplicates_give_zero_eigenvalues_and_never_a_nan(seed, distinct, copies):
-    a, h = (x.repeat(copies, 1) for x in factors(distinct, seed))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eigen, "EXACT_ROWS", 1)
-        gram = CentredGram(a, h)
-        values, vectors, _ = leading_eigenpairs(gram, distinct + 1)
-    assert vectors.isfinite().all()
-    assert values[distinct - 1 :].abs().max() <= len(gram) * 1e-15 * float(gram.diagonal().max())
+def test_duplicates_add_no_component(seed, distinct, copies):
+    gradients = make_gradients(distinct, seed).repeat(copies, 1)
+    coefficients, eigenvalues, *_ = gram_pca(gradients @ gradients.T, 1 - 1e-9)
+    assert coefficients.shape[1] == len(eigenvalues) <= distinct - 1
+    assert coefficients.isfinite().all()
 
 
-@pytest.mark.parametrize("normalisation", ["none", "nfk-separable"])
-@pytest.mark.parametrize("wanted", [6, 0.9])
-def test_dual_basis_equals_the_exact_one(normalisation, wanted, memory, monkeypatch, make_problem):
-    p, h, *_ = make_problem(80)
-    found = DualBasis.fit(p, h, n_components=wanted, normalisation=normalisation)
-    monkeypatch.setattr(eigen, "EXACT_ROWS", 8192)
-    expected = DualBasis.fit(p, h, n_components=wanted, normalisation=normalisation)
-    assert found.n_components == expected.n_components
-    assert (found.project(p, h).abs() - expected.project(p, h).abs()).abs().max() < 1e-6
-    assert (found.explained - expected.explained).abs().max() < 1e-10
-    assert (found.mean - expected.mean).abs().max() < 1e-12
-
-
-def test_dual_basis_of_few_directions(iterate, make_problem):
+def test_dual_basis_of_few_directions(make_problem):
     p, h, *_ = make_problem(5)
     p, h = p.repeat(9, 1), h.repeat(9, 1)
     with pytest.warns(OodEngineWarning, match="the 45 anchor gradients span 4 directions, so 4 are kept"):
         assert DualBasis.fit(p, h, n_components=20).n_components == 4
     assert DualBasis.fit(p, h, n_components=0.999999).n_components <= 4
-    with pytest.warns(OodEngineWarning, match="the 45 anchor gradients span 4 directions, so 4 are kept"):
-        assert DualBasis.fit(p, h, n_components=45).n_components == 4
     with pytest.raises(InputError, match="all 9 anchor gradients are equal"):
         DualBasis.fit(p[:1].repeat(9, 1), h[:1].repeat(9, 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "normalisation"),
+    [(DualBasis, "none"), (DualBasis, "nfk-separable"), (ExplicitBasis, "none"), (ExplicitBasis, "nfk")],
+)
+def test_more_anchors_than_can_be_decomposed_are_refused_by_name_and_limit(kind, normalisation, make_problem):
+    p, h, *_ = make_problem()
+    with pytest.raises(InputError, match=r"max_anchors=8193: expected at most 8192, .*; take 8192, .* factored basis"):
+        kind.fit(p, h, normalisation=normalisation, max_anchors=TOO_MANY)
+
+
+def test_what_decomposes_no_gram_matrix_of_anchors_has_no_such_limit(make_problem):
+    p, h, *_ = make_problem()
+    for kind, options in ((FactoredBasis, {}), (ClassAverageBasis, {"labels": torch.arange(40) % 4, "max_bytes": 0})):
+        found, expected = (kind.fit(p, h, max_anchors=most, **options) for most in (TOO_MANY, 40))
+        assert torch.equal(found.project(p, h), expected.project(p, h))
+
+
+@pytest.mark.parametrize("basis", ["auto", "dual", "explicit"])
+def test_a_detector_refuses_too_many_anchors_before_anything_is_run(basis):
+    with pytest.raises(InputError, match="max_anchors=8193: expected at most 8192"):
+        create_detector("low_dim_gradient", basis=basis, max_anchors=TOO_MANY)
+
+
+@pytest.mark.parametrize("basis", ["factored", "class_average"])
+def test_a_detector_on_other_bases_takes_them(basis):
+    create_detector("low_dim_gradient", basis=basis, max_anchors=TOO_MANY)

@@ -1,7 +1,4 @@
-"""Detectors on vectors [N, K]: the heads that judge low-dimensional gradients, and features beside them.
-
-Each is fitted by `fit(x, ...)` and scores by `forward(x)`, higher = more in-distribution.
-"""
+"""Mahalanobis distance to the nearest class mean."""
 
 from __future__ import annotations
 
@@ -12,54 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import InputError
-from ...fitted import FittedModule
+from ...features.fit_data import FitData
+from .base import VectorHead
 
-__all__ = ["KNearestNeighbours", "Mahalanobis"]
+__all__ = ["Mahalanobis"]
 
-_BLOCK_ELEMENTS = 4 * 2**20
 _BLOCK_ROWS = 8192
 
 
-class KNearestNeighbours(FittedModule):
-    """Cosine similarity to the k-th nearest of a bank of ID vectors (arXiv 2204.06507).
-
-    On L2-normalised vectors it is 1 - r_k²/2 with r_k the distance to the k-th neighbour: the order of -r_k, and well
-    conditioned where r_k is small.
-
-    Args:
-        k: which neighbour; the gradient paper's code uses 5 and 10.
-    """
-
-    def __init__(self, k: int = 10) -> None:
-        super().__init__("bank")
-        if not isinstance(k, int) or k < 1:
-            raise InputError(f"k={k!r}: expected a whole number of at least 1")
-        self.k = k
-
-    def fit(self, x: Tensor) -> None:
-        """Keep the normalised vectors x [m, K].
-
-        Raises:
-            InputError: fewer than k vectors.
-        """
-        if x.shape[0] < self.k:
-            raise InputError(
-                f"k={self.k} neighbours with a bank of {x.shape[0]}: expected at least k ID samples; fit on more"
-            )
-        self.set_fitted(bank=F.normalize(x, dim=1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N] similarity, in [-1, 1]."""
-        bank = self.fitted("bank")
-        rows = max(1, _BLOCK_ELEMENTS // bank.shape[0])
-        normalised = F.normalize(x.to(bank.dtype), dim=1)
-        scores = x.new_empty(x.shape[0], dtype=bank.dtype)
-        for start in range(0, x.shape[0], rows):
-            scores[start : start + rows] = (normalised[start : start + rows] @ bank.T).topk(self.k, dim=1).values[:, -1]
-        return scores
-
-
-class Mahalanobis(FittedModule):
+class Mahalanobis(VectorHead):
     """S = -min_c (x - μ_c)ᵀ Σ⁻¹ (x - μ_c), class means and one shared covariance (arXiv 1807.03888).
 
     Σ is whitened once, in fp64. Directions with less than 1e-6 of the largest variance are given that much, so that fewer
@@ -100,6 +58,10 @@ class Mahalanobis(FittedModule):
         variances = variances.clamp_min(largest * 1e-6)
         whitening = directions / variances.sqrt()
         self.set_fitted(whitening=whitening, means=means @ whitening)
+
+    def fit_samples(self, x: Tensor, data: FitData, index: Tensor) -> None:
+        """Fit on the vectors x [m, K] of the ID samples at `index` and their labels."""
+        self.fit(x, data.labels(index))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N] negative squared distance to the nearest class, computed in fp64."""

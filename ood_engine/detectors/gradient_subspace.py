@@ -1,0 +1,127 @@
+"""How a detector's subspace of gradient space is chosen and found from the ID samples."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ood_kernels.reference import compute_dtype
+
+from ..errors import InputError
+from ..features.fit_data import FitData
+from ..subspace import BASES, Basis, ClassAverageBasis, DualBasis, ExplicitBasis, check_n_components, plan_of
+from ..subspace.anchors import check_anchor_method
+from ..subspace.class_average import MAX_BYTES, class_means_bytes
+from ..subspace.eigen import LARGEST_EIGENPROBLEM
+from ..subspace.samples import check_max_anchors
+
+__all__ = ["GradientSubspace"]
+
+_SEPARABLE = ("none", "nfk-separable")
+_NORMALISATIONS = {
+    "auto": _SEPARABLE,
+    "dual": _SEPARABLE,
+    "explicit": ("none", "nfk", "nfk-separable"),
+    "factored": _SEPARABLE,
+    "class_average": ("none", "nfk", "nfk-separable"),
+}
+_CANDIDATES_PER_ANCHOR = 16
+_PLANNED_BATCH = 64
+
+
+class GradientSubspace(NamedTuple):
+    """The settings of a subspace; equal ones find the same, once for all detectors.
+
+    Attributes:
+        basis: "auto", or one of `ood_engine.subspace.BASES`; "auto" is the cheaper of "dual" and "explicit" for batches of 64.
+        n_components: K as a number, or the share of gradient variance to explain.
+        cotangent: the scalar that is differentiated.
+        normalisation: "none", "nfk" or "nfk-separable".
+        max_anchors: most anchors.
+        anchors: how they are chosen, see `ood_engine.subspace.anchors.choose_anchors`.
+    """
+
+    basis: str
+    n_components: int | float
+    cotangent: str
+    normalisation: str
+    max_anchors: int
+    anchors: str
+
+    def check(self) -> None:
+        """Raise InputError for a setting that is unknown, out of range or does not go with the others."""
+        if self.basis not in _NORMALISATIONS:
+            raise InputError(f"basis={self.basis!r}: expected one of {', '.join(_NORMALISATIONS)}")
+        reads_gram = self.basis in ("auto", "dual", "explicit")
+        check_max_anchors(self.max_anchors, least=2, most=LARGEST_EIGENPROBLEM if reads_gram else None)
+        check_n_components(self.n_components)
+        if self.normalisation not in _NORMALISATIONS[self.basis]:
+            raise InputError(
+                f"normalisation={self.normalisation!r} with basis={self.basis!r}: expected one of"
+                f" {', '.join(_NORMALISATIONS[self.basis])}"
+            )
+        check_anchor_method(self.anchors)
+        if self.anchors != "first" and self.basis not in ("auto", "dual"):
+            raise InputError(
+                f"anchors={self.anchors!r} with basis={self.basis!r}: expected 'first'; others need the auto or dual basis"
+            )
+
+    def unfitted(self, tensors: Collection[str] = ()) -> Basis:
+        """An empty basis of the kind that these settings find.
+
+        Args:
+            tensors: names of the stored tensors that it is to take: which of the two "auto" was shows in them.
+        """
+        automatic = ExplicitBasis if "components" in tensors else DualBasis
+        return BASES.get(self.basis, automatic)(cotangent=self.cotangent)
+
+    def candidates(self, data: FitData) -> int:
+        """Most samples that the basis may be found from; at most half are, see `FitData.split`."""
+        if self.basis == "class_average" and _holds_class_means(data):
+            return len(data)
+        return self.max_anchors * (1 if self.anchors == "first" else _CANDIDATES_PER_ANCHOR)
+
+    def fit(self, data: FitData, index: Tensor) -> Basis:
+        """The basis found from the samples at `index`, once for all detectors with these settings.
+
+        Raises:
+            InputError: fewer than two samples, or samples that have no such basis.
+        """
+        key: Hashable = ("basis", self)
+        return data.shared(key, lambda: self._fit(data, index))
+
+    def _fit(self, data: FitData, index: Tensor) -> Basis:
+        if len(index) < 2:
+            raise InputError(
+                f"{len(data)} ID samples, {data.distinct} of them different: expected at least 4 different ones, half of them"
+                " anchors of the subspace; fit on more"
+            )
+        p = data.collect(("p", len(index)), index, lambda signals: signals.probabilities)
+        h = data.collect(("h", len(index)), index, lambda signals: signals.features)
+        options: dict[str, Any] = {
+            "n_components": self.n_components,
+            "cotangent": self.cotangent,
+            "normalisation": self.normalisation,
+            "max_anchors": self.max_anchors,
+        }
+        if self.basis == "class_average":
+            # nfk is exact over class means alone, and says so where they are too large.
+            needs_means = _holds_class_means(data) or self.normalisation == "nfk"
+            options |= {"labels": data.labels(index).to(p.device), "max_bytes": MAX_BYTES if needs_means else 0}
+            return ClassAverageBasis.fit(p, h, **options)
+        if self.basis not in ("auto", "dual"):
+            return BASES[self.basis].fit(p, h, **options)
+        if self.anchors == "class_balanced":
+            options["labels"] = data.labels(index).to(p.device)
+        basis = DualBasis.fit(p, h, anchors=self.anchors, **options)
+        if self.basis == "auto" and plan_of(basis, samples=_PLANNED_BATCH).choice == "explicit":
+            return basis.to_explicit()
+        return basis
+
+
+def _holds_class_means(data: FitData) -> bool:
+    """Whether C class means can be held; what is decided must not depend on how many classes the samples happen to show."""
+    classes, features = data.head.weight.shape
+    return class_means_bytes(classes, classes, features + 1, compute_dtype(data.head.weight)) <= MAX_BYTES
