@@ -17,7 +17,7 @@ from ..features.signals import Signals
 from ..subspace import Basis
 from .base import Detector, register
 from .gradient_subspace import GradientSubspace
-from .heads import VECTOR_HEADS, HeadSettings
+from .heads import VECTOR_HEADS, HeadKind, HeadSettings
 
 __all__ = ["HEADS", "LowDimGradient"]
 
@@ -93,16 +93,20 @@ class LowDimGradient(Detector):
         self._subspace = GradientSubspace(basis, n_components, cotangent, normalisation, max_anchors, anchors)
         self._subspace.check()
         self.basis: Basis = self._subspace.unfitted()
-        self._kind = VECTOR_HEADS.get(head)
-        settings = HeadSettings(k, epochs, react_from)
-        self.low = None if self._kind is None else self._kind.make(settings)
-        self.forward_side = self._kind.make(settings) if a != 0 and self._kind and self._judges_features else None
+        kind, settings = self._kind, HeadSettings(k, epochs, react_from)
+        self.low = kind.make(settings) if kind else None
+        self.forward_side = kind.make(settings) if kind and self._judges_features and a != 0 else None
         self._set_a(a)
 
     @property
     def head(self) -> str:
         """How the coordinates are judged."""
         return self._head
+
+    @property
+    def _kind(self) -> HeadKind | None:
+        """What judges the coordinates; None where it is no head of vectors."""
+        return VECTOR_HEADS.get(self._head)
 
     @property
     def _judges_features(self) -> bool:
@@ -166,8 +170,9 @@ class LowDimGradient(Detector):
         return score if self._a == 0 else score + self._a * self._forward_score(signals)
 
     def _forward_score(self, signals: Signals) -> Tensor:
-        if self._kind is not None and self._kind.forward_score is not None:
-            return self._kind.forward_score(signals)
+        kind = self._kind
+        if kind and kind.forward_score:
+            return kind.forward_score(signals)
         assert self.forward_side is not None
         score: Tensor = self.forward_side(signals.features)
         return score

@@ -31,7 +31,7 @@ _DUAL = ("anchor_cotangents", "anchor_features", "coefficients", "shift", "linea
 class ClassAverageBasis(Basis):
     """Column c is (Ḡ_c - Ḡ) / ‖Ḡ_c - Ḡ‖ over the samples of true class c: normalised, not orthogonalised, as in the paper's code.
 
-    Held in one of two forms, see `fit`: as the columns [K, C, D̃] themselves, or over anchors, V_c = Σ_i α_ic a_i ⊗ h̃_i with
+    Held in one of two ways, see `fit`: as the columns [K, C, D̃] themselves, or over anchors, V_c = Σ_i α_ic a_i ⊗ h̃_i with
     α_ic = (1[y_i = c] / n_c - 1 / n) / ‖Ḡ_c - Ḡ‖. `explained` is (n_c / n) ‖Ḡ_c - Ḡ‖² as a share of the gradient variance: it sums
     to the share that lies between classes. `residual_norm` allows for columns that overlap.
 
@@ -185,7 +185,7 @@ class ClassAverageBasis(Basis):
 
     @property
     def form(self) -> ExplicitBasis | DualBasis:
-        """The same columns as a basis of the form that they are held in; it shares their memory."""
+        """The same columns as an explicit or dual basis, whichever they are held in; it shares their memory."""
         place = self.fitted("classes").device
         kind = _WeightedDualBasis if self.components is None else ExplicitBasis
         basis = kind(cotangent=self.cotangent, bias=self.bias).to(place)
@@ -202,7 +202,7 @@ class ClassAverageBasis(Basis):
         return self.form.flops(samples)
 
     def tensors(self) -> ok.BasisTensors:
-        """Those of the form that the columns are held in."""
+        """Those of the explicit or dual basis that the columns are held in."""
         return self.form.tensors()
 
     def combine(self, weights: Tensor) -> Tensor:

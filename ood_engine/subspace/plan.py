@@ -1,4 +1,4 @@
-"""The cost model: which form of a subspace projects a batch fastest within a memory budget."""
+"""The cost model: which basis of a subspace projects a batch fastest within a memory budget."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ class Machine(NamedTuple):
     bandwidth: float
 
 
-# Orders of magnitude, ours: only their ratio decides, and it matters little where one form needs many times the flops of another.
+# Orders of magnitude, ours: only their ratio decides, and it matters little where one basis needs many times the flops of another.
 MACHINES = {"cpu": Machine(1e11, 1e10), "cuda": Machine(5e13, 2e12)}
 
-# How often plain torch passes over what the forms make on the way, measured with benchmarks/form_crossover.py; kernels on a GPU
+# How often plain torch passes over what the bases make on the way, measured with benchmarks/form_crossover.py; kernels on a GPU
 # keep it on chip.
 _PASSES = {"cpu": 4, "cuda": 0}
 
-# Plain torch makes no more of the explicit form's [N, K, D̃] at a time.
+# Plain torch makes no more of the explicit basis' [N, K, D̃] at a time.
 _BLOCK = 4 * 2**20
 
 _DEFAULT_BUDGET = {"cpu": 4 * 2**30, "cuda": 2 * 2**30}
 
 
 class Cost(NamedTuple):
-    """What one form costs for a batch of `samples`.
+    """What one basis costs for a batch of `samples`.
 
     Attributes:
-        form: "dual", "explicit" or "factored".
+        form: which basis, "dual", "explicit" or "factored".
         flops: floating point operations of the batch.
         bytes: of the basis, which are read once a batch.
         workspace: bytes of the largest intermediate result of a batch.
         seconds: max(flops / rate, bytes / bandwidth), and on a CPU four passes over what is made on the way (the Gram matrix
-            [N, n]; [N, K, D̃] or [N, K, Q]); an estimate for comparing forms, not a prediction.
+            [N, n]; [N, K, D̃] or [N, K, Q]); an estimate for comparing bases, not a prediction.
         fits: whether basis and workspace stay within the budget.
     """
 
@@ -59,11 +59,11 @@ class Cost(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The forms, cheapest first, and the one that was chosen.
+    """The bases, cheapest first, and the one that was chosen.
 
     Attributes:
-        choice: the cheapest form that fits.
-        costs: all forms that are possible, by estimated time.
+        choice: the cheapest basis that fits.
+        costs: all bases that are possible, by estimated time.
         samples: N for which they were compared.
         budget: bytes that basis and workspace may take.
         device: "cpu" or "cuda".
@@ -76,7 +76,7 @@ class Plan(NamedTuple):
     device: str
 
     def __str__(self) -> str:
-        """One line a form."""
+        """One line a basis."""
         lines = [
             f"{'→' if cost.form == self.choice else ' '} {cost.form:<9} {cost.flops / 1e6:12.1f} MFLOP"
             f" {cost.bytes / 2**20:10.1f} MiB {cost.workspace / 2**20:8.1f} MiB workspace"
@@ -101,7 +101,7 @@ def plan(
     forms: Sequence[str] = FORMS,
     itemsize: int = 4,
 ) -> Plan:
-    """Compare the forms of one PCA subspace.
+    """Compare the bases of one PCA subspace.
 
     dual: 2 N (n (C + D̃ + K) + C K) flops, n (C + D̃ + K) + C K numbers. explicit: 2 N K C D̃ flops, K C D̃ numbers.
     factored: 2 N (C R + D̃ Q + K R Q) flops, as many numbers.
@@ -112,7 +112,7 @@ def plan(
         classes: C.
         features: D̃, the features and one for the bias.
         components: K.
-        ranks: (R, Q) of the factored form; None leaves it out.
+        ranks: (R, Q) of the factored basis; None leaves it out.
         device: "cpu" or "cuda".
         budget: bytes for basis and workspace; None takes 4 GiB on a CPU, 2 GiB on a GPU (ours).
         machine: rates to compare by; None takes rough ones for the device (ours).
@@ -120,7 +120,7 @@ def plan(
         itemsize: bytes of a number of the basis.
 
     Raises:
-        InputError: a size below 1, an unknown form, or no form within the budget.
+        InputError: a size below 1, an unknown basis, or no basis within the budget.
     """
     sizes = {"samples": samples, "anchors": anchors, "classes": classes, "features": features, "components": components}
     for name, value in sizes.items():
@@ -128,7 +128,7 @@ def plan(
             raise InputError(f"{name}={value!r}: expected a whole number of at least 1")
     unknown = [form for form in forms if form not in FORMS]
     if unknown:
-        raise InputError(f"form {unknown[0]!r}: expected one of {', '.join(FORMS)}")
+        raise InputError(f"basis {unknown[0]!r}: expected one of {', '.join(FORMS)}")
     kind = "cpu" if torch.device(device).type == "cpu" else "cuda"
     budget = _DEFAULT_BUDGET[kind] if budget is None else budget
     rates = machine or MACHINES[kind]
@@ -151,14 +151,14 @@ def plan(
     if not fitting:
         smallest = min(costs, key=lambda cost: cost.bytes)
         raise InputError(
-            f"no form of the subspace fits {budget / 2**20:.0f} MiB: the smallest, {smallest.form}, takes"
+            f"no basis of the subspace fits {budget / 2**20:.0f} MiB: the smallest, {smallest.form}, takes"
             f" {(smallest.bytes + smallest.workspace) / 2**20:.0f} MiB; raise the budget, or take fewer anchors or components"
         )
     return Plan(fitting[0].form, tuple(costs), samples, budget, kind)
 
 
 def plan_of(basis: HasBasisTensors, *, samples: int, budget: int | None = None) -> Plan:
-    """Compare the form of a fitted basis with the others that the same subspace could have, on its device; see `plan`."""
+    """Compare a fitted basis with the others that the same subspace could have, on its device; see `plan`."""
     tensors = basis.tensors()
     classes, features = tensors.check()
     return plan(

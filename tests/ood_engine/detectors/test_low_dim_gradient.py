@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -150,6 +152,13 @@ def test_scores_are_the_heads_on_the_coordinates(head, engine, test_images):
         expected, tolerance = detector.low(coordinates), 0
     found = engine.score(test_images)[name]
     assert (found - expected.float()).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_detector_can_be_sent_to_another_process(head, engine, test_images):
+    detector = engine.detectors[f"low_dim_gradient_{head}"]
+    signals = engine.signals(engine.run(test_images).feature_map, None)
+    assert torch.equal(pickle.loads(pickle.dumps(detector))(signals), detector(signals))
 
 
 def test_default_is_mahalanobis(engine, test_images):

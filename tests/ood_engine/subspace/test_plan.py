@@ -32,7 +32,7 @@ def test_the_choice_is_the_cheapest_that_fits(samples, anchors, classes, feature
     try:
         made = plan(**sizes, ranks=ranks, budget=budget)
     except InputError as error:
-        assert "no form of the subspace fits" in str(error)  # noqa: PT017
+        assert "no basis of the subspace fits" in str(error)  # noqa: PT017
         return
     chosen = next(cost for cost in made.costs if cost.form == made.choice)
     assert chosen.fits
@@ -46,7 +46,7 @@ def test_a_tight_budget_changes_the_choice():
     dual = {**CIFAR, "anchors": 20}
     assert plan(**dual, machine=Machine(1.0, 1e30), budget=2**30).choice == "dual"
     assert plan(**CIFAR, budget=explicit.bytes + explicit.workspace).choice == "explicit"
-    with pytest.raises(InputError, match=r"no form of the subspace fits 0 MiB: the smallest, explicit, takes"):
+    with pytest.raises(InputError, match=r"no basis of the subspace fits 0 MiB: the smallest, explicit, takes"):
         plan(**CIFAR, budget=10)
 
 
@@ -75,7 +75,7 @@ def test_the_plan_can_be_read():
     ("change", "message"),
     [
         ({"samples": 0}, "samples=0: expected a whole number of at least 1"),
-        ({"forms": ("dense",)}, "form 'dense': expected one of dual, explicit, factored"),
+        ({"forms": ("dense",)}, "basis 'dense': expected one of dual, explicit, factored"),
     ],
 )
 def test_what_makes_no_sense_is_refused(change, message):
