@@ -211,3 +211,16 @@ def test_every_basis_refuses_no_samples_and_no_anchors(kind, normalisation, make
         kind.fit(p[:0], h[:0], labels=labels[:0], normalisation=normalisation)
     with pytest.raises(InputError, match="max_anchors=0: expected a whole number of at least 1"):
         kind.fit(p, h, labels=labels, normalisation=normalisation, max_anchors=0)
+
+
+@pytest.mark.parametrize("normalisation", ["none", "nfk-separable"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_explicit_basis_is_the_dual_one_written_out(normalisation, bias, make_problem):
+    p, h, *_ = make_problem(60)
+    options = {"n_components": 4, "normalisation": normalisation, "max_anchors": 30, "bias": bias}
+    found, expected = ExplicitBasis.fit(p, h, **options), DualBasis.fit(p, h, **options).to_explicit()
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-9, atol=1e-10)
+    for method in ("project", "centred_norm", "residual_norm"):
+        assert (getattr(found, method)(p, h) - getattr(expected, method)(p, h)).abs().max() < 1e-7
