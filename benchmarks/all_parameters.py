@@ -32,6 +32,7 @@ from torch.func import functional_call, grad, vmap
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "kernels")]
 
 from ood_engine.bench import measure  # noqa: E402
+
 from ood_engine.demo import SmallCNN  # noqa: E402
 from ood_engine.demo import run as demo  # noqa: E402
 from ood_engine.detectors.heads import KNearestNeighbours, LinearProbe, Mahalanobis  # noqa: E402

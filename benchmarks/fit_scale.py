@@ -27,14 +27,15 @@ from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "kernels")]
 
-import ood_engine as oe  # noqa: E402
-import ood_kernels as ok  # noqa: E402
 from ood_engine.bench.measure import (  # noqa: E402
     default_results_path,
     machine_facts,
     print_table,
     write_results,
 )
+
+import ood_engine as oe  # noqa: E402
+import ood_kernels as ok  # noqa: E402
 from ood_engine.subspace import DualBasis  # noqa: E402
 
 COLUMNS = {
