@@ -157,7 +157,7 @@ def test_scores_are_the_heads_on_the_coordinates(head, engine, test_images):
 @pytest.mark.parametrize("head", HEADS)
 def test_a_detector_can_be_sent_to_another_process(head, engine, test_images):
     detector = engine.detectors[f"low_dim_gradient_{head}"]
-    signals = engine.signals(engine.run(test_images).feature_map, None)
+    signals = engine.scorer.signals(engine.scorer.run(test_images).feature_map, None)
     assert torch.equal(pickle.loads(pickle.dumps(detector))(signals), detector(signals))
 
 
