@@ -116,9 +116,11 @@ class Kernels:
     def _prepare_basis(self, basis: HasBasisTensors) -> ok.BasisTensors:
         tensors = basis.tensors()
         dtype = _LOW_PRECISION.get(self.runtime.precision)
-        if dtype is None or not tensors.constants.is_cuda:
+        if dtype is None:
             return tensors
         parts = [part for part in tensors.parts() if part is not None]
+        if not parts[0].is_cuda:
+            return tensors
         versions = tuple(_version(part) for part in parts)
         known, prepared = self._bases.get(parts[0], (None, tensors))
         if known != versions:
