@@ -70,7 +70,7 @@ def test_on_a_gpu_masks_are_packed_once_for_each_state_of_theirs(given):
 def test_on_a_gpu_a_basis_is_rounded_once_for_each_state_of_its_tensors(given, precision, dtype):
     p, h = normal(5, 3).softmax(1), normal(5, 4, seed=1)
     vectors, constants = normal(2, 3, 5, seed=2), normal(2, seed=3)
-    on_gpu = ok.ExplicitTensors(vectors.as_subclass(OnGpu), constants)
+    on_gpu = ok.ExplicitTensors(vectors.as_subclass(OnGpu), constants.as_subclass(OnGpu))
     kernels = Kernels(oe.Runtime(precision=precision))
 
     def project(tensors):
@@ -84,7 +84,7 @@ def test_on_a_gpu_a_basis_is_rounded_once_for_each_state_of_its_tensors(given, p
     first, second = project(on_gpu), project(on_gpu)
     assert first.components.dtype == (dtype or torch.float32)
     assert second.components is first.components
-    assert first.constants is constants
+    assert first.constants is on_gpu.constants
     on_gpu.components.mul_(2)  # as a refit may do; vectors is the same memory
     project(on_gpu)
     dtype = None
