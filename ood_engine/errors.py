@@ -13,6 +13,7 @@ __all__ = [
     "StateDriftWarning",
     "StateError",
     "TapError",
+    "one_line",
 ]
 
 
@@ -54,3 +55,15 @@ class OodEngineWarning(UserWarning):
 
 class StateDriftWarning(OodEngineWarning):
     """A loaded state does not reproduce its stored scores on this device and dtype."""
+
+
+def one_line(error: BaseException, *, with_type: bool = False) -> str:
+    """The message of an error as one line of at most 300 characters that can be encoded; its type where it has none.
+
+    Args:
+        error: any exception.
+        with_type: put the name of the type before the message.
+    """
+    text = " ".join(str(error).encode("utf-8", "backslashreplace").decode().split())[:300]
+    name = type(error).__name__
+    return f"{name}: {text}" if text and with_type else text or name

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +26,7 @@ from .detectors import Detector, create_detector
 from .errors import OodEngineError, StateError
 from .features.cache import CacheRows
 from .features.canary import Canary
+from .files import atomic_file
 from .fitted import aligned
 from .model.discovery import TapPlan
 from .subspace import Basis
@@ -135,15 +133,11 @@ def write(state: State, path: Path) -> None:
     header = _header(state) | {"aliases": aliases, "tensors_digest": _tensors_digest(tensors)}
     text = json.dumps(header, sort_keys=True)
     metadata = {_KEY: text, "digest": hashlib.sha256(text.encode()).hexdigest()}
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         # safetensors' own writer makes files that only their owner may read.
-        temporary.write_bytes(to_bytes(tensors, metadata))
-        os.replace(temporary, path)
+        with atomic_file(path) as file:
+            file.write(to_bytes(tensors, metadata))
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         raise OodEngineError(
             f"{path}: could not be written ({error}); {size / 2**20:.1f} MiB are needed; free some space or name another place"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..engine import Engine
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..images.preprocess import Preprocess
 from ..model.loading import load_model
 
@@ -73,7 +73,7 @@ class _Device(click.ParamType):
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
-            self.fail(f"{value!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu", param, ctx)
+            self.fail(f"{value!r} cannot be used here ({one_line(error)}); try --device cpu", param, ctx)
 
 
 def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:

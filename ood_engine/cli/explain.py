@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..evaluation.explain import Explanation
 from ..evaluation.explain import explain as explain_image
 from ..evaluation.report.explanation import explanation_png, largest
-from ..evaluation.report.files import write_atomically
+from ..files import write_atomically
 from ..images.dataset import open_dataset
 from ..images.preprocess import Preprocess
 from .common import (

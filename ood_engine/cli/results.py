@@ -1,7 +1,8 @@
 """Tables of results on disk that survive a killed process and a full disk.
 
 A Parquet file has its footer at the end, so a killed one is lost, and a broken CSV does not show that it is broken.
-Rows are therefore written as small complete part files beside the table, and merged into it at the end.
+Rows are therefore written as small complete part files beside the table, and merged into it at the end, or kept as a
+folder of parts.
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from ..errors import InputError, OodEngineError, OodEngineWarning
+from ..errors import InputError, OodEngineError, OodEngineWarning, one_line
+from ..files import TEMPORARY, atomic_file
 
-__all__ = ["COLUMN_TYPES", "ResultWriter"]
+__all__ = ["COLUMN_TYPES", "ResultWriter", "names_folder"]
 
 COLUMN_TYPES = ("string", "float", "int", "bool")
 ENDINGS = (".parquet", ".csv")
 ROWS_PER_GROUP = 16384
 PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
-TEMPORARY = ".tmp"
+JOB = "_job.json"
+"""Readers of a folder of Parquet files skip names that begin with an underscore."""
 
 
 class ResultWriter:
@@ -34,12 +37,13 @@ class ResultWriter:
     The parts are `<path>.parts/part-00000.parquet`, `part-00001.parquet`, …, whatever the ending of `path`: a Parquet
     part that was cut short is always recognised, a CSV part is not. A part is written to a temporary name, flushed to
     the disk and renamed, so every part under its final name is whole. `finish` merges them, holding about one row
-    group in memory; the table does not depend on how the rows were divided into parts.
+    group in memory; the table does not depend on how the rows were divided into parts. For a path that ends in a slash
+    the parts are the table, and `finish` renames their folder.
 
     Parameters
     ----------
-    path : the table to write; the ending `.parquet` or `.csv` chooses the format. An older file of this name stays as
-        it is until `finish` replaces it.
+    path : the table to write; the ending `.parquet`, `.csv` or `/` chooses the format. An older file of this name stays
+        as it is until `finish` replaces it; an older folder is refused.
     columns : name -> "string", "float" (64 bit), "int" (64 bit) or "bool", in the table's order. Every column may hold
         None: an empty cell in CSV, where an empty string is `""`. Floats are written in full and read back bitwise.
     job : what is being computed, as JSON values (a digest of the state, the data and their number, …). A run continues
@@ -57,11 +61,18 @@ class ResultWriter:
         self, path: str | Path, columns: Mapping[str, str], *, job: Mapping[str, Any], resume: bool = False
     ) -> None:
         self.path = Path(path)
-        if self.path.suffix.lower() not in ENDINGS:
-            raise InputError(f"{self.path}: the name ends in {self.path.suffix!r}; use .parquet or .csv")
+        self._is_folder = names_folder(path)
+        if not self._is_folder and self.path.suffix.lower() not in ENDINGS:
+            raise InputError(
+                f"{self.path}: the name ends in {self.path.suffix!r}; use .parquet or .csv, or a slash for a folder of parts"
+            )
         if self.path.is_dir() or not self.path.parent.is_dir():
-            problem = "is a folder" if self.path.is_dir() else f"needs the folder {self.path.parent}, which is missing"
-            raise InputError(f"{self.path}: the table {problem}; name a file in a folder that exists")
+            problem = (
+                "is a folder already"
+                if self.path.is_dir()
+                else f"needs the folder {self.path.parent}, which is missing"
+            )
+            raise InputError(f"{self.path}: the table {problem}; give a new name in a folder that exists")
         self.columns = _checked_columns(columns)
         self.parts_folder = self.path.with_name(self.path.name + ".parts")
         self.rows_done = 0
@@ -83,8 +94,8 @@ class ResultWriter:
         table = self._table(rows)
         if table.num_rows == 0:
             return
-        part = self._part(self._part_count)
-        self._save(part, lambda file: self._arrow.parquet.write_table(table, file, write_page_checksum=True))
+        with self._saving(), atomic_file(self._part(self._part_count)) as file:
+            self._arrow.parquet.write_table(table, file, write_page_checksum=True)
         self._part_count += 1
         self.rows_done += table.num_rows
 
@@ -92,11 +103,13 @@ class ResultWriter:
         """Merge the parts into the table, in order, and remove them; the table appears whole or not at all."""
         if self._finished:
             return
-        self._save(self.path, self._merge)
         # Renamed before it is deleted: a kill while deleting would leave parts with a gap.
+        leftover = self._merged_folder()
         with self._saving():
-            leftover = self._merged_folder()
-            os.replace(self.parts_folder, leftover)
+            if not self._is_folder:
+                with atomic_file(self.path, self.parts_folder) as file:
+                    self._merge(file)
+            os.replace(self.parts_folder, self.path if self._is_folder else leftover)
         self._finished = True
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -125,7 +138,7 @@ class ResultWriter:
             raise InputError(f"{self.parts_folder}: a file is where the folder of parts belongs; move it away")
         for leftover in self.parts_folder.glob("*" + TEMPORARY):
             leftover.unlink()
-        job_file = self.parts_folder / "job.json"
+        job_file = self.parts_folder / JOB
         parts = self._part_numbers()
         if not job_file.exists() and not parts:
             self._save_job(job)
@@ -173,7 +186,7 @@ class ResultWriter:
             with self._arrow.parquet.ParquetFile(part, page_checksum_verification=True) as file:
                 table = file.read()
         except (OSError, ValueError) as error:
-            raise OodEngineError(f"{part}: cannot be read ({_one_line(error)}); continue with --resume") from error
+            raise OodEngineError(f"{part}: cannot be read ({one_line(error)}); continue with --resume") from error
         if not table.schema.equals(self._schema):
             raise OodEngineError(
                 f"{part}: holds {table.schema.names}, not {self._schema.names}; continue with --resume"
@@ -196,45 +209,27 @@ class ResultWriter:
                     values = [None if value is None else operator.index(value) for value in values]
                 arrays.append(self._arrow.array(values, type=field.type, from_pandas=False))
             except (ValueError, TypeError, OverflowError) as error:
-                raise InputError(f"column {field.name!r} wants {wanted} or None: {_one_line(error)}") from error
+                raise InputError(f"column {field.name!r} wants {wanted} or None: {one_line(error)}") from error
         return self._arrow.table(arrays, schema=self._schema)
 
-    def _merge(self, file: Any) -> None:
+    def _merge(self, file: BinaryIO) -> None:
+        """Write the rows in groups of one size, whatever the size of the parts."""
         parquet = self.path.suffix.lower() == ".parquet"
         make = self._arrow.parquet.ParquetWriter if parquet else self._arrow.csv.CSVWriter
-        with make(file, self._schema) as writer:
-            for group in self._row_groups():
-                writer.write_table(group)
-
-    def _row_groups(self) -> Iterator[Any]:
-        """The rows of all parts in groups of one size, whatever the size of the parts."""
         waiting = self._schema.empty_table()
-        for number in range(self._part_count):
-            waiting = self._arrow.concat_tables([waiting, self._read(number)])
-            while waiting.num_rows >= ROWS_PER_GROUP:
-                yield waiting.slice(0, ROWS_PER_GROUP)
-                waiting = waiting.slice(ROWS_PER_GROUP)
-        if waiting.num_rows:
-            yield waiting
+        with make(file, self._schema) as writer:
+            for number in range(self._part_count):
+                waiting = self._arrow.concat_tables([waiting, self._read(number)])
+                full = waiting.num_rows - waiting.num_rows % ROWS_PER_GROUP
+                if full:
+                    writer.write_table(waiting.slice(0, full), ROWS_PER_GROUP)
+                waiting = waiting.slice(full)
+            if waiting.num_rows:
+                writer.write_table(waiting)
 
     def _save_job(self, job: dict[str, Any]) -> None:
-        text = json.dumps(job, indent=2) + "\n"
-        self._save(self.parts_folder / "job.json", lambda file: file.write(text.encode("ascii")))
-
-    def _save(self, target: Path, fill: Callable[[Any], object]) -> None:
-        """Fill a temporary file, flush it to the disk and give it its name; on failure nothing of it stays."""
-        temporary = self.parts_folder / (target.name + TEMPORARY)
-        with self._saving():
-            try:
-                with open(temporary, "wb") as file:
-                    fill(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, target)
-            finally:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
-            _sync_folder(target.parent)
+        with self._saving(), atomic_file(self.parts_folder / JOB) as file:
+            file.write((json.dumps(job, indent=2) + "\n").encode("ascii"))
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
@@ -242,9 +237,14 @@ class ResultWriter:
             yield
         except OSError as error:
             raise OodEngineError(
-                f"{self.path}: cannot write ({error.strerror or _one_line(error)}); {self.rows_done} rows are safe in "
+                f"{self.path}: cannot write ({error.strerror or one_line(error)}); {self.rows_done} rows are safe in "
                 f"{self.parts_folder.name}: make room or give access, then continue with --resume"
             ) from error
+
+
+def names_folder(path: str | Path) -> bool:
+    """Whether a path is written with a slash at its end, which `Path` drops."""
+    return str(path).endswith(("/", os.sep))
 
 
 def _pyarrow() -> Any:
@@ -275,7 +275,7 @@ def _as_json(job: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return dict(json.loads(json.dumps(dict(job), allow_nan=False)))
     except (TypeError, ValueError) as error:
-        raise InputError(f"the job must hold JSON values only: {_one_line(error)}") from error
+        raise InputError(f"the job must hold JSON values only: {one_line(error)}") from error
 
 
 def _check_same_job(job_file: Path, job: dict[str, Any]) -> None:
@@ -293,18 +293,3 @@ def _check_same_job(job_file: Path, job: dict[str, Any]) -> None:
         raise InputError(
             f"--resume: 'columns' were {columns} in the unfinished run and are {job['columns']} now; {way_out}"
         )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system lets folders be opened."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -28,7 +28,7 @@ from .common import (
     model_options,
     state_option,
 )
-from .results import ResultWriter
+from .results import ResultWriter, names_folder
 
 __all__ = ["score"]
 
@@ -42,7 +42,9 @@ Rows = dict[str, list[Any]]
 @state_option
 @model_options
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Images to score: a folder, .npy or .npz.")
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="Table to write: .parquet or .csv.")
+@click.option(
+    "--output", required=True, type=click.Path(), help="Table to write: .parquet, .csv, or a folder/ of parts."
+)
 @click.option("--resume", is_flag=True, help="Go on with a run that was broken off.")
 @click.option("--part-rows", default=4096, type=click.IntRange(1), help="Rows a part file, at most.")
 @image_options
@@ -54,7 +56,7 @@ def score(
     model: str,
     weights: Path | None,
     data: Path,
-    output: Path,
+    output: str,
     resume: bool,
     part_rows: int,
     batch_size: int,
@@ -69,6 +71,7 @@ def score(
     or gives no sound score, is a row with its error and nothing else.
 
     Rows are kept in part files beside the table until it is complete; a run that was stopped or killed goes on with --resume.
+    An output that ends in a slash becomes a folder of these parts, in Parquet, which are not merged.
     Images are preprocessed as in `fit`, unless options say otherwise.
 
     \b
@@ -77,7 +80,11 @@ def score(
           --data photos/ --output scores.parquet
       ood-engine score ... --output scores.parquet --resume
     """
-    check_output(output)
+    table = Path(output)
+    if names_folder(output):
+        check_output(table.parent, folder=True)
+    else:
+        check_output(table)
     engine, network, preprocess = load_engine(state, model, weights, device, image_fields)
     dataset = open_dataset(data, preprocess)
     writer = ResultWriter(output, _columns(engine), job=_job(network, state, data, dataset), resume=resume)
@@ -91,7 +98,7 @@ def score(
             f"stopped; {writer.rows_done} of {len(dataset)} rows are kept in {writer.parts_folder}: give the same command with"
             " --resume to go on"
         ) from error
-    summary = _summary(output, list(engine.detectors), bool(engine.calibrations))
+    summary = _summary(table, list(engine.detectors), bool(engine.calibrations))
     summary |= {"resumed_after": before, "images_per_second": round((len(dataset) - before) / max(seconds, 1e-9), 1)}
     if as_json:
         echo_json(summary)
@@ -200,7 +207,7 @@ def _summary(output: Path, detectors: list[str], is_calibrated: bool) -> dict[st
 
 
 def _read_columns(path: Path, names: list[str]) -> Rows:
-    if path.suffix.lower() == ".parquet":
+    if path.suffix.lower() != ".csv" or path.is_dir():
         table = parquet.read_table(path, columns=names)
     else:
         types = {name: pyarrow.string() if name == "error" else pyarrow.bool_() for name in names}

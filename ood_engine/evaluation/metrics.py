@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 __all__ = ["aupr", "auroc", "average_precision", "evaluate", "expected_calibration_error", "fpr_at_tpr"]
 
@@ -180,4 +180,4 @@ def _array(name: str, values: object) -> npt.NDArray[Any]:
     try:
         return np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{name} cannot be read as an array of numbers: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{name} cannot be read as an array of numbers: {one_line(error)}") from error

@@ -15,7 +15,7 @@ import ood_kernels as ok
 
 from ..detectors import create_detector
 from ..detectors.low_dim_gradient import HEADS, LowDimGradient
-from ..errors import InputError, OodEngineError, OodEngineWarning
+from ..errors import InputError, OodEngineError, OodEngineWarning, one_line
 from ..features.cache import FeatureCache
 from ..features.fit_data import FitData, signals_from_rows
 from ..features.loader import with_progress
@@ -179,7 +179,7 @@ def _of_subspace(
         # This head is nothing but its basis, which `FitData` then has for the others.
         basis_seconds = _fit(data, settings, "projected_norm", max_bytes)[1]
     except _REFUSALS as error:
-        reason = _line(error)
+        reason = one_line(error)
     for head in dict.fromkeys(heads):
         named = {
             "basis": subspace.basis,
@@ -195,7 +195,7 @@ def _of_subspace(
             with torch.inference_mode(False), torch.no_grad(), full_precision(data.head.weight.device):
                 rates = sets.rates(detector)
         except _REFUSALS as error:
-            yield [_row(named, refused=_line(error))]
+            yield [_row(named, refused=one_line(error))]
             continue
         cost = _cost(detector) | {"fit_seconds": round(basis_seconds + seconds, 4)}
         yield [_row(named, **cost, **rate) for rate in rates]
@@ -245,10 +245,6 @@ def _check_explicit_bytes(head: ok.Head, subspace: _Subspace, max_bytes: int) ->
 
 def _too_large(required: int, max_bytes: int) -> str:
     return f"a basis of {required / 2**20:.3g} MiB: expected at most {max_bytes / 2**20:.3g} MiB; raise the limit or ask for less"
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _check_names(what: str, given: Sequence[str], known: tuple[str, ...]) -> None:

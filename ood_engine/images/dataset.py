@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import DataError, InputError, OodEngineError
+from ..errors import DataError, InputError, OodEngineError, one_line
 from .preprocess import Preprocess, import_pillow
-from .sources import IMAGE_ENDINGS, ImageSource, array_source, folder_source, one_line
+from .sources import IMAGE_ENDINGS, ImageSource, array_source, folder_source
 
 __all__ = ["IMAGE_ENDINGS", "Batch", "ImageDataset", "ImageLoader", "Preprocess", "Sample", "open_dataset"]
 
@@ -148,7 +148,7 @@ class ImageDataset:
         except FileNotFoundError:
             return None, "the file does not exist; was it moved, or is it a link to nothing?"
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, … on damaged files
-            return None, f"cannot be read as an image ({type(error).__name__}: {one_line(error)})"
+            return None, f"cannot be read as an image ({one_line(error, with_type=True)})"
 
 
 class ImageLoader:

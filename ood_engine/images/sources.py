@@ -15,10 +15,10 @@ from numpy.lib.format import open_memmap
 from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, one_line
 from .preprocess import import_pillow, pillow_pixels
 
-__all__ = ["IMAGE_ENDINGS", "ImageSource", "array_source", "folder_source", "one_line"]
+__all__ = ["IMAGE_ENDINGS", "ImageSource", "array_source", "folder_source"]
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 # Named, because Pillow would otherwise go by content and hand a PostScript file called x.png to an interpreter.
@@ -179,8 +179,3 @@ def _read_row(images: np.ndarray, channels_first: bool, index: int) -> np.ndarra
 def _printable(name: str) -> str:
     """The name as text that can be encoded, whatever bytes the file system holds."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error as one line of text that can be encoded."""
-    return " ".join(str(error).encode("utf-8", "backslashreplace").decode().split())

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 __all__ = ["load_model", "load_weights"]
 
@@ -54,7 +54,7 @@ def load_model(spec: str, weights: str | Path | None = None) -> nn.Module:
             model = factory()
         except (Exception, SystemExit) as error:
             raise InputError(
-                f"model {spec!r}: {name}() raised {_one_line(error)}; it is called without arguments"
+                f"model {spec!r}: {name}() raised {one_line(error, with_type=True)}; it is called without arguments"
             ) from error
     if not isinstance(model, nn.Module):
         raise InputError(f"model {spec!r}: {name}() returned a {type(model).__name__}; expected an nn.Module")
@@ -95,7 +95,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"weights {path}: truncated, or not a safetensors file ({_one_line(error)}); copy it again"
+            f"weights {path}: truncated, or not a safetensors file ({one_line(error, with_type=True)}); copy it again"
         ) from error
 
 
@@ -111,7 +111,8 @@ def _read_torch(path: Path) -> Any:
         ) from error
     except Exception as error:  # torch raises RuntimeError, EOFError, ValueError, KeyError, … on damaged files
         raise InputError(
-            f"weights {path}: cannot be read ({_one_line(error)}); expected .safetensors or a state_dict written by torch.save"
+            f"weights {path}: cannot be read ({one_line(error, with_type=True)}); expected .safetensors or a state_dict written"
+            " by torch.save"
         ) from error
 
 
@@ -155,7 +156,7 @@ def _import(source: str, spec: str) -> ModuleType:
     except InputError:
         raise
     except (Exception, SystemExit) as error:
-        raise InputError(f"model {spec!r}: importing {source} failed with {_one_line(error)}") from error
+        raise InputError(f"model {spec!r}: importing {source} failed with {one_line(error, with_type=True)}") from error
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -169,8 +170,3 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up by name
     module_spec.loader.exec_module(module)
     return module
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import InputError, NotFittedError, TapError
+from ..errors import InputError, NotFittedError, TapError, one_line
 from .discovery import (
     LAYOUTS,
     TapPlan,
@@ -245,10 +245,9 @@ class Tap:
             except _DEVICE_ERRORS:
                 raise
             except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-                first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise InputError(
                     f"images {list(images.shape)}: the model rejects them; expected the channels and size it was trained on"
-                    f" ({first})"
+                    f" ({one_line(error)})"
                 ) from error
             logits = logits_of(output).detach()
         if len(logits) != len(images):

@@ -1,4 +1,4 @@
-"""What the figures show, as numbers: histograms over shared bins, ROC curves thinned for drawing, ticks, colours."""
+"""What the figures show, as numbers: histograms over shared bins, ROC curves thinned for drawing."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["ID_COLOUR", "LINE_COLOURS", "OOD_COLOUR", "Histogram", "histogram", "roc_curve", "ticks"]
-
-# The colour-blind safe palette of Okabe and Ito, without its yellow, which is lost on white.
-ID_COLOUR, OOD_COLOUR = "#0072B2", "#D55E00"
-LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5F6670")
+__all__ = ["Histogram", "histogram", "roc_curve"]
 
 SHOWN_QUANTILES = (0.005, 0.995)
 LARGEST, SMALLEST_SPAN = 1e300, 1e-300
@@ -77,13 +73,3 @@ def roc_curve(
     )
     kept = np.unique(np.searchsorted(fpr + tpr, np.linspace(0.0, 2.0, n_points)))
     return fpr[kept], tpr[kept]
-
-
-def ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """Two to six round numbers in [low, high] with labels that tell them apart."""
-    span = high - low
-    power = 10.0 ** math.floor(math.log10(span / 4))
-    step = next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= 5)
-    values = np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
-    digits = 1 + math.floor(math.log10(max(abs(low), abs(high)))) - math.floor(math.log10(step))
-    return [(float(value), f"{value + 0.0:.{digits}g}") for value in values]

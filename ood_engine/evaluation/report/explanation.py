@@ -8,7 +8,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from .figures import BOLD, INK, SOFT_INK, _panels, _png, _short, _text
+from .drawing import BOLD, INK, SOFT_INK, new_panels, png, shortened, verbatim
 
 if TYPE_CHECKING:
     from ..explain import Explanation
@@ -39,7 +39,7 @@ def explanation_png(
         OodEngineError: matplotlib is not installed.
     """
     has_map = explanation.places is not None
-    figure, axes = _panels(1, 4 if has_map else 3, width=2.7, height=2.9)
+    figure, axes = new_panels(1, 4 if has_map else 3, width=2.7, height=2.9)
     shown: Any = pixels.clamp(0, 1).permute(1, 2, 0).squeeze(-1).numpy()
     options = {"cmap": "gray", "vmin": 0, "vmax": 1} if pixels.shape[0] == 1 else {}
     panels = list(axes[0])
@@ -54,15 +54,15 @@ def explanation_png(
     for panel in panels[: 2 if has_map else 1]:
         panel.set_xticks([])
         panel.set_yticks([])
-    name = (lambda index: str(index)) if classes is None else (lambda index: _short(classes[index], 14))
+    name = (lambda index: str(index)) if classes is None else (lambda index: shortened(classes[index], 14))
     _bars(panels[-2], "classes", [(name(index), value) for index, value in largest(explanation.classes, count)])
     _bars(panels[-1], "channels", [(str(index), value) for index, value in largest(explanation.channels, count)])
     title = f"{explanation.detector}: {explanation.score:.4g}, of which {explanation.offset:.4g} belongs to no part of the image"
-    _text(figure.suptitle(title, fontsize=9, color=SOFT_INK))
+    verbatim(figure.suptitle(title, fontsize=9, color=SOFT_INK))
     figure.supxlabel(
         "contribution to the score: red towards out-of-distribution, blue towards in-distribution", fontsize=8
     )
-    return _png(figure)
+    return png(figure)
 
 
 def _bars(panel: Any, title: str, rows: list[tuple[str, float]]) -> None:
@@ -70,6 +70,6 @@ def _bars(panel: Any, title: str, rows: list[tuple[str, float]]) -> None:
     panel.barh(range(len(rows)), values, color=[_TOWARDS_OOD if value < 0 else _TOWARDS_ID for value in values])
     panel.set_yticks(range(len(rows)))
     for text in panel.set_yticklabels(labels, fontsize=7):
-        _text(text)
+        verbatim(text)
     panel.axvline(0, color=INK, linewidth=0.6)
     panel.set_title(title, **BOLD)

@@ -1,30 +1,42 @@
-"""The figures as PNG files for a README: every histogram in one picture, every ROC curve in another."""
+"""Histograms of scores and ROC curves: all of them as PNG files for a README, and one by one for the page."""
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .curves import ID_COLOUR, LINE_COLOURS, OOD_COLOUR, histogram, roc_curve
-from .evaluation import Evaluation, finite, printable
-from .files import require, write_atomically
+from ...files import write_atomically
+from .curves import histogram, roc_curve
+from .drawing import (
+    BOLD,
+    GRID,
+    ID_COLOUR,
+    INK,
+    LINE_COLOURS,
+    OOD_COLOUR,
+    SOFT_INK,
+    legend,
+    new_panel,
+    new_panels,
+    png,
+    shortened,
+    svg,
+    verbatim,
+)
+from .evaluation import Evaluation, finite
+from .extras import require
 from .table import percent, rows, summarise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["write_figures"]
+__all__ = ["histogram_svg", "roc_svg", "write_figures"]
 
-INK, SOFT_INK, GRID = "#1D2530", "#5F6670", "#E3E6EA"
-BOLD: dict[str, Any] = {"fontsize": 10, "fontweight": "bold", "color": INK}
 THRESHOLD: dict[str, Any] = {"color": INK, "linewidth": 1, "linestyle": (0, (4, 2))}
-DOTS_PER_INCH = 150
 
 
 def write_figures(evaluation: Evaluation, folder: str | os.PathLike[str]) -> list[Path]:
@@ -40,28 +52,51 @@ def write_figures(evaluation: Evaluation, folder: str | os.PathLike[str]) -> lis
         "histograms.png": _histograms(evaluation, detectors, auroc),
         "roc.png": _roc_curves(evaluation, detectors),
     }
-    return [write_atomically(Path(folder) / name, _png(figure)) for name, figure in pictures.items()]
+    return [write_atomically(Path(folder) / name, png(figure)) for name, figure in pictures.items()]
+
+
+def histogram_svg(evaluation: Evaluation, detector: str, ood_set: str, label: str) -> str:
+    """The scores of one detector on the ID set and one OOD set, as an `<svg>` element.
+
+    Raises:
+        OodEngineError: matplotlib is not installed.
+    """
+    figure, panel = new_panel((2.9, 1.5), (0.03, 0.24, 0.94, 0.73))
+    _draw_histogram(panel, evaluation, detector, ood_set)
+    panel.spines["left"].set_visible(False)
+    return svg(figure, label)
+
+
+def roc_svg(evaluation: Evaluation, detectors: Sequence[str], ood_set: str, label: str) -> str:
+    """The ROC curves of detectors on one OOD set, as an `<svg>` element.
+
+    Raises:
+        OodEngineError: matplotlib is not installed.
+    """
+    figure, panel = new_panel((2.9, 2.85), (0.17, 0.13, 0.8, 0.83))
+    _draw_roc(panel, evaluation, detectors, ood_set)
+    return svg(figure, label)
 
 
 def _histograms(evaluation: Evaluation, detectors: Sequence[str], auroc: dict[tuple[str, str], float | None]) -> Figure:
     n_rows, n_columns = len(detectors), len(evaluation.ood_scores)
-    figure, axes = _panels(n_rows, n_columns, width=2.9, height=1.55)
+    figure, axes = new_panels(n_rows, n_columns, width=2.9, height=1.55)
     for row, detector in enumerate(detectors):
-        _text(axes[row][0].set_ylabel(_short(detector, 20), fontsize=9, color=INK))
+        verbatim(axes[row][0].set_ylabel(shortened(detector, 20), fontsize=9, color=INK))
         for panel, ood_set in zip(axes[row], evaluation.ood_scores, strict=True):
             _draw_histogram(panel, evaluation, detector, ood_set)
             label = f"AUROC {percent(auroc[detector, ood_set])}"
             panel.set_title(label, loc="right", fontsize=8, color=SOFT_INK)
     for panel, ood_set in zip(axes[0], evaluation.ood_scores, strict=True):
-        _text(panel.annotate(_short(ood_set), (0, 1), (0, 20), "axes fraction", "offset points", **BOLD))
+        verbatim(panel.annotate(shortened(ood_set), (0, 1), (0, 20), "axes fraction", "offset points", **BOLD))
     patch, line = require("matplotlib.patches").Patch, require("matplotlib.lines").Line2D
     entries = {
-        f"{_short(evaluation.id_name)} (ID)": patch(facecolor=ID_COLOUR, alpha=0.55),
+        f"{shortened(evaluation.id_name)} (ID)": patch(facecolor=ID_COLOUR, alpha=0.55),
         "OOD": patch(facecolor=(OOD_COLOUR, 0.3), edgecolor=OOD_COLOUR),
     }
     if evaluation.thresholds:
         entries["threshold"] = line([], [], **THRESHOLD)
-    _legend(figure, entries, loc="outside upper right", ncols=3)
+    legend(figure, entries, loc="outside upper right", ncols=3)
     figure.supxlabel("score, higher = more in-distribution", fontsize=9, color=SOFT_INK)
     return figure
 
@@ -73,77 +108,45 @@ def _draw_histogram(panel: Axes, evaluation: Evaluation, detector: str, ood_set:
         panel.set_xticks([])
         panel.text(0.5, 0.5, "no finite scores", ha="center", va="center", transform=panel.transAxes, color=SOFT_INK)
         return
-    panel.stairs(bars.id_heights, bars.edges, fill=True, color=ID_COLOUR, alpha=0.55)
-    panel.stairs(bars.ood_heights, bars.edges, fill=True, color=OOD_COLOUR, alpha=0.3)
-    panel.stairs(bars.ood_heights, bars.edges, color=OOD_COLOUR, linewidth=1.2)
+    panel.stairs(bars.id_heights, bars.edges, fill=True, facecolor=ID_COLOUR, alpha=0.55, clip_on=False)
+    ood: dict[str, Any] = {"facecolor": (OOD_COLOUR, 0.3), "edgecolor": OOD_COLOUR, "linewidth": 1}
+    panel.stairs(bars.ood_heights, bars.edges, fill=True, clip_on=False, **ood)
     panel.set_xlim(bars.edges[0], bars.edges[-1])
     panel.set_ylim(0, 1.08)
     panel.locator_params(axis="x", nbins=4)
     threshold = evaluation.thresholds.get(detector, math.nan)
     if bars.edges[0] <= threshold <= bars.edges[-1]:
-        panel.axvline(threshold, **THRESHOLD)
+        panel.axvline(threshold, clip_on=False, **THRESHOLD)
 
 
 def _roc_curves(evaluation: Evaluation, detectors: Sequence[str]) -> Figure:
     n_columns = min(3, len(evaluation.ood_scores))
     n_rows = math.ceil(len(evaluation.ood_scores) / n_columns)
-    legend_width = 0.8 + 0.065 * max(len(_short(name)) for name in detectors)
-    figure, axes = _panels(n_rows, n_columns, width=3.4, height=3.4, margin=legend_width)
-    line = require("matplotlib.lines").Line2D
-    styles = [
-        {"color": LINE_COLOURS[index % len(LINE_COLOURS)], "linestyle": "-" if index < len(LINE_COLOURS) else "--"}
-        for index in range(len(detectors))
-    ]
+    legend_width = 0.8 + 0.065 * max(len(shortened(name)) for name in detectors)
+    figure, axes = new_panels(n_rows, n_columns, width=3.4, height=3.4, margin=legend_width)
     panels = [panel for panel_row in axes for panel in panel_row]
     for panel in panels[len(evaluation.ood_scores) :]:
         panel.remove()
-    for panel, (ood_set, scores) in zip(panels, evaluation.ood_scores.items(), strict=False):
-        panel.plot([0, 1], [0, 1], color=GRID, linewidth=1)
-        panel.axhline(0.95, color=SOFT_INK, linewidth=0.7, linestyle=(0, (2, 3)))
-        for detector, style in zip(detectors, styles, strict=True):
-            curve = roc_curve(finite(evaluation.id_scores[detector]), finite(scores[detector]))
-            panel.plot(*(curve or ([], [])), linewidth=1.6, **style)
-        panel.set(xlim=(0, 1), ylim=(0, 1.01), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 0.95])
-        panel.set_xlabel("share of OOD accepted (FPR)", fontsize=8, color=SOFT_INK)
-        panel.set_ylabel("share of ID accepted (TPR)", fontsize=8, color=SOFT_INK)
-        _text(panel.set_title(_short(ood_set), loc="left", **BOLD))
-    entries = {name: line([], [], linewidth=2, **style) for name, style in zip(detectors, styles, strict=True)}
-    _legend(figure, entries, loc="outside center right", ncols=1)
+    for panel, ood_set in zip(panels, evaluation.ood_scores, strict=False):
+        _draw_roc(panel, evaluation, detectors, ood_set)
+        verbatim(panel.set_title(shortened(ood_set), loc="left", **BOLD))
+    line = require("matplotlib.lines").Line2D
+    entries = {name: line([], [], linewidth=2, **_line_style(index)) for index, name in enumerate(detectors)}
+    legend(figure, entries, loc="outside center right", ncols=1)
     return figure
 
 
-def _panels(n_rows: int, n_columns: int, width: float, height: float, margin: float = 1.2) -> tuple[Figure, Any]:
-    size = (width * n_columns + margin, height * n_rows + 0.7)
-    figure = require("matplotlib.figure").Figure(figsize=size, facecolor="white", layout="constrained")
-    axes = figure.subplots(n_rows, n_columns, squeeze=False)
-    for panel in axes.flat:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.spines[["left", "bottom"]].set_color(GRID)
-        panel.tick_params(labelsize=7, colors=SOFT_INK, color=GRID, length=2)
-    return figure, axes
+def _draw_roc(panel: Axes, evaluation: Evaluation, detectors: Sequence[str], ood_set: str) -> None:
+    panel.plot([0, 1], [0, 1], color=GRID, linewidth=1, clip_on=False)
+    panel.axhline(0.95, color=SOFT_INK, linewidth=0.7, linestyle=(0, (2, 3)), clip_on=False)
+    for index, detector in enumerate(detectors):
+        curve = roc_curve(finite(evaluation.id_scores[detector]), finite(evaluation.ood_scores[ood_set][detector]))
+        panel.plot(*(curve or ([], [])), linewidth=1.6, clip_on=False, **_line_style(index))
+    panel.set(xlim=(0, 1), ylim=(0, 1.01), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 0.95])
+    panel.set_xlabel("share of OOD accepted (FPR)", fontsize=8, color=SOFT_INK)
+    panel.set_ylabel("share of ID accepted (TPR)", fontsize=8, color=SOFT_INK)
 
 
-def _legend(figure: Figure, entries: dict[str, Any], **where: Any) -> None:
-    """A legend that shows names as they are; matplotlib by itself reads `$` as mathematics and may drop `_name`."""
-    placeholders = ["name"] * len(entries)
-    legend = figure.legend(entries.values(), placeholders, frameon=False, fontsize=8, labelcolor=INK, **where)
-    for text, name in zip(legend.get_texts(), entries, strict=True):
-        _text(text).set_text(_short(name))
-
-
-def _text(text: Any) -> Any:
-    text.set_parse_math(False)
-    return text
-
-
-def _short(name: str, longest: int = 32) -> str:
-    name = printable(name)
-    return name if len(name) <= longest else name[: longest - 1] + "…"
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, bbox_inches="tight")
-    return buffer.getvalue()
+def _line_style(index: int) -> dict[str, Any]:
+    dashed = index >= len(LINE_COLOURS)
+    return {"color": LINE_COLOURS[index % len(LINE_COLOURS)], "linestyle": "--" if dashed else "-"}

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from .curves import LINE_COLOURS, histogram, roc_curve, ticks
+from ...files import write_atomically
+from .drawing import LINE_COLOURS
 from .evaluation import Evaluation, finite, printable
-from .files import require, write_atomically
+from .extras import require
+from .figures import histogram_svg, roc_svg
 from .table import METRICS, percent, rows, summarise
 
 __all__ = ["write_html"]
@@ -23,8 +25,6 @@ __all__ = ["write_html"]
 TEMPLATE = "report.html.j2"
 IMAGES_OF_A_SET = 8
 IMAGE_PIXELS = 128
-HISTOGRAM_BOX = (16.0, 8.0, 268.0, 112.0)
-ROC_BOX = (38.0, 10.0, 222.0, 222.0)
 
 
 def write_html(evaluation: Evaluation, path: str | os.PathLike[str]) -> Path:
@@ -33,7 +33,7 @@ def write_html(evaluation: Evaluation, path: str | os.PathLike[str]) -> Path:
     Every name and value is escaped. The file is whole or not there.
 
     Raises:
-        OodEngineError: Jinja2 (or, with example images, Pillow) is not installed, or the path cannot be written.
+        OodEngineError: Jinja2, matplotlib (or, with example images, Pillow) is not installed, or the path cannot be written.
     """
     jinja2 = require("jinja2")
     environment = jinja2.Environment(
@@ -53,6 +53,7 @@ def _context(evaluation: Evaluation) -> dict[str, Any]:
     summary = summarise(table)
     detectors = list(summary.lines)
     of_pair = {(row["detector"], row["ood_set"]): row for row in table if not row["mean"]}
+    roc_order = {name: _ranked(detectors, name, of_pair) for name in evaluation.ood_scores}
     return {
         "evaluation": evaluation,
         "rows": table,
@@ -60,23 +61,20 @@ def _context(evaluation: Evaluation) -> dict[str, Any]:
         "metrics": METRICS,
         "percent": percent,
         "detectors": detectors,
-        "strokes": {name: _stroke(index) for index, name in enumerate(detectors)},
+        "n_colours": len(LINE_COLOURS),
         "hardest": _hardest(evaluation, detectors, of_pair),
         "invalid": _invalid_counts(evaluation),
         "n_id": max(scores.size for scores in evaluation.id_scores.values()),
         "n_ood": {name: max(array.size for array in scores.values()) for name, scores in evaluation.ood_scores.items()},
         "pairs": of_pair,
-        "histograms": {pair: _histogram_panel(evaluation, *pair) for pair in of_pair},
-        "curves": {pair: _roc_path(evaluation, *pair) for pair in of_pair},
-        "roc_order": {name: _ranked(detectors, name, of_pair) for name in evaluation.ood_scores},
-        "histogram_box": HISTOGRAM_BOX,
-        "roc_box": ROC_BOX,
+        "histograms": {pair: _histogram(evaluation, row) for pair, row in of_pair.items()},
+        "roc_curves": {
+            ood_set: _roc_curves(evaluation, detectors, of_pair[order[0], ood_set])
+            for ood_set, order in roc_order.items()
+        },
+        "roc_order": roc_order,
         "images": {name: _png_images(images) for name, images in evaluation.example_images.items() if len(images)},
     }
-
-
-def _stroke(index: int) -> dict[str, Any]:
-    return {"colour": index % len(LINE_COLOURS) + 1, "dashed": index >= len(LINE_COLOURS)}
 
 
 def _ranked(detectors: Sequence[str], ood_set: str, of_pair: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
@@ -105,39 +103,20 @@ def _invalid_counts(evaluation: Evaluation) -> dict[tuple[str, int], list[str]]:
     return {(name, count): affected for (name, count), affected in detectors.items() if count}
 
 
-def _histogram_panel(evaluation: Evaluation, detector: str, ood_set: str) -> dict[str, Any] | None:
-    bars = histogram(finite(evaluation.id_scores[detector]), finite(evaluation.ood_scores[ood_set][detector]))
-    if bars is None:
-        return None
-    left, top, width, height = HISTOGRAM_BOX
-    low, high = float(bars.edges[0]), float(bars.edges[-1])
-
-    def x(score: float) -> float:
-        return left + width * (score - low) / (high - low)
-
-    threshold = evaluation.thresholds.get(detector, math.nan)
-    edges = [x(edge) for edge in bars.edges]
-    return {
-        "id": _staircase(edges, top + height * (1 - bars.id_heights), top + height),
-        "ood": _staircase(edges, top + height * (1 - bars.ood_heights), top + height),
-        "ticks": [(x(value), label) for value, label in ticks(low, high)],
-        "threshold": x(threshold) if low <= threshold <= high else None,
-    }
+def _histogram(evaluation: Evaluation, row: dict[str, Any]) -> str:
+    label = (
+        f"Histogram of the {row['detector']} scores of {evaluation.id_name} and {row['ood_set']}; AUROC"
+        f" {percent(row['auroc'])} percent, FPR95 {percent(row['fpr95_id'])} percent"
+    )
+    return histogram_svg(evaluation, row["detector"], row["ood_set"], label)
 
 
-def _staircase(edges: Sequence[float], tops: np.ndarray, base: float) -> str:
-    """The outline of a histogram as SVG path data."""
-    steps = "".join(f"V{y:.1f}H{edge:.1f}" for y, edge in zip(tops, edges[1:], strict=True))
-    return f"M{edges[0]:.1f} {base:.1f}{steps}V{base:.1f}Z"
-
-
-def _roc_path(evaluation: Evaluation, detector: str, ood_set: str) -> str | None:
-    curve = roc_curve(finite(evaluation.id_scores[detector]), finite(evaluation.ood_scores[ood_set][detector]))
-    if curve is None:
-        return None
-    left, top, width, height = ROC_BOX
-    points = zip(left + width * curve[0], top + height * (1 - curve[1]), strict=True)
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+def _roc_curves(evaluation: Evaluation, detectors: Sequence[str], best: dict[str, Any]) -> str:
+    label = (
+        f"ROC curves of all detectors, {evaluation.id_name} against {best['ood_set']}; best AUROC {percent(best['auroc'])}"
+        f" percent by {best['detector']}"
+    )
+    return roc_svg(evaluation, detectors, best["ood_set"], label)
 
 
 def _png_images(images: np.ndarray) -> list[str]:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...files import write_atomically
 from ..sweep import COLUMNS
-from .curves import LINE_COLOURS
+from .drawing import BOLD, GRID, LINE_COLOURS, SOFT_INK, legend, new_panels, png, verbatim
 from .evaluation import printable
-from .figures import BOLD, GRID, SOFT_INK, _legend, _panels, _png, _text
-from .files import require, write_atomically
+from .extras import require
 from .table import percent
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def write_sweep_figures(rows: Sequence[Row], folder: Path) -> list[Path]:
 def _components(entries: Sequence[Row]) -> bytes:
     """A panel a family of heads, in it a line a subspace: the best of the family's heads at every K."""
     families = [family for family in FAMILIES if any(_family(entry) == family for entry in entries)]
-    figure, axes = _panels(1, len(families), width=2.9, height=2.9, margin=0.4)
+    figure, axes = new_panels(1, len(families), width=2.9, height=2.9, margin=0.4)
     styles, low = _styles(entries), min(_best(entries).values())
     counts = sorted({entry["components_wanted"] or entry["n_components"] for entry in entries})
     for panel, family in zip(axes[0], families, strict=True):
@@ -104,23 +104,23 @@ def _components(entries: Sequence[Row]) -> bytes:
         _count_axis(panel, counts)
         panel.set_ylim(max(0, 100 * low - 2), 101)
         heads = sorted({entry["head"] for entry in here}, key=FAMILIES[family].index)
-        _text(panel.set_title(family, loc="left", pad=18, **BOLD))
+        verbatim(panel.set_title(family, loc="left", pad=18, **BOLD))
         members = ("best of " if len(heads) > 1 else "") + ", ".join(name.replace("probe_", "") for name in heads)
-        _text(panel.annotate(members, (0, 1), (0, 5), "axes fraction", "offset points", fontsize=7, color=SOFT_INK))
+        verbatim(panel.annotate(members, (0, 1), (0, 5), "axes fraction", "offset points", fontsize=7, color=SOFT_INK))
     axes[0][0].set_ylabel(MEAN_AXIS, fontsize=8, color=SOFT_INK)
     line = require("matplotlib.lines").Line2D
-    _legend(
+    legend(
         figure,
         {_name(subspace): line([], [], **style) for subspace, style in styles.items()},
         loc="outside lower center",
         ncols=min(4, len(styles)),
     )
-    return _png(figure)
+    return png(figure)
 
 
 def _cost(entries: Sequence[Row]) -> bytes:
     """Every combination: colour and edge say the subspace, the marker the family of heads."""
-    figure, axes = _panels(1, 1, width=5.4, height=3.6, margin=1.6)
+    figure, axes = new_panels(1, 1, width=5.4, height=3.6, margin=1.6)
     panel, styles = axes[0][0], _styles(entries)
     families = [family for family in FAMILIES if any(_family(entry) == family for entry in entries)]
     for entry in entries:
@@ -146,8 +146,8 @@ def _cost(entries: Sequence[Row]) -> bytes:
         family: line([], [], linestyle="", marker=MARKERS[family], markersize=5.5, color=SOFT_INK)
         for family in families
     }
-    _legend(figure, colours | shapes, loc="outside center right", ncols=1)
-    return _png(figure)
+    legend(figure, colours | shapes, loc="outside center right", ncols=1)
+    return png(figure)
 
 
 def _count_axis(panel: Axes, counts: Sequence[int]) -> None:

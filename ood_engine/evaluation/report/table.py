@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...files import write_atomically
 from .. import metrics
 from .evaluation import Evaluation, finite, printable
-from .files import require, write_atomically
+from .extras import require
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -310,6 +310,16 @@ def test_a_broken_run_goes_on_and_gives_the_same_table(place, call, tmp_path, mo
     refused(call, place.score(output, "--resume"), "already complete")
 
 
+def test_an_output_with_a_slash_is_a_folder_of_parts(place, call, tmp_path):
+    assert call(place.score(tmp_path / "whole.parquet"))[0] == 0
+    code, out, _ = call(place.score(f"{tmp_path}/new/parts/", "--part-rows", "16", "--json"))
+    assert code == 0
+    assert json.loads(out)["images"] == 50
+    assert len(list((tmp_path / "new" / "parts").glob("part-*.parquet"))) == 4
+    assert read(tmp_path / "new" / "parts") == read(tmp_path / "whole.parquet")
+    refused(call, place.score(f"{tmp_path}/new/parts/"), "is a folder already")
+
+
 def test_parts_are_written_by_the_clock_too(place, call, tmp_path, monkeypatch):
     written = []
     write = score_module.ResultWriter.write
@@ -343,7 +353,7 @@ def test_a_full_disk_keeps_the_rows_so_far(place, call, tmp_path, monkeypatch):
         write(handle)
 
     with monkeypatch.context() as patch:
-        patch.setattr("ood_engine.cli.results.os.fsync", full)
+        patch.setattr(os, "fsync", full)
         refused(
             call,
             place.score(tmp_path / "t.parquet", "--part-rows", "8"),

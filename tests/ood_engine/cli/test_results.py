@@ -203,6 +203,21 @@ def test_a_kill_while_the_parts_are_removed_leaves_a_complete_table(tmp_path, mo
     assert os.listdir(tmp_path) == ["scores.csv"]
 
 
+def test_a_path_with_a_slash_becomes_a_folder_of_parts(tmp_path):
+    path = f"{tmp_path / 'scores'}/"
+    write_parts(path, 0, 24)
+    assert os.listdir(tmp_path) == ["scores.parts"]
+    with pytest.raises(InputError, match="use --resume to continue"):
+        write_parts(path, 0, 8)
+    write_parts(path, 24, 40, resume=True).finish()
+    assert os.listdir(tmp_path) == ["scores"]
+    assert sorted(os.listdir(path)) == ["_job.json", *(f"part-{i:05d}.parquet" for i in range(5))]
+    assert pyarrow.parquet.read_table(path).to_pydict() == make_rows(0, 40)
+    for resume in (False, True):
+        with pytest.raises(InputError, match="the table is a folder already; give a new name"):
+            ResultWriter(path, COLUMNS, job=JOB, resume=resume)
+
+
 @pytest.mark.parametrize(("damaged", "safe"), [(4, 32), (1, 8)])
 def test_a_truncated_part_is_computed_again(tmp_path, damaged, safe):
     path = tmp_path / "scores.csv"
@@ -233,7 +248,7 @@ def test_a_missing_part_is_computed_again(tmp_path):
     (parts_of(path) / "part-00002.parquet").unlink()
     with pytest.warns(OodEngineWarning, match="goes on after row 16, and 2 part"):
         assert ResultWriter(path, COLUMNS, job=JOB, resume=True).rows_done == 16
-    assert sorted(os.listdir(parts_of(path))) == ["job.json", "part-00000.parquet", "part-00001.parquet"]
+    assert sorted(os.listdir(parts_of(path))) == ["_job.json", "part-00000.parquet", "part-00001.parquet"]
 
 
 def test_parts_of_other_columns_are_not_merged(tmp_path):
@@ -273,7 +288,7 @@ def test_a_full_disk_keeps_the_rows_and_says_how_many(tmp_path, monkeypatch, own
         with pytest.raises(OodEngineError, match=r"No space left on device.*24 rows are safe.*--resume") as caught:
             writer.write(make_rows(24, 32))
     assert "\n" not in str(caught.value)
-    assert sorted(os.listdir(parts_of(path))) == ["job.json", *(f"part-{i:05d}.parquet" for i in range(3))]
+    assert sorted(os.listdir(parts_of(path))) == ["_job.json", *(f"part-{i:05d}.parquet" for i in range(3))]
     write_parts(path, 24, 40, resume=True).finish()
     assert path.read_bytes() == uninterrupted(tmp_path / "whole.csv")
 
@@ -332,14 +347,14 @@ def test_another_job_is_refused(tmp_path, job, columns, message):
 def test_a_damaged_job_file_is_refused(tmp_path, content):
     path = tmp_path / "scores.parquet"
     write_parts(path, 0, 16)
-    (parts_of(path) / "job.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"job.json: cannot be read as a job; delete .*scores.parquet.parts"):
+    (parts_of(path) / "_job.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"_job.json: cannot be read as a job; delete .*scores.parquet.parts"):
         ResultWriter(path, COLUMNS, job=JOB, resume=True)
 
 
 def test_the_job_file_holds_the_job_and_the_columns(tmp_path):
     write_parts(tmp_path / "scores.csv", 0, 8)
-    stored = json.loads((tmp_path / "scores.csv.parts" / "job.json").read_text())
+    stored = json.loads((tmp_path / "scores.csv.parts" / "_job.json").read_text())
     assert stored == {"job": JOB, "columns": COLUMNS}
 
 
@@ -347,7 +362,7 @@ def test_resume_where_nothing_is_starts_from_the_beginning(tmp_path):
     path = tmp_path / "scores.csv"
     assert ResultWriter(path, COLUMNS, job=JOB, resume=True).rows_done == 0
     assert ResultWriter(path, COLUMNS, job=JOB, resume=True).rows_done == 0
-    (parts_of(path) / "job.json").unlink()
+    (parts_of(path) / "_job.json").unlink()
     write_parts(path, 0, 40, resume=True).finish()
     assert read_back(path) == make_rows(0, 40)
 
@@ -376,7 +391,7 @@ def test_no_rows_give_a_table_with_its_columns(tmp_path, ending):
     path = tmp_path / f"scores.{ending}"
     writer = ResultWriter(path, COLUMNS, job=JOB)
     writer.write(make_rows(0, 0))
-    assert os.listdir(parts_of(path)) == ["job.json"]
+    assert os.listdir(parts_of(path)) == ["_job.json"]
     writer.finish()
     writer.finish()
     assert read_back(path) == make_rows(0, 0)

@@ -1,0 +1,25 @@
+"""The optional packages that a report is made with."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ...errors import OodEngineError
+
+__all__ = ["require"]
+
+
+def require(module: str) -> Any:
+    """Import a module of the optional extra `cli`.
+
+    Raises:
+        OodEngineError: It cannot be imported; the message names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise OodEngineError(
+            f"reports need the package {module.partition('.')[0]!r}, which cannot be imported ({error}); "
+            "pip install 'ood-engine[cli]'"
+        ) from error

@@ -1,0 +1,75 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import OodEngineError, one_line
+
+__all__ = ["TEMPORARY", "atomic_file", "write_atomically"]
+
+TEMPORARY = ".tmp"
+"""Ending of an unfinished file, which a killed process leaves behind."""
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
+    """A binary file to fill; on exit it is flushed to the disk and takes the name `path`, on an error nothing of it stays.
+
+    Missing folders are made. The file has the permissions of any new file, and an older one is replaced.
+
+    Args:
+        path: of the finished file.
+        folder: where the unfinished file lies, on the same file system; None takes the folder of `path`.
+
+    Raises:
+        OSError: the path cannot be written, or the disk is full.
+    """
+    folder = path.parent if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}"
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    _sync_folder(path.parent)
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
+    """Write the file at its path, whole or not at all; missing folders are made, an older file is replaced.
+
+    Raises:
+        OodEngineError: the path cannot be written, or the disk is full.
+    """
+    target = Path(path)
+    try:
+        with atomic_file(target) as file:
+            file.write(content)
+    except OSError as error:
+        raise OodEngineError(
+            f"cannot write {str(target)!r} ({error.strerror or one_line(error)}), expected a writable file path with free"
+            " space; choose another path"
+        ) from error
+    return target
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where system and file system let folders be synced."""
+    if os.name != "posix":
+        return
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
