@@ -29,10 +29,15 @@ def test_a_file_appears_whole_with_the_permissions_of_any_new_file(tmp_path):
 def test_an_error_leaves_the_older_file_and_no_remains(tmp_path, error):
     path, folder = tmp_path / "file", tmp_path / "unfinished"
     path.write_bytes(b"older")
-    with pytest.raises(error), atomic_file(path, folder) as file:
-        file.write(b"newer")
-        assert len(os.listdir(folder)) == 1
-        raise error
+
+    def broken():
+        with atomic_file(path, folder) as file:
+            file.write(b"newer")
+            assert len(os.listdir(folder)) == 1
+            raise error
+
+    with pytest.raises(error):
+        broken()
     assert path.read_bytes() == b"older"
     assert sorted(os.listdir(tmp_path)) == ["file", "unfinished"]
     assert os.listdir(folder) == []
