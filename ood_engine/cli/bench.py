@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..demo import SmallCNN
 from ..engine import Engine
 from ..errors import InputError
-from ..evaluation.report.files import write_atomically
 from ..features.loader import with_progress
+from ..files import write_atomically
 from ..model.loading import load_model
 from .common import check_output, device_option, echo_json, json_option
 from .timing import interleave, peak_mib, summary_ms
