@@ -86,7 +86,8 @@ def evaluate(
     """Measure how well every detector separates OOD sets from ID images, and write a report.
 
     Prints AUROC and FPR95, and writes evaluation.json, report.html (self-contained), histograms.png and roc.png. The ID images
-    should be ones that neither `fit` nor its calibration has seen.
+    should be ones that neither `fit` nor its calibration has seen. With labels it measures the accuracy too, and beside OPNP,
+    OPP or ONP the expected calibration error of the head, unpruned and pruned.
 
     With --sweep it fits low_dim_gradient to the images of --fit with every basis, number of components and head instead, and
     writes sweep.csv, sweep.json, and AUROC against components and cost as sweep_components.png and sweep_cost.png.

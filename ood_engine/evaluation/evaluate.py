@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from torch import Tensor
 from ..engine import Engine
 from ..features.cache import NO_LABEL
 from ..features.loader import image_batches
+from ..features.signals import wide
 from ..images.dataset import ImageDataset, ImageLoader
 from ..scores import Scores
 from ..version import __version__
-from .report import Evaluation, write_figures, write_html, write_json
+from .confidence import HeadConfidence
+from .report import UNPRUNED, Evaluation, write_figures, write_html, write_json
 
 __all__ = ["SetResult", "evaluate", "score_set", "write_report"]
 
@@ -33,13 +35,20 @@ class SetResult:
     skipped: list[tuple[str, str]]
 
 
-def score_set(engine: Engine, loader: ImageLoader, what: str, *, progress: bool = False) -> SetResult:
-    """Scores of all readable images, and the share that the model classifies as labelled, from one forward pass each."""
+def score_set(
+    engine: Engine, loader: ImageLoader, what: str, *, heads: Sequence[HeadConfidence] = (), progress: bool = False
+) -> SetResult:
+    """Scores of all readable images, and the share that the model classifies as labelled, from one forward pass each.
+
+    Features and labels are added to every one of `heads`.
+    """
     parts, correct, labelled = [], 0, 0
     with torch.no_grad():
         for images, labels in image_batches(loader, what, progress):
             captured = engine.scorer.run(images)
             parts.append(engine.scorer.score_captured(images, captured).cpu())
+            for head in heads:
+                head.add(wide(captured.head_input), labels)
             predicted = captured.logits.argmax(1).cpu()
             labelled += int((labels != NO_LABEL).sum())
             correct += int((predicted == labels).sum())
@@ -64,7 +73,8 @@ def evaluate(
 
     Args:
         engine: fitted; thresholds are shown where it is calibrated.
-        id_data: ID images that neither `fit` nor `calibrate` has seen; with labels the accuracy is measured too.
+        id_data: ID images that neither `fit` nor `calibrate` has seen. With labels the accuracy is measured too, and, where a
+            detector prunes the head, the expected calibration error of the unpruned head and of every pruned one.
         ood_data: OOD set name → images.
         title: heading of the report.
         id_name: name of the ID set.
@@ -81,7 +91,17 @@ def evaluate(
         InputError: images that the model rejects.
     """
     sets = {id_name: id_data, **ood_data}
-    results = {name: score_set(engine, data.loader(batch_size), name, progress=progress) for name, data in sets.items()}
+    heads = {} if id_data.labels is None else _heads(engine)
+    results = {
+        name: score_set(
+            engine,
+            data.loader(batch_size),
+            name,
+            heads=list(heads.values()) if name == id_name else (),
+            progress=progress,
+        )
+        for name, data in sets.items()
+    }
     evaluation = Evaluation(
         title=title,
         id_name=id_name,
@@ -94,6 +114,7 @@ def evaluate(
         example_images={name: images for name, data in sets.items() if (images := _examples(data)) is not None},
         thresholds={name: float(calibration.threshold) for name, calibration in engine.calibrations.items()},
         accuracy=results[id_name].accuracy,
+        ece={name: error for name, head in heads.items() if (error := head.ece) is not None},
     )
     return evaluation, results
 
@@ -109,6 +130,14 @@ def write_report(evaluation: Evaluation, folder: Path) -> list[Path]:
         write_html(evaluation, folder / "report.html"),
         *write_figures(evaluation, folder),
     ]
+
+
+def _heads(engine: Engine) -> dict[str, HeadConfidence]:
+    """The unpruned head and those that detectors prune, by their names; nothing where none does."""
+    head, kernels = engine.head, engine.scorer.kernels
+    masks = {name: detector.masks for name, detector in engine.detectors.items() if detector.masks is not None}
+    pruned = {name: HeadConfidence(head, kernels, of_detector) for name, of_detector in masks.items()}
+    return {UNPRUNED: HeadConfidence(head, kernels), **pruned} if pruned else {}
 
 
 def _facts(engine: Engine, sets: Mapping[str, ImageDataset]) -> dict[str, str]:

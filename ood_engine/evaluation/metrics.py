@@ -20,7 +20,15 @@ from torch import Tensor
 
 from ..errors import InputError, one_line
 
-__all__ = ["aupr", "auroc", "average_precision", "evaluate", "expected_calibration_error", "fpr_at_tpr"]
+__all__ = [
+    "aupr",
+    "auroc",
+    "average_precision",
+    "ece_from_confidence",
+    "evaluate",
+    "expected_calibration_error",
+    "fpr_at_tpr",
+]
 
 ArrayLike: TypeAlias = Tensor | npt.NDArray[Any] | Sequence[float]
 
@@ -125,8 +133,7 @@ def expected_calibration_error(
     Raises:
         InputError: other shapes, types or ranges; values that are not finite.
     """
-    if not isinstance(n_bins, int) or n_bins < 1:
-        raise InputError(f"n_bins must be an integer of at least 1, not {n_bins!r}")
+    _check_bins(n_bins)
     chances = _finite("probabilities", probabilities, ndim=2)
     classes = _array("labels", labels)
     if classes.dtype.kind not in "iu" or classes.shape != chances.shape[:1]:
@@ -142,11 +149,36 @@ def expected_calibration_error(
     if chances.min() < 0 or np.abs(chances.sum(1) - 1).max() > _SUM_TOLERANCE:
         raise InputError("probabilities must be >= 0 and sum to 1 in each row; apply a softmax to logits first")
 
-    confidence = chances.max(1)
-    surplus = (chances.argmax(1) == classes) - confidence
+    return ece_from_confidence(chances.max(1), chances.argmax(1) == classes, n_bins)
+
+
+def ece_from_confidence(confidence: ArrayLike, is_right: ArrayLike, n_bins: int = 15) -> float:
+    """Expected calibration error from confidences alone, for sets whose [N, C] probabilities do not fit in memory.
+
+    Args:
+        confidence: [N] largest probability of each sample, in [0, 1].
+        is_right: bool [N], whether the class of this probability is the label.
+        n_bins: at least 1; see `expected_calibration_error`.
+
+    Raises:
+        InputError: other shapes, types or ranges; values that are not finite.
+    """
+    _check_bins(n_bins)
+    confidences, rights = _finite("confidence", confidence, ndim=1), _array("is_right", is_right)
+    if confidences.min() < 0 or confidences.max() > 1 + _SUM_TOLERANCE:
+        raise InputError(f"confidence must lie in [0, 1], not in [{confidences.min():.3g}, {confidences.max():.3g}]")
+    if rights.dtype != bool or rights.shape != confidences.shape:
+        raise InputError(
+            f"is_right must be {len(confidences)} booleans, one a confidence, not {rights.dtype} of shape {list(rights.shape)}"
+        )
     inner_edges = np.arange(1, n_bins) / n_bins
-    bins = np.digitize(confidence, inner_edges, right=True)
-    return float(np.abs(np.bincount(bins, weights=surplus)).sum() / len(chances))
+    bins = np.digitize(confidences, inner_edges, right=True)
+    return float(np.abs(np.bincount(bins, weights=rights - confidences)).sum() / len(confidences))
+
+
+def _check_bins(n_bins: int) -> None:
+    if not isinstance(n_bins, int) or n_bins < 1:
+        raise InputError(f"n_bins must be an integer of at least 1, not {n_bins!r}")
 
 
 def _ranking(id_scores: ArrayLike, ood_scores: ArrayLike, positive: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

@@ -6,9 +6,18 @@ class; the full table of the page and the JSON file (in fractions) hold the othe
 
 from __future__ import annotations
 
-from .evaluation import Evaluation
+from .evaluation import UNPRUNED, Evaluation
 from .figures import write_figures
 from .page import write_html
 from .table import markdown_table, print_table, rows, write_json
 
-__all__ = ["Evaluation", "markdown_table", "print_table", "rows", "write_figures", "write_html", "write_json"]
+__all__ = [
+    "UNPRUNED",
+    "Evaluation",
+    "markdown_table",
+    "print_table",
+    "rows",
+    "write_figures",
+    "write_html",
+    "write_json",
+]

@@ -9,7 +9,10 @@ import numpy as np
 
 from ...errors import InputError
 
-__all__ = ["Evaluation", "finite", "printable"]
+__all__ = ["UNPRUNED", "Evaluation", "finite", "printable"]
+
+UNPRUNED = "unpruned"
+"""Name of the model's own head among those whose calibration error is measured."""
 
 
 @dataclass
@@ -28,10 +31,12 @@ class Evaluation:
         example_images: Name of a set to some of its images, [n, H, W] or [n, H, W, 3], values in [0, 1].
         thresholds: Detector name to its decision threshold; a score below it is flagged OOD.
         accuracy: Share of the ID images that are classified correctly, a fraction in [0, 1].
+        ece: Head to its expected calibration error on the ID images, a fraction in [0, 1]; heads are
+            `UNPRUNED` and those pruned by a detector, by its name.
 
     Raises:
         InputError: No detector, no OOD set, a detector without scores on a set, scores that are not one-dimensional
-            numbers, images of another shape, or a kind or threshold for a name that is not there.
+            numbers, images of another shape, or a kind, threshold or calibration error for a name that is not there.
     """
 
     title: str
@@ -43,6 +48,7 @@ class Evaluation:
     example_images: dict[str, np.ndarray] = field(default_factory=dict)
     thresholds: dict[str, float] = field(default_factory=dict)
     accuracy: float | None = None
+    ece: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.id_scores:
@@ -56,6 +62,7 @@ class Evaluation:
         self.example_images = {name: _image_array(images, name) for name, images in self.example_images.items()}
         _check_known("kinds", self.kinds, "an OOD set", self.ood_scores)
         _check_known("thresholds", self.thresholds, "a detector", self.id_scores)
+        _check_known("ece", self.ece, "a head", (UNPRUNED, *self.id_scores))
         if self.accuracy is not None and not 0.0 <= self.accuracy <= 1.0:
             raise InputError(f"accuracy is {self.accuracy}, expected a fraction in [0, 1]; divide percent by 100")
 
@@ -72,6 +79,7 @@ class Evaluation:
             id_scores={name: self.id_scores[name] for name in names},
             ood_scores={ood: {name: scores[name] for name in names} for ood, scores in self.ood_scores.items()},
             thresholds={name: value for name, value in self.thresholds.items() if name in names},
+            ece={name: value for name, value in self.ece.items() if name in (UNPRUNED, *names)},
         )
 
     @property

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...files import write_atomically
 from .drawing import LINE_COLOURS
-from .evaluation import Evaluation, finite, printable
+from .evaluation import UNPRUNED, Evaluation, finite, printable
 from .extras import require
 from .figures import histogram_svg, roc_svg
 from .table import METRICS, percent, rows, summarise
@@ -60,6 +60,7 @@ def _context(evaluation: Evaluation) -> dict[str, Any]:
         "summary": summary,
         "metrics": METRICS,
         "percent": percent,
+        "unpruned": UNPRUNED,
         "detectors": detectors,
         "n_colours": len(LINE_COLOURS),
         "hardest": _hardest(evaluation, detectors, of_pair),

@@ -137,6 +137,12 @@ def _cells(values: Sequence[float | None], best: Any) -> list[Cell]:
     return [Cell(text, text == winner) for text in texts]
 
 
+def _notes(evaluation: Evaluation) -> list[str]:
+    """What stands below the table: the convention, and the calibration error of the heads where it was measured."""
+    errors = ", ".join(f"{name} {percent(value)}" for name, value in evaluation.ece.items())
+    return [CONVENTION, *([f"Expected calibration error of the head: {printable(errors)}."] if errors else [])]
+
+
 def _heading(name: str, kind: str | None, is_mean: bool) -> str:
     return f"{printable(name)} ({printable(kind)})" if kind and not is_mean else printable(name)
 
@@ -158,7 +164,7 @@ def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
     for start in range(0, len(summary.columns), per_table):
         console.print(_rich_table(summary, slice(start, start + per_table)))
         console.print()
-    console.print(rich_text.Text(CONVENTION, style="dim"))
+    console.print(rich_text.Text("\n".join(_notes(evaluation)), style="dim"))
 
 
 def _rich_table(summary: Summary, groups: slice) -> Any:
@@ -189,7 +195,8 @@ def markdown_table(evaluation: Evaluation) -> str:
     ]
     rule = ["---", *["---:"] * len(summary.columns)]
     lines = ["| " + " | ".join(cells) + " |" for cells in (headings, rule, *body)]
-    return "\n".join([*lines, "", f"AUROC / FPR95. {CONVENTION}", ""])
+    notes = " ".join(map(_markdown, _notes(evaluation)))
+    return "\n".join([*lines, "", f"AUROC / FPR95. {notes}", ""])
 
 
 def _marked(cell: Cell) -> str:
@@ -205,8 +212,8 @@ def _markdown(name: str) -> str:
 def write_json(evaluation: Evaluation, path: str | os.PathLike[str]) -> Path:
     """Write rows and facts as one JSON object; the file is whole or not there.
 
-    Keys: `format` (1), `title`, `id_name`, `score_direction`, `accuracy`, `thresholds`, `information` and `rows`, as
-    the function `rows` gives them; null where there is no number.
+    Keys: `format` (1), `title`, `id_name`, `score_direction`, `accuracy`, `ece`, `thresholds`,
+    `information` and `rows`, as the function `rows` gives them; null where there is no number.
 
     Raises:
         OodEngineError: The path cannot be written.
@@ -218,6 +225,7 @@ def write_json(evaluation: Evaluation, path: str | os.PathLike[str]) -> Path:
         "id_name": evaluation.id_name,
         "score_direction": "higher = more in-distribution",
         "accuracy": None if evaluation.accuracy is None else float(evaluation.accuracy),
+        "ece": {name: float(value) for name, value in evaluation.ece.items()},
         "thresholds": {name: value if math.isfinite(value) else None for name, value in thresholds.items()},
         "information": {str(key): str(value) for key, value in evaluation.information.items()},
         "rows": rows(evaluation),

@@ -263,3 +263,19 @@ def test_calibration_error_takes_half_precision_softmax():
 def test_bad_calibration_input_is_refused(probabilities, labels, n_bins, message):
     with pytest.raises(InputError, match=message):
         metrics.expected_calibration_error(probabilities, labels, n_bins)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "is_right", "message"),
+    [
+        ([], [], r"^confidence must be 1-D and not empty"),
+        ([1.2], [True], r"^confidence must lie in \[0, 1\], not in \[1.2, 1.2\]$"),
+        ([-0.1, 0.5], [True, True], r"^confidence must lie in \[0, 1\]"),
+        ([math.nan], [True], r"^confidence holds 1 of 1 values that are NaN"),
+        ([0.5], [1], r"^is_right must be 1 booleans, one a confidence, not int64 of shape \[1\]$"),
+        ([0.5, 0.5], [True], r"^is_right must be 2 booleans"),
+    ],
+)
+def test_bad_confidences_are_refused(confidence, is_right, message):
+    with pytest.raises(InputError, match=message):
+        metrics.ece_from_confidence(confidence, is_right)

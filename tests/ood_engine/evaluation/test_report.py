@@ -453,6 +453,7 @@ class TestEvaluation:
             ({"kinds": {"near": "x"}}, r"kinds names \['near'\], expected an OOD set out of \['far'\]"),
             ({"thresholds": {"e": 1.0}}, r"thresholds names \['e'\], expected a detector"),
             ({"accuracy": 98.0}, r"accuracy is 98.0, expected a fraction in \[0, 1\]"),
+            ({"ece": {"e": 0.1}}, r"ece names \['e'\], expected a head out of \['d', 'unpruned'\]"),
             ({"example_images": {"far": np.zeros((2, 3, 8, 8))}}, r"have shape \[2, 3, 8, 8\], expected \[n, H, W\]"),
             ({"example_images": {"far": np.zeros((2, 8, 8), np.uint8)}}, "have dtype uint8, expected floats"),
         ],
