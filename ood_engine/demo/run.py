@@ -29,7 +29,7 @@ from ..images.dataset import ImageDataset, open_dataset
 from ..images.preprocess import Preprocess, import_pillow
 from .small_cnn import SmallCNN
 
-__all__ = ["DemoResult", "run_demo"]
+__all__ = ["DemoResult", "run_demo", "write_images"]
 
 ID_CLASSES = 8
 NEAR, PHOTOS, NOISE = "held-out digits", "photo patches", "noise"
@@ -85,7 +85,7 @@ def run_demo(
         OodEngineError: an optional package is missing, or the folder cannot be written.
     """
     folder = Path(folder)
-    _write_images(folder / "images", seed, quick)
+    write_images(folder / "images", seed, quick)
     names = [*SHARES, *FOLDERS.values()]
     data = {name: open_dataset(folder / "images" / name, PREPROCESS) for name in names}
     model = _train(data["fit"], seed, 12 if quick else EPOCHS, torch.device(device), progress)
@@ -149,7 +149,7 @@ def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.pad(images, (1, 1, 1, 1), value=float(images.min()))[:, :, 1 + down : 9 + down, 1 + right : 9 + right]
 
 
-def _write_images(folder: Path, seed: int, quick: bool) -> None:
+def write_images(folder: Path, seed: int, quick: bool) -> None:
     """A folder of PNG files for every part and every OOD set."""
     from sklearn.datasets import load_digits, load_sample_images
     from sklearn.model_selection import train_test_split

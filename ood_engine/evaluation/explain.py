@@ -8,7 +8,7 @@ mean of the feature map, by position to places of the image.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,9 @@ from ood_kernels import reference
 
 from ..detectors.heads import Mahalanobis
 from ..detectors.low_dim_gradient import LowDimGradient
+from ..engine import Engine
 from ..errors import InputError
 from ..subspace import Basis, extend
-
-if TYPE_CHECKING:
-    from ..engine import Engine
 
 __all__ = ["Explanation", "explain"]
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..explain import Explanation
 from .drawing import BOLD, INK, SOFT_INK, new_panels, png, shortened, verbatim
-
-if TYPE_CHECKING:
-    from ..explain import Explanation
 
 __all__ = ["explanation_png", "largest"]
 

@@ -139,7 +139,7 @@ def _roc_curves(evaluation: Evaluation, detectors: Sequence[str]) -> Figure:
 def _draw_roc(panel: Axes, evaluation: Evaluation, detectors: Sequence[str], ood_set: str) -> None:
     panel.plot([0, 1], [0, 1], color=GRID, linewidth=1, clip_on=False)
     panel.axhline(0.95, color=SOFT_INK, linewidth=0.7, linestyle=(0, (2, 3)), clip_on=False)
-    for index, detector in enumerate(detectors):
+    for index, detector in reversed([*enumerate(detectors)]):
         curve = roc_curve(finite(evaluation.id_scores[detector]), finite(evaluation.ood_scores[ood_set][detector]))
         panel.plot(*(curve or ([], [])), linewidth=1.6, clip_on=False, **_line_style(index))
     panel.set(xlim=(0, 1), ylim=(0, 1.01), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 0.95])

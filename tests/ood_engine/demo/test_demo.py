@@ -9,7 +9,7 @@ from PIL import Image
 
 import ood_engine as oe
 from ood_engine.cli import main
-from ood_engine.demo.run import ID_CLASSES, KINDS, _write_images, run_demo
+from ood_engine.demo.run import ID_CLASSES, KINDS, run_demo, write_images
 from ood_engine.errors import InputError
 
 
@@ -50,7 +50,7 @@ def test_the_same_seed_gives_the_same_scores_and_cleans_up_older_images(result, 
     Image.new("L", (8, 8)).save(stray)
     for name, scores in result.evaluation.id_scores.items():
         np.testing.assert_array_equal(scores, again.evaluation.id_scores[name])
-    _write_images(tmp_path / "images", 0, True)
+    write_images(tmp_path / "images", 0, True)
     assert not stray.exists()
 
 

@@ -45,9 +45,8 @@ def test_the_calibration_error_of_the_unpruned_and_of_every_pruned_head_is_repor
     files = write_report(evaluation, tmp_path / "report")
     assert json.loads(files[0].read_text())["ece"] == evaluation.ece
     page = files[1].read_text(encoding="utf-8")
-    for head_name in ("unpruned head", "head pruned by opnp", "head pruned by opp"):
-        name = head_name.replace("unpruned head", "unpruned").removeprefix("head pruned by ")
-        assert f"<td>{100 * expected[name]:.2f} %, {head_name}</td>" in page
+    for name, words in {"unpruned": "unpruned head", "opnp": "pruned by opnp", "opp": "pruned by opp"}.items():
+        assert f"{words} {100 * expected[name]:.2f} %" in page
     assert f"Expected calibration error of the head: unpruned {100 * expected['unpruned']:.2f}, opnp" in markdown_table(
         evaluation
     )
