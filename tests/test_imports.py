@@ -12,9 +12,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"ood_engine": ROOT / "ood_engine", "ood_kernels": ROOT / "kernels" / "ood_kernels"}
 
-KNOWN_PRIVATE = {"ood_engine.evaluation.report"}
-"""Folders that still use private names of other modules."""
-
 
 class Import(NamedTuple):
     """One name that a module asks of another; `name` is None where the module itself is meant, here known as `bound`."""
@@ -146,14 +143,7 @@ def test_no_modules_import_each_other(source):
 
 
 def test_no_private_name_is_used_across_modules(source):
-    known = tuple(f"{folder}." for folder in KNOWN_PRIVATE)
-    assert {(module, name) for module, name in source.private() if not module.startswith(known)} == set()
-
-
-def test_known_folders_still_use_private_names(source):
-    users = {module for module, _ in source.private()}
-    mended = {folder for folder in KNOWN_PRIVATE if not any(user.startswith(f"{folder}.") for user in users)}
-    assert mended == set(), "mended: take these out of KNOWN_PRIVATE"
+    assert source.private() == set()
 
 
 @pytest.mark.parametrize("package", FOLDERS)
