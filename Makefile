@@ -2,11 +2,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-# A machine with a GPU takes torch's default build; any other is held to the CPU build.
+# A machine with a GPU takes torch's default build; any other the CPU build, where pip's index has one.
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes || { rocminfo >/dev/null 2>&1 && echo yes; })
-CONSTRAINTS := $(if $(GPU),,--constraint constraints/cpu.txt)
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --constraint $(VENV)/torch.txt
 
+.DELETE_ON_ERROR:
 .PHONY: help demo test lint bench docs clean
 
 help:
@@ -41,14 +41,11 @@ $(VENV)/ready-venv:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/ready-%: $(VENV)/ready-venv setup.py constraints/cpu.txt constraints/model-zoo.txt constraints/peers.txt
-	$(PIP) $(CONSTRAINTS) --editable '.[$*]' || { $(no_torch); }
-	$(if $(filter test bench,$*),$(PIP) $(if $(GPU),torchvision timm,--no-deps --requirement constraints/model-zoo.txt))
+$(VENV)/torch.txt: $(VENV)/ready-venv constraints/cpu.txt constraints/choose_torch.py
+	$(if $(GPU),: >$@,$(BIN)/python constraints/choose_torch.py >$@)
+
+$(VENV)/ready-%: $(VENV)/torch.txt setup.py constraints/model-zoo.txt constraints/peers.txt
+	$(PIP) --editable '.[$*]'
+	$(if $(filter test bench,$*),$(PIP) --requirement constraints/model-zoo.txt)
 	$(if $(filter test bench,$*),$(PIP) --no-deps --requirement constraints/peers.txt)
 	@touch $@
-
-define no_torch
-echo "Could not install. Without a GPU, constraints/cpu.txt asks for the CPU build of torch: point pip at PyTorch's CPU wheels with"; \
-echo "PIP_EXTRA_INDEX_URL (the address stands on PyTorch's 'Get started' page), or run 'make GPU=yes ...' to take the default build."; \
-exit 1
-endef

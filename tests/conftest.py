@@ -1,11 +1,45 @@
-"""What has to be settled before the first test module is imported."""
+"""What has to be settled before the first test module is imported, and which files compare numbers."""
 
 from __future__ import annotations
 
 import os
+import re
+from functools import cache
+from pathlib import Path
 
+import pytest
 import torch
 
 # Triton reads this once, at its first import, and other libraries import it too.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+COMPARES_NUMBERS = re.compile(r"torch\.equal|allclose|assert_close|assert_same|approx\(|tolerance")
+# These compare numbers too, but not such as BLAS or vector instructions compute, or take minutes: interpreted and compiled kernels.
+NOT_NUMERIC = (
+    "ood_kernels/triton_kernels",
+    "ood_kernels/test_aot.py",
+    "ood_kernels/test_compiled.py",
+    "ood_kernels/test_tune.py",
+    "ood_engine/cli",
+    "ood_engine/demo",
+    "ood_engine/evaluation/test_report.py",
+    "ood_engine/images",
+    "ood_engine/model/test_zoo.py",
+)
+_HERE = Path(__file__).parent
+
+
+@cache
+def is_numeric(file: Path) -> bool:
+    """Whether a file of tests compares numbers, and so runs under several instruction sets (the marker `numeric`)."""
+    place = file.relative_to(_HERE)
+    elsewhere = any(place.is_relative_to(other) for other in NOT_NUMERIC)
+    return not elsewhere and COMPARES_NUMBERS.search(file.read_text(encoding="utf-8")) is not None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test of such a file."""
+    for item in items:
+        if item.path.is_relative_to(_HERE) and is_numeric(item.path):
+            item.add_marker(pytest.mark.numeric)
