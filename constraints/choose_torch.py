@@ -1,6 +1,6 @@
 """Which torch `make` installs on a machine without a GPU: the CPU build where pip's index has one, else the index's own.
 
-Prints a pip constraint. The index's own torch may bring CUDA with it: its size and how to avoid it are said before it is downloaded.
+Prints a pip constraint. The index's own torch may bring CUDA with it: its size and how to avoid it are said before it downloads.
 All of it is asked of plain pip, and so of the indexes that it is configured with.
 """
 
