@@ -15,6 +15,8 @@ finish() {
     echo
     echo "== summary"
     printf '%s\n' "${summary[@]}" "$(printf '%-18s %5d s' total "$SECONDS")"
+    # shellcheck disable=SC2046
+    kill $(jobs -p) 2>/dev/null || true
     rm -rf "$work"
     exit "$code"
 }
