@@ -168,7 +168,7 @@ def prepare(seed: int, options: argparse.Namespace) -> Digits:
     """Images, split and training of `ood_engine.demo.run`; its fitting samples are divided by chance into anchors and others."""
     with TemporaryDirectory() as folder:
         images = Path(folder) / "images"
-        demo._write_images(images, seed, options.quick)
+        demo.write_images(images, seed, options.quick)
         fit_data = open_dataset(images / "fit", demo.PREPROCESS)
         model = demo._train(fit_data, seed, options.epochs, torch.device("cpu"), False).double()
         paths = {ID_TEST: ID_TEST, **demo.FOLDERS}
