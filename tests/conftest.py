@@ -18,8 +18,7 @@ COMPARES_NUMBERS = re.compile(r"torch\.equal|allclose|assert_close|assert_same|a
 # These compare numbers too, but not such as BLAS or vector instructions compute, or take minutes: interpreted and compiled kernels.
 NOT_NUMERIC = (
     "ood_kernels/triton_kernels",
-    "ood_kernels/test_aot.py",
-    "ood_kernels/test_compiled.py",
+    "ood_kernels/aot",
     "ood_kernels/test_tune.py",
     "ood_engine/cli",
     "ood_engine/demo",

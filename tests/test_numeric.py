@@ -13,7 +13,7 @@ def test_every_file_that_compares_numbers_is_marked(request, pytestconfig):
     hooks = next(plugin for plugin in pytestconfig.pluginmanager.get_plugins() if hasattr(plugin, "is_numeric"))
     for name in ("ood_engine/test_state.py", "ood_engine/detectors/test_opnp.py", "ood_kernels/test_score.py"):
         assert hooks.is_numeric(TESTS / name)
-    for name in ("ood_kernels/triton_kernels/test_score.py", "ood_engine/cli/test_cli.py", "ood_kernels/test_aot.py"):
+    for name in ("ood_kernels/triton_kernels/test_score.py", "ood_engine/cli/test_cli.py", "ood_kernels/test_tune.py"):
         assert not hooks.is_numeric(TESTS / name)
     assert all((TESTS / name).exists() for name in hooks.NOT_NUMERIC)
     assert (request.node.get_closest_marker("numeric") is not None) == hooks.is_numeric(Path(__file__))
