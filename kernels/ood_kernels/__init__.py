@@ -1,8 +1,8 @@
-"""Fused scoring functions on tensors: they know feature maps, heads and bases, not models.
+"""Fused scoring functions on tensors: feature maps, heads and bases; no knowledge of models.
 
 CPU or CUDA tensors in fp32, fp16, bf16 or fp64; accumulation in fp32 or better; outputs never alias inputs and carry no
-autograd history. Beneath each function lies a torch operator of the same name in `torch.ops.ood_kernels`; `reference`
-holds the plain-torch twins that define what is right.
+autograd history. Each function wraps a torch operator of the same name in `torch.ops.ood_kernels`; `reference` holds the
+plain-torch implementations that define correct results.
 """
 
 from . import reference

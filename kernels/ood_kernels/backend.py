@@ -1,7 +1,7 @@
-"""Which implementation answers: the Triton kernels or plain torch.
+"""Backend selection: Triton kernels or plain torch.
 
-torch's dispatcher has already chosen by device when this is asked; here come the wishes of the caller (an argument
-`backend`) and of the environment (`OOD_ENGINE_BACKEND`), and what is installed.
+torch's dispatcher has already dispatched on the device; this adds the caller's argument `backend`, the environment variable
+`OOD_ENGINE_BACKEND`, and whether Triton is installed.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _VARIABLE = "OOD_ENGINE_BACKEND"
 
 
 def kernels(family: str, tensor: Tensor, requested: str, *, preferred: bool) -> ModuleType | None:
-    """The module of a Triton kernel family, or None where plain torch shall answer.
+    """The module of a Triton kernel family, or None for plain torch.
 
     Args:
         family: name of a module in `ood_kernels.triton_kernels`.
         tensor: one of the arguments.
         requested: "reference", "triton", or "" for the environment variable and then `preferred`.
-        preferred: whether Triton answers where nothing was requested.
+        preferred: whether Triton is the default without a request.
 
     Raises:
-        ValueError: an unknown backend.
-        RuntimeError: Triton was requested and cannot run here.
+        ValueError: unknown backend.
+        RuntimeError: Triton was requested but is unavailable.
     """
     source, name = ("backend", requested) if requested else (_VARIABLE, os.environ.get(_VARIABLE, ""))
     if name and name not in BACKENDS:
@@ -45,8 +45,8 @@ def kernels(family: str, tensor: Tensor, requested: str, *, preferred: bool) -> 
         raise RuntimeError(f"{source}='triton': Triton is not installed; pip install triton, or use 'reference'")
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
         raise RuntimeError(
-            f"{source}='triton' for a tensor on {tensor.device}: Triton needs a GPU; to interpret its kernels on the CPU set"
-            " TRITON_INTERPRET=1 before Python starts"
+            f"{source}='triton' for a tensor on {tensor.device}: Triton needs a GPU; to interpret its kernels on the CPU, set"
+            " TRITON_INTERPRET=1 before starting Python"
         )
     return importlib.import_module(f"{__package__}.triton_kernels.{family}")
 
@@ -59,8 +59,8 @@ def _is_installed() -> bool:
 @cache
 def _warn_once() -> None:
     warnings.warn(
-        "Triton is not installed, so tensors on the GPU are scored in plain torch, slower and with more memory; pip install triton,"
-        " or set OOD_ENGINE_BACKEND=reference to accept this",
+        "Triton is not installed; falling back to plain torch on the GPU, which is slower and takes more memory; pip install"
+        " triton, or set OOD_ENGINE_BACKEND=reference to silence this warning",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -1,6 +1,6 @@
-"""The calls that are compiled ahead of time and tuned: launchers of Triton kernels with the sizes of real workloads.
+"""Launcher calls for ahead-of-time compilation and tuning, with the sizes of real workloads.
 
-One list, from which `aot` takes tensors without memory and `tune` tensors on a GPU. A launcher's parameters are filled by name.
+One list for both: `aot` runs it on "meta" tensors, `tune` on GPU tensors. Operands are matched to launcher parameters by name.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class Case(NamedTuple):
     """One call of a launcher.
 
     Attributes:
-        function: the launcher, which has a twin of that name in `reference`.
-        workload: sizes.
-        dtype: of the feature map, or of head and basis where the function takes no map.
+        function: name of the launcher and of its counterpart in `reference`.
+        workload: its sizes.
+        dtype: of the feature map, or of head and basis without one.
         layout: of the feature map: "rows" (NCHW) or "channels_last".
-        precision: of the products, see `launch.PRECISIONS`.
-        mask: of the pruned head: "bits" (weights and neurons), "bytes" (the same) or "none".
-        basis: of `score`, which may have none.
-        cotangent: of `score`.
-        shifted: whether a dual basis takes a shift from the features.
+        precision: of matrix products, one of `PRECISIONS`.
+        mask: storage of the weight and neuron masks: "bits", "bytes" or "none".
+        basis: basis kind for `score`, or None.
+        cotangent: for `score`.
+        shifted: whether a dual basis has a feature shift.
         samples: N.
-        forced: (family, constant, value) to compile what no default chooses but a tuned configuration may; not for tuning.
+        forced: (family, constant, value) overrides for variants reachable only by tuned configurations; skipped by tuning.
     """
 
     function: str
@@ -83,19 +83,19 @@ def launcher(function: str) -> Callable[..., Any]:
 
 
 def forced_by(case: Case) -> dict[str, dict[str, int | str]]:
-    """The configurations that a case forces, by family, as `launch.forced` takes them."""
+    """A case's forced configurations by family, for `launch.forced`."""
     return {
         family: {name: value for owner, name, value in case.forced if owner == family} for family, _, _ in case.forced
     }
 
 
 def run(case: Case, values: Mapping[str, Any]) -> Any:
-    """Call the case's launcher with operands made by `operands`."""
+    """Call the case's launcher with the operands of `operands`."""
     return launcher(case.function)(**values)
 
 
 def run_reference(case: Case, values: Mapping[str, Any]) -> Any:
-    """What the launcher should return, in plain torch."""
+    """The launcher's expected result, computed in plain torch."""
     channels = case.workload.channels
     plain: dict[str, Any] = {
         name: unpack_mask(value, channels) if isinstance(value, Tensor) and value.dtype == torch.int32 else value
@@ -112,10 +112,10 @@ def run_reference(case: Case, values: Mapping[str, Any]) -> Any:
 
 
 def operands(case: Case, device: torch.device) -> dict[str, Any]:
-    """Random arguments for the case's launcher; on the "meta" device they take no memory.
+    """Random arguments for the case's launcher; without memory on the "meta" device.
 
     Raises:
-        TypeError: the launcher has a parameter without a default that no operand is known for.
+        TypeError: the launcher has a required parameter without a known operand.
     """
     makers = _makers(case, device)
     values = {}
@@ -128,7 +128,7 @@ def operands(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def _makers(case: Case, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """How each parameter that a launcher may have is made."""
+    """Factories for all launcher parameters."""
     size, count, dtype = case.workload, case.samples, case.dtype
     classes, channels, anchors, components = size.classes, size.channels, size.anchors, size.components
     kept = case.mask != "none"
@@ -169,9 +169,9 @@ def _makers(case: Case, device: torch.device) -> dict[str, Callable[[], Any]]:
         kind = case.basis if case.function == "score" else case.function.removeprefix("project_")
         if kind is None:
             return None
-        form: Any = bases.BASES[kind]
-        return form(
-            **{name: make() for name, make in tensors.items() if name in form._fields}, cotangent=case.cotangent
+        tensors_type: Any = bases.BASES[kind]
+        return tensors_type(
+            **{name: make() for name, make in tensors.items() if name in tensors_type._fields}, cotangent=case.cotangent
         )
 
     return {
@@ -195,7 +195,7 @@ _EVERY = (*_MAIN, (_FP32, "tf32x3"), (_FP32, "tf32"), (_FP16, "fp16"))
 
 
 def all_cases() -> Iterator[Case]:
-    """Every case: all dtypes and precisions of the first workload, of the others those that are compiled differently."""
+    """All cases: every dtype and precision for the first workload, distinct specialisations only for the others."""
     first = next(iter(WORKLOADS.values()))
     for workload in WORKLOADS.values():
         layouts = ("channels_last",) if workload.tokens else ("rows", "channels_last")
@@ -205,7 +205,7 @@ def all_cases() -> Iterator[Case]:
                 yield Case("pool_nap", workload, dtype, layout, samples=1)
             if workload is first and dtype != _FP16:
                 yield Case("pool_statistics", workload, dtype, layout)
-        # Heads of the other maps differ from the first in sizes alone.
+        # The heads of the other workloads differ from the first only in size.
         if workload.name in ("R50", "R18", "W21k", "tiny"):
             for dtype, precision in _EVERY if workload is first else _MAIN:
                 yield from _product_cases(workload, dtype, precision)
@@ -215,7 +215,7 @@ def all_cases() -> Iterator[Case]:
         yield head._replace(function="project_dual", shifted=False)
         yield head._replace(function="project_dual", forced=(("project_dual", "VARIANT", "stored"),))
         yield head._replace(function="score", layout="channels_last", cotangent="predicted")
-        # A tuned limit may make one launch of what takes three by default.
+        # A tuned limit can turn the default three launches into one.
         one_launch = (("score", "LIMIT_KIB", 1 << 20),)
         yield head._replace(function="score", layout="channels_last", workload=WORKLOADS["R18"], forced=one_launch)
 

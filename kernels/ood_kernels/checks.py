@@ -1,4 +1,4 @@
-"""What the public functions require of their arguments: shapes and dtypes that fit together."""
+"""Argument validation: shapes, dtypes and precisions."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from torch import Tensor
 __all__ = ["PRECISIONS", "check_head", "check_precision", "check_shapes", "map_of", "unfit"]
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16", "fp16")
-"""What a GPU kernel rounds the operands of its matrix products to; sums are fp32 in all of them."""
+"""Operand precisions of matrix products on a GPU; accumulation is always in fp32."""
 
 
 def unfit(name: str, expected: str, tensor: Tensor) -> ValueError:
-    """The error that names a tensor, what was expected and what came."""
+    """The ValueError for a tensor of the wrong shape or dtype: its name, expected, actual."""
     return ValueError(f"{name}: expected {expected}, got {tensor.dtype} {list(tensor.shape)}")
 
 
 def check_shapes(holder: object, **axes: str) -> dict[str, int]:
-    """Sizes of the axes of an object's tensors, where every letter has one size.
+    """Axis sizes by letter, consistent across an object's tensors.
 
     Args:
-        holder: its attributes are the tensors; one that is None is passed over.
-        axes: a letter an axis for each attribute, such as coefficients="nK"; n and K may be 0.
+        holder: object with the tensors as attributes; None is skipped.
+        axes: one letter per axis for each attribute, such as coefficients="nK"; only n and K may be 0.
 
     Raises:
-        ValueError: a tensor with another number of axes, or with another size than the tensors before it.
+        ValueError: wrong number of axes, or a size inconsistent with an earlier tensor.
     """
     sizes: dict[str, int] = {}
     for name, letters in axes.items():
@@ -40,13 +40,13 @@ def check_shapes(holder: object, **axes: str) -> dict[str, int]:
 
 
 def check_precision(precision: str) -> None:
-    """Raise ValueError for a precision that no kernel knows."""
+    """Raise ValueError unless the precision is one of `PRECISIONS`."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
 
 
 def map_of(feature_map: Tensor) -> Tensor:
-    """The map as [N, D, H, W], a view: tokens [N, T, D] become [N, D, T, 1]."""
+    """The map as a detached view [N, D, H, W]; tokens [N, T, D] become [N, D, T, 1]."""
     if feature_map.ndim not in (3, 4) or 0 in feature_map.shape[1:] or not feature_map.is_floating_point():
         raise unfit("feature_map", "a floating point [N, D, H, W], or tokens [N, T, D]", feature_map)
     feature_map = feature_map.detach()
@@ -56,7 +56,7 @@ def map_of(feature_map: Tensor) -> Tensor:
 def check_head(
     width: int, weight: Tensor, bias: Tensor | None, weight_mask: Tensor | None, neuron_mask: Tensor | None
 ) -> None:
-    """Raise ValueError where the parts of a head do not fit features [N, width]."""
+    """Raise ValueError where a head does not fit features [N, width]."""
     fits = weight.ndim == 2 and weight.shape[1] == width and 0 not in weight.shape
     if not (fits and weight.is_floating_point()):
         raise unfit("weight", f"a floating point [C, {width}], C and D > 0", weight)

@@ -1,4 +1,4 @@
-"""The public functions: they check shapes and dtypes, unpack the tuples and call the torch operators."""
+"""The public functions: argument validation and dispatch to the torch operators."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ __all__ = ["masked_energy", "pool_nap", "pool_statistics", "project_gradients", 
 
 
 def pool_statistics(feature_map: Tensor, *, rectify: bool = False, backend: str | None = None) -> PoolStatistics:
-    """Mean and maximum of every channel over H·W: what NAP and the penultimate features are made of.
+    """Per-channel mean and maximum over H·W, from which NAP and the penultimate features follow.
 
     Args:
         feature_map: [N, D, H, W] or tokens [N, T, D], any strides, fp32, fp16, bf16 or fp64; N may be 0.
-        rectify: let NAP see ReLU(feature_map), for maps with negative values; `h` stays the mean of the map as it is.
-        backend: "triton" or "reference"; None takes the environment variable OOD_ENGINE_BACKEND, else the device decides.
+        rectify: take NAP's statistics of ReLU(feature_map), for maps with negative values; `h` stays the mean of the raw map.
+        backend: "triton" or "reference"; None defers to the environment variable OOD_ENGINE_BACKEND, then to the device.
 
     Returns:
         PoolStatistics(h, nap_mean, maximum), each [N, D]; fp64 for fp64 input, else fp32. NaN and Inf propagate.
 
     Raises:
-        ValueError: not a floating point map, an empty axis other than N, an unknown backend.
-        RuntimeError: the backend that was asked for cannot run here.
+        ValueError: non-floating-point map, empty axis other than N, unknown backend.
+        RuntimeError: the requested backend is unavailable.
     """
     return PoolStatistics(*ops.pool_statistics(map_of(feature_map), rectify, backend=backend or ""))
 
@@ -43,18 +43,18 @@ def pool_nap(
     Args:
         feature_map: A [N, D, H, W], the post-ReLU map before global pooling, or tokens [N, T, D]; any strides, fp32, fp16,
             bf16 or fp64.
-        eps: the paper's 1.0. It is part of the method, not a numerical guard: it decides where activations are small.
-        rectify: NAP of ReLU(A), for signed maps; `h` stays the mean of A itself.
-        return_ratios: also return the ratios max / (mean + eps), [N, D].
-        backend: "triton" or "reference"; None takes the environment variable OOD_ENGINE_BACKEND, else the device decides.
+        eps: 1.0 in the paper; part of the method rather than a numerical guard: it sets the scale of a small activation.
+        rectify: NAP of ReLU(A), for signed maps; `h` stays the mean of A.
+        return_ratios: also return the ratios max / (mean + eps).
+        backend: "triton" or "reference"; None defers to the environment variable OOD_ENGINE_BACKEND, then to the device.
 
     Returns:
         (h [N, D], nap [N]) or (h, nap, ratios [N, D]); fp64 for fp64 input, else fp32. Higher = more in-distribution.
-        A row with NaN or Inf in its map, or with mean + eps ≤ 0 in some channel, has a NaN score.
+        A sample with NaN or Inf in its map, or with mean + eps ≤ 0 in any channel, scores NaN.
 
     Raises:
-        ValueError: not a floating point map, an empty axis other than N, an unknown backend.
-        RuntimeError: the backend that was asked for cannot run here.
+        ValueError: non-floating-point map, empty axis other than N, unknown backend.
+        RuntimeError: the requested backend is unavailable.
     """
     if not return_ratios:
         h, nap = ops.pool_nap(map_of(feature_map), eps, rectify, backend=backend or "")
@@ -74,10 +74,10 @@ def masked_energy(
     precision: str = "ieee",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Energy of a linear head, and of the same head with weights and neurons pruned (OPNP, arXiv 2402.10062).
+    """Energy of a linear head, full and with weights and neurons pruned (OPNP, arXiv 2402.10062).
 
-    lse = log Σ_c exp(z_c) with z = h Wᵀ + b; pruned lse the same with W ∘ weight_mask and h ∘ neuron_mask, bias kept,
-    nothing rescaled; p = softmax(z) of the unpruned head.
+    lse = log Σ_c exp(z_c) with z = h Wᵀ + b; the pruned lse uses W ∘ weight_mask and h ∘ neuron_mask, with the bias kept
+    and no rescaling; p = softmax(z) of the full head.
 
     Args:
         h: [N, D] penultimate features.
@@ -85,16 +85,16 @@ def masked_energy(
         bias: [C] or None.
         weight_mask: True = keep, as bool [C, D] or packed by `pack_mask`; None keeps all.
         neuron_mask: bool [D], True = keep; None keeps all.
-        precision: of the operands of the kernels' matrix products, see `score`.
-        backend: "triton" or "reference"; None takes the environment variable OOD_ENGINE_BACKEND, else the device decides.
+        precision: operand precision of matrix products on a GPU, see `score`.
+        backend: "triton" or "reference"; None defers to the environment variable OOD_ENGINE_BACKEND, then to the device.
 
     Returns:
         (lse [N], pruned lse [N], p [N, C]); fp64 where h or weight is fp64, else fp32. Higher = more in-distribution.
-        A row with NaN or Inf among its features, even in a pruned neuron, is NaN in all three.
+        A sample with NaN or Inf in its features, even in a pruned neuron, is NaN in all three.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, an unknown precision or backend.
-        RuntimeError: the backend that was asked for cannot run here.
+        ValueError: incompatible shapes or dtypes, unknown precision or backend.
+        RuntimeError: the requested backend is unavailable.
     """
     if h.ndim != 2 or not h.is_floating_point():
         raise unfit("h", "floating point features [N, D]", h)
@@ -117,25 +117,24 @@ def project_gradients(
 ) -> Tensor:
     """Coordinates of the last-layer gradient in a low-dimensional subspace (arXiv 2310.17163), in closed form.
 
-    The gradient of a scalar of the logits with respect to weight and bias is G = a ⊗ h̃ with h̃ = [h; 1]; for the
-    energy a = p. Returned are the centred coordinates ⟨G - Ḡ, V_k⟩, for a PCA basis those of PCA on the materialised
-    gradients up to sign.
+    The gradient of a scalar of the logits with respect to weight and bias is G = a ⊗ h̃ with h̃ = [h; 1]; a = p for the
+    energy. The result is the centred coordinates ⟨G - Ḡ, V_k⟩; for a PCA basis they equal, up to sign, those of PCA on the
+    materialised gradients.
 
     Args:
-        p: softmax [N, C] of the unpruned head.
+        p: [N, C] softmax of the full head.
         h: [N, D] penultimate features.
-        basis: a fitted basis of `ood_engine.subspace`, or its tensors, of a type in `bases`.
-        precision: of the operands of the kernels' matrix products, see `score`.
-        backend: "triton" or "reference"; None takes the environment variable OOD_ENGINE_BACKEND, else the device decides.
+        basis: a fitted basis of `ood_engine.subspace`, or one of the tuples in `bases`.
+        precision: operand precision of matrix products on a GPU, see `score`.
+        backend: "triton" or "reference"; None defers to the environment variable OOD_ENGINE_BACKEND, then to the device.
 
     Returns:
-        g_low [N, K]; fp64 where p, h or a tensor of the basis is fp64, else fp32. A row whose p or h holds
-        NaN or Inf has no finite coordinate.
+        g_low [N, K]; fp64 where p, h or a tensor of the basis is fp64, else fp32. A sample with NaN or Inf in p or h has no
+        finite coordinate.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit the basis, a basis whose tensors do not fit together, an unknown
-            cotangent, precision or backend.
-        RuntimeError: the backend that was asked for cannot run here.
+        ValueError: shapes or dtypes incompatible with the basis or within it, unknown cotangent, precision or backend.
+        RuntimeError: the requested backend is unavailable.
     """
     tensors = basis_tensors(basis)
     classes, width = tensors.check()
@@ -159,25 +158,25 @@ def score(
     precision: str = "ieee",
     backend: str | None = None,
 ) -> ScoreOutputs:
-    """NAP, energy, pruned energy and gradient coordinates of one batch from its feature map alone.
+    """NAP, energy, pruned energy and gradient coordinates of a batch, from its feature map alone.
 
     Args:
-        feature_map: [N, D, H, W] before global pooling, or tokens [N, T, D]; the head must act on its mean over H·W (T).
+        feature_map: [N, D, H, W] before global pooling, or tokens [N, T, D]; the head must act on the mean over H·W (T).
         head: Head(weight [C, D], bias, weight_mask, neuron_mask).
-        basis: gradient subspace as for `project_gradients`; None leaves g_low empty.
-        eps: of NAP, see `pool_nap`.
+        basis: gradient subspace, see `project_gradients`; None leaves g_low empty.
+        eps: NAP's eps, see `pool_nap`.
         rectify: NAP of ReLU(feature_map), see `pool_nap`.
-        precision: what the kernels on a GPU round the operands of their matrix products to, while they always sum in
-            fp32: "ieee" keeps fp32; "tf32x3" splits each in two tf32 parts, about fp32's accuracy on tensor cores; "tf32",
-            "bf16" and "fp16" round. Plain torch always multiplies in the dtype of the result.
-        backend: "triton" or "reference"; None takes the environment variable OOD_ENGINE_BACKEND, else the device decides.
+        precision: operand precision of matrix products on a GPU, with accumulation in fp32: "ieee" keeps fp32; "tf32x3"
+            splits each operand into two tf32 parts, for about fp32 accuracy on tensor cores; "tf32", "bf16" and "fp16"
+            round. Plain torch always multiplies in the result's dtype.
+        backend: "triton" or "reference"; None defers to the environment variable OOD_ENGINE_BACKEND, then to the device.
 
     Returns:
         ScoreOutputs(h, nap, lse, pruned_lse, p, g_low).
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, an unknown cotangent, precision or backend.
-        RuntimeError: the backend that was asked for cannot run here.
+        ValueError: incompatible shapes or dtypes, unknown cotangent, precision or backend.
+        RuntimeError: the requested backend is unavailable.
     """
     feature_map = map_of(feature_map)
     width = feature_map.shape[1]
@@ -204,7 +203,7 @@ def score(
 
 
 def _arguments(tensors: BasisTensors | None) -> tuple[list[Tensor | None], str, str, bool]:
-    """A basis as the operators take it: parts, kind, cotangent and bias."""
+    """The operators' basis arguments: parts, kind, cotangent and bias."""
     if tensors is None:
         return [], "", "energy", True
     reference.check_cotangent(tensors.cotangent)

@@ -1,4 +1,4 @@
-"""Masks as bits, 32 columns an int32 word: an eighth of the bytes that bools take."""
+"""Bit-packed masks: 32 columns per int32 word, an eighth of the memory of bool."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _BITS = 32
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """Pack a bool mask into words: bit j of word w is column 32·w + j, and bits past the last column are 0.
+    """Pack a bool mask into int32 words: bit j of word w is column 32·w + j; padding bits are 0.
 
     Args:
         mask: bool [C, D] for a weight mask, [D] for a neuron mask; any strides.
@@ -20,7 +20,7 @@ def pack_mask(mask: Tensor) -> Tensor:
         int32 [C, ceil(D / 32)], or [ceil(D / 32)], contiguous.
 
     Raises:
-        ValueError: not bool, or without an axis.
+        ValueError: not bool, or zero-dimensional.
     """
     if mask.dtype != torch.bool or mask.ndim == 0:
         raise ValueError(f"mask: expected bool [C, D] or [D], got {mask.dtype} {list(mask.shape)}")
@@ -32,10 +32,17 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 def unpack_mask(packed: Tensor, width: int) -> Tensor:
-    """The bool mask [C, width] that `pack_mask` packed into `packed` [C, ceil(width / 32)].
+    """The bool mask packed by `pack_mask`.
+
+    Args:
+        packed: int32 [C, ceil(width / 32)], or [ceil(width / 32)].
+        width: columns of the mask.
+
+    Returns:
+        bool [C, width], or [width].
 
     Raises:
-        ValueError: not int32, or not the number of words that `width` columns take.
+        ValueError: not int32, or the wrong number of words for `width`.
     """
     expected = -(-width // _BITS)
     if packed.dtype != torch.int32 or packed.ndim == 0 or packed.shape[-1] != expected:

@@ -1,8 +1,8 @@
-"""The torch operators `torch.ops.ood_kernels.*`: schema, shape-only twin and implementations.
+"""The torch operators `torch.ops.ood_kernels.*`: schemas, fake implementations and real ones.
 
-The schemas take tensors, numbers and words alone, so that opcheck, torch.compile and torch.export see through them.
-torch's dispatcher chooses: Triton kernels for tensors on a GPU, plain torch (the reference, with a faster pooling on
-the CPU) for all others; `backend` overrides it, see `backend.kernels`. fp64 is always computed by plain torch.
+The schemas take only tensors, numbers and strings, for opcheck, torch.compile and torch.export. torch's dispatcher selects
+Triton kernels for GPU tensors and plain torch (the reference, with faster pooling on the CPU) otherwise; `backend` overrides
+it, see `backend.kernels`. fp64 always runs in plain torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
     "score",
 ]
 
-# A Library object removes its operators when it is collected, so it lives as long as the module.
+# Garbage collection of a Library removes its operators, so the module keeps it alive.
 _LIBRARY = torch.library.Library("ood_kernels", "DEF")
 
 
@@ -59,7 +59,7 @@ def _plain_score(
 
 
 def _basis(parts: Sequence[Tensor | None], kind: str, cotangent: str, bias: bool) -> BasisTensors | None:
-    """The basis that an operator was given as its last four arguments; kind "" is none."""
+    """The basis in an operator's last four arguments; None for kind ""."""
     return BASES[kind].from_parts(parts, cotangent, bias) if kind else None
 
 
@@ -69,13 +69,13 @@ def _is_double(arguments: Sequence[Any]) -> bool:
 
 
 def _define(schema: str, plain: Callable[..., Any], *, family: str = "", with_basis: bool = False) -> None:
-    """Define an operator: plain torch everywhere, a Triton kernel family where the dispatcher finds tensors on a GPU.
+    """Define an operator: plain torch everywhere, a Triton kernel family for GPU tensors.
 
     Args:
-        schema: the first argument is a tensor.
-        plain: takes the arguments, the last four as one basis where `with_basis`.
-        family: module of the kernels, which has a function of the operator's name; "" where both are called the same.
-        with_basis: whether the last four arguments are a basis.
+        schema: operator schema; the first argument is a tensor.
+        plain: plain-torch implementation; with `with_basis`, it takes the last four arguments as one basis.
+        family: kernel module with a function of the operator's name; "" for the module of the same name.
+        with_basis: whether the last four arguments describe a basis.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -93,7 +93,7 @@ def _define(schema: str, plain: Callable[..., Any], *, family: str = "", with_ba
             return plain(*given)
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    # ROCm's tensors carry this key as well.
+    # ROCm tensors carry this key too.
     _LIBRARY.impl(name, partial(run, on_gpu=True), "CUDA")
 
 

@@ -1,8 +1,8 @@
-"""The truth: every function of this package in plain torch, on any device, in any floating dtype.
+"""Reference implementation: every function of this package in plain torch, on any device, in any floating dtype.
 
-fp64 in gives fp64 out; fp32, bf16 and fp16 in are accumulated in fp32 and give fp32 out. Outputs never alias inputs,
-the factor that `cotangent` returns apart, and no function builds a tensor of [N, C, D]. Notation as in the papers: A
-feature map, h pooled features, p softmax, lse logsumexp, G = a ⊗ h̃ last-layer gradient with h̃ = [h; 1].
+fp64 inputs give fp64 outputs; fp32, bf16 and fp16 inputs accumulate in fp32 and give fp32 outputs. Outputs never alias
+inputs, except for the factor returned by `cotangent`, and no function builds a tensor of [N, C, D]. Notation as in the papers:
+A feature map, h pooled features, p softmax, lse logsumexp, G = a ⊗ h̃ last-layer gradient with h̃ = [h; 1].
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ __all__ = [
 ]
 
 COTANGENTS = ("energy", "predicted", "uniform", "max_logit", "sum_logits")
-"""The scalars whose last-layer gradient keeps the form a ⊗ h̃."""
+"""The scalars whose last-layer gradient has rank one, a ⊗ h̃."""
 
 _WORKSPACE_ELEMENTS = 4 * 2**20
 _MASKED_ELEMENTS = 2**20
 
 
 def pool_statistics(feature_map: Tensor, *, rectify: bool = False) -> PoolStatistics:
-    """Mean and maximum of each channel over H·W, see `ood_kernels.pool_statistics`."""
+    """Per-channel mean and maximum over H·W, see `ood_kernels.pool_statistics`."""
     dtype = compute_dtype(feature_map)
     samples, channels, height, width = feature_map.shape
     h = feature_map.new_empty((samples, channels), dtype=dtype)
     maximum = torch.empty_like(h)
     nap_mean = torch.empty_like(h)
-    # Casting or rectifying makes a copy, so it is made of a few samples at a time.
+    # Casting and rectifying copy, so samples are processed in chunks.
     needs_copy = rectify or feature_map.dtype != dtype
     rows = max(1, _WORKSPACE_ELEMENTS // max(1, channels * height * width)) if needs_copy else max(1, samples)
     for start in range(0, samples, rows):
@@ -58,16 +58,23 @@ def pool_statistics(feature_map: Tensor, *, rectify: bool = False) -> PoolStatis
         if rectify:
             part = part.clamp_min(0)
         maximum[here] = part.amax((2, 3))
-        # Rectifying would hide -Inf; adding 0 · h keeps it as NaN.
+        # Rectifying would hide -Inf; adding 0 · h turns it into NaN.
         nap_mean[here] = part.mean((2, 3)) + 0 * h[here] if rectify else h[here]
     return PoolStatistics(h, nap_mean, maximum)
 
 
 def nap_from_statistics(nap_mean: Tensor, maximum: Tensor, eps: float = 1.0) -> tuple[Tensor, Tensor]:
-    """NAP and its ratios from per-channel statistics: r_j = max_j / (mean_j + eps), S = (1/D) Σ_j r_j².
+    """NAP from per-channel statistics: r_j = max_j / (mean_j + eps), S = (1/D) Σ_j r_j².
 
-    A denominator that is not positive, which only a signed map can give, makes the ratio NaN rather than a number
-    without meaning. Returns ([N], [N, D]).
+    A non-positive denominator, possible only with a signed map, gives a NaN ratio.
+
+    Args:
+        nap_mean: [N, D].
+        maximum: [N, D].
+        eps: see `ood_kernels.pool_nap`.
+
+    Returns:
+        (S [N], r [N, D]).
     """
     denominator = nap_mean + eps
     ratios = torch.where(denominator > 0, maximum / denominator, torch.nan)
@@ -77,14 +84,14 @@ def nap_from_statistics(nap_mean: Tensor, maximum: Tensor, eps: float = 1.0) -> 
 def pool_nap(
     feature_map: Tensor, eps: float = 1.0, *, rectify: bool = False, return_ratios: bool = False
 ) -> tuple[Tensor, ...]:
-    """Pooled features [N, D], NAP [N] and, on request, its ratios [N, D], see `ood_kernels.pool_nap`."""
+    """(h [N, D], NAP [N]) and optionally NAP's ratios [N, D], see `ood_kernels.pool_nap`."""
     statistics = pool_statistics(feature_map, rectify=rectify)
     nap, ratios = nap_from_statistics(statistics.nap_mean, statistics.maximum, eps)
     return (statistics.h, nap, ratios) if return_ratios else (statistics.h, nap)
 
 
 def _finite_logsumexp(logits: Tensor) -> Tensor:
-    """Return logsumexp [N], NaN where it is ±Inf: from a bad feature, +Inf would read as certainly in-distribution."""
+    """Row logsumexp [N], with ±Inf as NaN: +Inf from a non-finite feature would rank as the most in-distribution score."""
     lse = logits.logsumexp(1)
     return torch.where(lse.isfinite(), lse, torch.nan)
 
@@ -98,7 +105,7 @@ def masked_energy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(lse [N], pruned lse [N], p [N, C]), see `ood_kernels.masked_energy`."""
     dtype = compute_dtype(h, weight)
-    # One layout for the plain and the masked product: masks that keep everything then change no bit.
+    # One layout for the full and the pruned product, so that all-True masks change no bit.
     h, weight = h.to(dtype).contiguous(), weight.to(dtype).contiguous()
     bias = None if bias is None else bias.to(dtype)
     if weight_mask is None and neuron_mask is None:
@@ -107,11 +114,11 @@ def masked_energy(
         return lse, lse.clone(), logits.softmax(1)
     if weight_mask is not None and weight_mask.dtype == torch.int32:
         weight_mask = unpack_mask(weight_mask, weight.shape[1])
-    # Products with the masks, not `where`: 0 · NaN is NaN, so a bad feature surfaces even in a pruned neuron.
+    # Multiply rather than `where`: 0 · NaN is NaN, so a non-finite feature surfaces even in a pruned neuron.
     kept = h if neuron_mask is None else h * neuron_mask
     logits = h.new_empty((h.shape[0], weight.shape[0]))
     pruned = torch.empty_like(logits)
-    # Some classes at a time: the masked weights then never leave the caches.
+    # Chunks of classes keep the masked weights in cache.
     rows = max(1, _MASKED_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], rows):
         here = slice(start, start + rows)
@@ -122,10 +129,13 @@ def masked_energy(
 
 
 def cotangent(p: Tensor, kind: str = "energy") -> Tensor:
-    """The factor a [N, C] of the last-layer gradient G = a ⊗ h̃ of a scalar y of the logits, from the softmax p [N, C].
+    """The factor a = ∂y/∂z [N, C] of the last-layer gradient G = a ⊗ h̃ of a scalar y, from the softmax p [N, C].
 
     `energy` y = lse: a = p. `predicted` y = lse - z_ŷ: a = p - e_ŷ. `uniform` y = lse - mean z: a = p - 1/C.
-    `max_logit` y = z_ŷ: a = e_ŷ. `sum_logits` y = Σ z: a = 1. For `energy` it may be p itself, not a copy.
+    `max_logit` y = z_ŷ: a = e_ŷ. `sum_logits` y = Σ z: a = 1. For `energy` the result may alias p.
+
+    Raises:
+        ValueError: unknown cotangent.
     """
     p = p.to(compute_dtype(p))
     if kind == "energy":
@@ -135,14 +145,14 @@ def cotangent(p: Tensor, kind: str = "energy") -> Tensor:
     if kind == "sum_logits":
         return p * 0 + 1
     if kind in ("predicted", "max_logit"):
-        # A row with NaN has no predicted class; adding 0 · p keeps its NaN.
+        # A row with NaN has no predicted class; adding 0 · p propagates the NaN.
         one_hot = F.one_hot(p.argmax(1), p.shape[1]).to(p.dtype) + p * 0
         return one_hot if kind == "max_logit" else p - one_hot
     raise _unknown_cotangent(kind)
 
 
 def check_cotangent(kind: str) -> None:
-    """Raise ValueError for a cotangent that is not one of `COTANGENTS`."""
+    """Raise ValueError unless the cotangent is one of `COTANGENTS`."""
     if kind not in COTANGENTS:
         raise _unknown_cotangent(kind)
 
@@ -165,7 +175,7 @@ def score(
     *,
     rectify: bool = False,
 ) -> ScoreOutputs:
-    """All of it for one batch, see `ood_kernels.score`."""
+    """All scores of a batch, see `ood_kernels.score`."""
     h, nap = pool_nap(feature_map, eps, rectify=rectify)
     lse, pruned_lse, p = masked_energy(h, *head)
     g_low = h.new_empty((h.shape[0], 0)) if basis is None else project_gradients(p, h, basis)

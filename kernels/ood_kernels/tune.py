@@ -1,6 +1,6 @@
-"""`python -m ood_kernels.tune`: time the configurations of every kernel family on this GPU and keep the fastest of each.
+"""`python -m ood_kernels.tune`: time the configurations of every kernel family on this GPU and keep the fastest.
 
-A configuration is for a shape without the batch size, as `launch.choose` looks it up. What is finished is on disk at any moment.
+Configurations are keyed by shape without the batch size, see `launch.choose`. Each result is written to disk at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Measure", "Stopwatch", "Tuned", "candidates", "main", "merge", "tune
 
 Setting = Mapping[str, int | str]
 Measure = Callable[[Case, Mapping[str, Setting]], float]
-"""Microseconds that a case takes with these configurations, by family; infinite where it does not run or its result is wrong."""
+"""Microseconds of a case under configurations by family; infinite for a failed run or a wrong result."""
 
 _PACKAGE = f"{__package__}.triton_kernels"
 TOLERANCES = {"ieee": 1e-4, "tf32x3": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
@@ -41,10 +41,10 @@ class Tuned(NamedTuple):
     """The fastest configuration of a family for a shape.
 
     Attributes:
-        family: as `launch.choose` knows it.
-        shape: the shape that was looked up.
-        config: laid over the default; every constant of it.
-        microseconds: of the whole call that it was timed in.
+        family: name in `launch.choose`.
+        shape: key of the look-up.
+        config: the full configuration.
+        microseconds: of the whole timed call.
         default_microseconds: of the same call with the default.
     """
 
@@ -58,9 +58,8 @@ class Tuned(NamedTuple):
 def candidates(choice: Choice) -> list[dict[str, Any]]:
     """Configurations to time, the default first.
 
-    Where the family's module has `candidates(shape)`, what that returns, laid over the default. Else the variations that are
-    right for any kernel, since they move no number to another sum: warps, stages of the pipeline, and GROUP, the order in which
-    tiles are taken.
+    The family's own `candidates(shape)`, if defined, merged over the default. Otherwise variations that are valid for any
+    kernel, since they leave every summation order unchanged: warps, pipeline stages, and GROUP, the order of the tiles.
     """
     family, shape, default = choice
     own = (
@@ -88,16 +87,16 @@ def candidates(choice: Choice) -> list[dict[str, Any]]:
 def tune(
     cases: Iterable[Case], measure: Measure, in_time: Callable[[], bool] = lambda: True, families: Sequence[str] = ()
 ) -> Iterator[Tuned]:
-    """The fastest configuration for every family and shape that the cases look up, one by one as they are found.
+    """Yield the fastest configuration for every family and shape used by the cases.
 
     Args:
-        cases: calls; what they look up is found on tensors without memory.
+        cases: calls; their look-ups are recorded on "meta" tensors.
         measure: times a case.
-        in_time: asked before every measurement; what is half done when it says no is left out.
-        families: only these; none lets all pass.
+        in_time: polled before every measurement; an unfinished search is discarded once it is False.
+        families: restriction to these; empty for all.
 
     Raises:
-        RuntimeError: a case does not run, or is wrong, with the default.
+        RuntimeError: a case fails, or is wrong, with the default configuration.
     """
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for case in cases:
@@ -124,10 +123,10 @@ def tune(
 
 
 class Stopwatch:
-    """Measures on a GPU: a `Measure`.
+    """A `Measure` on a GPU.
 
-    The result is held to the reference first. Then calls are timed in one CUDA graph, so that the host's own time does not
-    count, each on another copy of its operands, so that the second-level cache holds none of them.
+    The result is first verified against the reference. Calls are then timed inside one CUDA graph, which excludes host time,
+    and rotate through copies of the operands, which keeps them out of the L2 cache.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -137,7 +136,7 @@ class Stopwatch:
         self._truth: list[Tensor] = []
 
     def __call__(self, case: Case, configs: Mapping[str, Setting]) -> float:
-        """Microseconds a call takes, the median of several rounds; infinite where it does not run or its result is wrong."""
+        """Median microseconds per call; infinite for a failed run or a wrong result."""
         from triton.errors import TritonError
 
         if case != self._case:
@@ -185,16 +184,16 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [tensor for item in value for tensor in tensors_of(item)] if nested else []
 
 
-def is_close(ours: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float) -> bool:
-    """Whether no number is further from the truth than `tolerance` times the largest of its tensor."""
-    pairs = list(zip(ours, truth, strict=True))
+def is_close(result: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether every error is at most `tolerance` times the largest magnitude of its reference tensor."""
+    pairs = list(zip(result, truth, strict=True))
     return all(
         bool((one - other).abs().max() <= tolerance * other.abs().max()) for one, other in pairs if other.numel()
     )
 
 
 def merge(file: Path, facts: Mapping[str, str], tuned: Tuned) -> None:
-    """Put one result into the file, in place of an earlier one for that shape; a killed process leaves the file whole."""
+    """Write one result to the file, replacing an earlier one for the same shape; the replacement is atomic."""
     content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"families": {}}
     rows = content["families"].setdefault(tuned.family, [])
     rows[:] = [row for row in rows if row["shape"] != tuned.shape]
@@ -225,16 +224,16 @@ def _first_line(command: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0, 1 where a kernel is wrong with its default, 2 where there is nothing to time it on."""
+    """Run the command; returns 0, 1 if a kernel is wrong with its default, 2 without GPU or Triton."""
     parser = argparse.ArgumentParser("python -m ood_kernels.tune", description=__doc__.partition(": ")[2])
-    parser.add_argument("--minutes", type=float, default=5.0, help="when to stop; what is finished is kept (default 5)")
-    parser.add_argument("--family", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
-    parser.add_argument("--output", type=Path, default=CONFIGS, help="folder to write <device>.json to")
+    parser.add_argument("--minutes", type=float, default=5.0, help="time budget; finished results are kept (default 5)")
+    parser.add_argument("--family", action="append", default=[], metavar="NAME", help="only this family; repeatable")
+    parser.add_argument("--output", type=Path, default=CONFIGS, help="output folder for <device>.json")
     options = parser.parse_args(arguments)
     if find_spec("triton") is None or not torch.cuda.is_available():
         missing = "no GPU" if find_spec("triton") else "no Triton"
         print(
-            f"ood_kernels.tune: {missing} here: tuning times kernels, so run it on the GPU that it is for",
+            f"ood_kernels.tune: {missing} here: tuning times kernels, so run it on the target GPU",
             file=sys.stderr,
         )
         return 2
@@ -249,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gain = f"{tuned.default_microseconds:.1f} → {tuned.microseconds:.1f} µs"
             print(f"{tuned.family} {json.dumps(tuned.shape)}: {gain} with {json.dumps(tuned.config)}", flush=True)
     except KeyboardInterrupt:
-        print(f"interrupted; what was finished is in {file}", file=sys.stderr)
+        print(f"interrupted; finished results are in {file}", file=sys.stderr)
     except RuntimeError as error:
         print(f"ood_kernels.tune: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""What travels through the functional layer: tuples, what a basis is, and the dtype of every output."""
+"""Data types of the functional layer: input and output tuples, the basis protocol, the compute dtype."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = [
 
 
 class Head(NamedTuple):
-    """The classifier's last linear layer, and which of it is pruned for OPNP.
+    """The classifier's last linear layer and its OPNP masks.
 
     Attributes:
         weight: [C, D].
-        bias: [C], or None for a layer without one.
+        bias: [C], or None.
         weight_mask: True = keep, as bool [C, D] or packed by `pack_mask`; None keeps all.
         neuron_mask: bool [D], True = keep; None keeps all.
     """
@@ -35,12 +35,12 @@ class Head(NamedTuple):
 
 
 class PoolStatistics(NamedTuple):
-    """Per-channel statistics of a feature map, from which NAP follows for any eps.
+    """Per-channel statistics of a feature map, sufficient for NAP at any eps.
 
     Attributes:
-        h: [N, D] mean over H·W of the map as it is: the penultimate features.
-        nap_mean: [N, D] mean over H·W of the map that NAP looks at: the rectified map where that was asked, else `h`.
-        maximum: [N, D] maximum over H·W of the map that NAP looks at.
+        h: [N, D] mean over H·W of the raw map: the penultimate features.
+        nap_mean: [N, D] mean over H·W of NAP's map: the rectified map with `rectify`, else equal to `h`.
+        maximum: [N, D] maximum over H·W of NAP's map.
     """
 
     h: Tensor
@@ -49,75 +49,75 @@ class PoolStatistics(NamedTuple):
 
 
 class BasisTensors(Protocol):
-    """A subspace of last-layer gradients G = a ⊗ h̃, h̃ = [h; 1]: what every form in `bases` answers.
+    """A subspace of last-layer gradients G = a ⊗ h̃, h̃ = [h; 1]: the interface of every basis kind in `bases`.
 
-    Only the form itself knows which tensors it has and in which order operators take them.
+    Only the basis itself knows its tensors and their order in the operators.
     """
 
     @property
     def kind(self) -> str:
-        """Its name in `bases.BASES` and in the operators."""
+        """Name of the basis kind in `bases.BASES` and in the operators."""
         ...
 
     @property
     def constants(self) -> Tensor:
-        """[K], subtracted so that the coordinates are centred."""
+        """[K], subtracted to centre the coordinates."""
         ...
 
     @property
     def cotangent(self) -> str:
-        """Which scalar was differentiated, see `ood_kernels.reference.cotangent`."""
+        """The differentiated scalar, see `ood_kernels.reference.cotangent`."""
         ...
 
     @property
     def bias(self) -> bool:
-        """Whether the gradient of the bias is part of the space; else h̃ = h."""
+        """Whether the space includes the gradient of the bias; otherwise h̃ = h."""
         ...
 
     @property
     def n_components(self) -> int:
-        """K."""
+        """Subspace dimension K."""
         ...
 
     def parts(self) -> list[Tensor | None]:
-        """Its tensors in the order of `from_parts`; None for one that it may lack."""
+        """The tensors in the order of `from_parts`; None for an absent optional one."""
         ...
 
     @classmethod
     def from_parts(cls, parts: Sequence[Tensor | None], cotangent: str = "energy", bias: bool = True) -> BasisTensors:
-        """The basis with these tensors."""
+        """The basis made of these tensors."""
         ...
 
     def check(self) -> tuple[int, int]:
-        """Classes C and features D; raises ValueError for tensors that do not fit together, which could broadcast silently."""
+        """Classes C and features D; raises ValueError for incompatible shapes, which might broadcast silently."""
         ...
 
     def project(self, a: Tensor, h: Tensor) -> Tensor:
-        """Centred coordinates [N, K] of a ⊗ h̃ in plain torch, from a [N, C] and h [N, D]; the truth for its kernels."""
+        """Centred coordinates [N, K] of a ⊗ h̃ in plain torch, from a [N, C] and h [N, D]: the reference for the kernels."""
         ...
 
     def to(self, dtype: torch.dtype) -> BasisTensors:
-        """The same with the large tensors stored in another dtype."""
+        """A copy with the large tensors in another dtype."""
         ...
 
 
 class HasBasisTensors(Protocol):
-    """Anything fitted that can hand its tensors to the functional layer, such as `ood_engine.subspace.DualBasis`."""
+    """A fitted object with basis tensors, such as `ood_engine.subspace.DualBasis`."""
 
     def tensors(self) -> BasisTensors:
-        """Return the tensors of the basis."""
+        """The tensors of the basis."""
         ...
 
 
 class ScoreOutputs(NamedTuple):
-    """Everything one pass over a batch yields.
+    """All outputs of one pass over a batch.
 
     Attributes:
         h: [N, D] pooled features.
         nap: [N] NAP score.
         lse: [N] logsumexp of the logits (the Energy score).
         pruned_lse: [N] logsumexp of the logits of the pruned head (the OPNP score).
-        p: [N, C] softmax of the unpruned head.
+        p: [N, C] softmax of the full head.
         g_low: [N, K] centred coordinates of the last-layer gradient; [N, 0] without a basis.
     """
 
@@ -130,7 +130,7 @@ class ScoreOutputs(NamedTuple):
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 where any of the tensors is fp64, else fp32: the dtype of accumulation and of every output."""
+    """fp64 if any tensor is fp64, else fp32: the dtype of accumulation and of every output."""
     for tensor in tensors:
         if tensor is not None and tensor.dtype == torch.float64:
             return torch.float64

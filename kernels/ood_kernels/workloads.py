@@ -1,4 +1,4 @@
-"""The sizes that are compiled ahead of time, tuned and benchmarked, and the least that a GPU must do for them."""
+"""Problem sizes for ahead-of-time compilation, tuning and benchmarks, with their minimal flops and memory traffic."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _FP32_BYTES = 4
 
 
 class Cost(NamedTuple):
-    """Arithmetic and least memory traffic of one step: inputs read once, outputs written once, nothing else.
+    """Flops and minimal memory traffic of one step: inputs read once, outputs written once.
 
     Attributes:
-        flops: multiplications and additions, and comparisons of a maximum.
+        flops: multiplications, additions, and comparisons of a maximum.
         bytes: read and written.
     """
 
@@ -24,15 +24,15 @@ class Cost(NamedTuple):
     bytes: int
 
     def seconds(self, flops_a_second: float, bytes_a_second: float) -> float:
-        """The roofline: the larger of the arithmetic's time and the traffic's time."""
+        """Roofline time: the maximum of compute time and memory time."""
         return max(self.flops / flops_a_second, self.bytes / bytes_a_second)
 
 
 class Workload(NamedTuple):
-    """A model's last feature map, its head, and a gradient subspace of it.
+    """Sizes of a model's last feature map, head and gradient subspace.
 
     Attributes:
-        name: what tables call it.
+        name: label in tables.
         channels: D.
         height: H of the feature map A [N, D, H, W].
         width: W.
@@ -41,7 +41,7 @@ class Workload(NamedTuple):
         components: K.
         class_rank: R of the factored basis.
         feature_rank: Q of the factored basis.
-        tokens: whether the map comes as tokens [N, H·W, D], as from a vision transformer.
+        tokens: whether the map consists of tokens [N, H·W, D], as in a vision transformer.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Workload(NamedTuple):
     tokens: bool = False
 
     def pool(self, samples: int, itemsize: int) -> Cost:
-        """Mean and maximum over H·W and NAP, from a map with elements of `itemsize` bytes: h [N, D] and NAP [N] in fp32."""
+        """Mean and maximum over H·W and NAP, from a map of `itemsize` bytes per element: h [N, D] and NAP [N] in fp32."""
         elements = samples * self.channels * self.height * self.width
         return Cost(2 * elements, elements * itemsize + _FP32_BYTES * samples * (self.channels + 1))
 
     def head(self, samples: int, itemsize: int, pruned: bool = True) -> Cost:
-        """Energies of the head and, where `pruned`, of the pruned head, and the softmax; W read once, its mask as bits."""
+        """Energy and softmax of the head and, if `pruned`, energy of the pruned head; W read once, its mask bit-packed."""
         weights = self.classes * self.channels
         mask_bytes = -(-weights // 8) + -(-self.channels // 8) if pruned else 0
         samples_bytes = _FP32_BYTES * samples * (self.channels + self.classes + 2)
@@ -69,7 +69,7 @@ class Workload(NamedTuple):
         return Cost(flops, weights * itemsize + _FP32_BYTES * self.classes + mask_bytes + samples_bytes)
 
     def basis_elements(self, basis: BasisKind = "dual") -> int:
-        """Numbers that a projection reads beside its samples, the constants apart."""
+        """Elements of a basis read by a projection, without the constants."""
         if basis == "dual":
             return self.anchors * (self.classes + self.channels + self.components)
         if basis == "explicit":
@@ -78,7 +78,7 @@ class Workload(NamedTuple):
         return factors + self.components * self.class_rank * self.feature_rank
 
     def projection(self, samples: int, itemsize: int, basis: BasisKind = "dual") -> Cost:
-        """Coordinates [N, K] from a and h: every number of a basis takes part in one multiplication and one addition a sample."""
+        """Coordinates [N, K] from a and h: one multiplication and one addition per basis element and sample."""
         elements = self.basis_elements(basis)
         samples_bytes = _FP32_BYTES * samples * (self.classes + self.channels + self.components)
         return Cost(2 * samples * elements, elements * itemsize + _FP32_BYTES * self.components + samples_bytes)
@@ -86,7 +86,7 @@ class Workload(NamedTuple):
     def score(
         self, samples: int, map_itemsize: int, itemsize: int, basis: BasisKind | None = "dual", pruned: bool = True
     ) -> dict[str, Cost]:
-        """The steps of `ood_kernels.score`; `itemsize` of head and basis. Their rooflines add up to that of the whole."""
+        """The steps of `ood_kernels.score`, whose rooflines add up to the total; `itemsize` is that of head and basis."""
         steps = {"pool": self.pool(samples, map_itemsize), "head": self.head(samples, itemsize, pruned)}
         return steps if basis is None else steps | {"projection": self.projection(samples, itemsize, basis)}
 
@@ -102,5 +102,5 @@ WORKLOADS = {
         Workload("tiny", 10, 3, 3, classes=3, anchors=21, components=5, class_rank=3, feature_rank=7),
     )
 }
-"""ResNet-50 and MobileNetV2 on ImageNet, a small-image ResNet-18 on CIFAR-10, a ResNet-50 with the 21 841 classes of
-ImageNet-21k, ViT-B/16, and sizes that nothing divides."""
+"""ResNet-50 and MobileNetV2 on ImageNet, a small-image ResNet-18 on CIFAR-10, ResNet-50 with the 21 841 classes of
+ImageNet-21k, ViT-B/16, and sizes divisible by no tile."""

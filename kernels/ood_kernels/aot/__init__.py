@@ -1,1 +1,1 @@
-"""Kernels compiled ahead of time for GPUs that are not here, by `python -m ood_kernels.aot`; no part of the wheel."""
+"""Ahead-of-time compilation for absent GPUs, by `python -m ood_kernels.aot`; excluded from the wheel."""

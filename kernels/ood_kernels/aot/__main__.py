@@ -1,4 +1,4 @@
-"""`python -m ood_kernels.aot`: compile every kernel for GPUs that are not here, and hold what comes out to its bounds."""
+"""`python -m ood_kernels.aot`: compile every kernel for absent GPUs and check resource bounds."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None, cases: Iterable[Case] | None = None) -> int:
-    """Run the command; returns 0, 1 where a bound is broken, 2 where nothing can be compiled."""
+    """Run the command; returns 0, 1 if a bound is broken, 2 if nothing can be compiled."""
     options = _parser().parse_args(arguments)
     if find_spec("triton") is None:
         return _refuse(
-            "Triton is not installed; `pip install triton` (Linux only) brings its compiler, no GPU is needed"
+            "Triton is not installed; `pip install triton` (Linux only) provides its compiler, no GPU needed"
         )
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off", "no"):
-        return _refuse("TRITON_INTERPRET is set, so kernels would be interpreted and not compiled; unset it")
+        return _refuse("TRITON_INTERPRET is set, so kernels would be interpreted instead of compiled; unset it")
     chosen = [
         case
         for case in (all_cases() if cases is None else cases)
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None, cases: Iterable[Case] | None = 
     recorded = record_jobs(chosen, options.target or list(TARGETS), options.kernel, options.configs)
     if not recorded:
         return _refuse(
-            f"no kernel matches: expected a part of its name in --kernel {options.kernel} and of a call in --case {options.case}"
+            f"no kernel matches: expected part of its name in --kernel {options.kernel} and of a call in --case {options.case}"
         )
     rows = compile_all(recorded, options.processes, _progress(len(recorded)))
     rows.sort(key=lambda row: (row.recorded.job.kernel, row.recorded.case))
@@ -50,18 +50,16 @@ def main(arguments: Sequence[str] | None = None, cases: Iterable[Case] | None = 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m ood_kernels.aot", description=__doc__.partition(": ")[2])
-    parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="only this target; repeatable")
     parser.add_argument(
-        "--kernel", action="append", default=[], metavar="WORD", help="only kernels with it in their name"
+        "--kernel", action="append", default=[], metavar="WORD", help="only kernels whose name contains it"
     )
     parser.add_argument(
-        "--case", action="append", default=[], metavar="TEXT", help='only calls with it, such as "R50 bfloat16"'
+        "--case", action="append", default=[], metavar="TEXT", help='only calls containing it, such as "R50 bfloat16"'
     )
-    parser.add_argument("--json", action="store_true", help="print rows for machines")
-    parser.add_argument("--configs", type=Path, default=CONFIGS, help="folder of tuned configurations to check as well")
-    parser.add_argument(
-        "--shared", type=int, metavar="KIB", help="a smaller limit of shared memory, such as 99 for sm_86"
-    )
+    parser.add_argument("--json", action="store_true", help="print rows as JSON")
+    parser.add_argument("--configs", type=Path, default=CONFIGS, help="folder of tuned configurations, also checked")
+    parser.add_argument("--shared", type=int, metavar="KIB", help="lower shared memory limit, such as 99 for sm_86")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     return parser
 

@@ -1,7 +1,7 @@
-"""What a recorded launch compiles to on a GPU that is not here: registers, stack, shared memory, instructions, load width.
+"""Compilation of recorded launches for absent GPUs: registers, stack, shared memory, instructions, load width.
 
-A launch is specialised as Triton's own launcher would do it (an integer 1 becomes a constant, multiples of 16 and aligned
-pointers are marked), so what is compiled here is what would run there.
+Launches are specialised exactly as by Triton's launcher (an integer 1 becomes a constant, multiples of 16 and aligned pointers
+are marked), so the compiled binary is the one that would run.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ __all__ = ["TARGETS", "Job", "Resources", "Target", "compile_job", "specialise"]
 
 
 class Target(NamedTuple):
-    """A kind of GPU.
+    """A GPU architecture.
 
     Attributes:
         backend: "cuda" or "hip".
         arch: compute capability as a number, or the name of an AMD architecture.
-        warp_size: threads that run in step.
-        shared_bytes: shared memory that one program can have.
+        warp_size: threads per warp.
+        shared_bytes: maximum shared memory per program.
     """
 
     backend: str
@@ -44,15 +44,15 @@ TARGETS = {
 
 
 class Job(NamedTuple):
-    """A kernel specialised for its arguments, in plain data that another process can compile.
+    """A kernel specialised for its arguments, as picklable data for another process.
 
     Attributes:
-        module: where the kernel is defined.
-        kernel: its name there.
-        target: name of one of `TARGETS`.
+        module: defining module.
+        kernel: name in that module.
+        target: key of `TARGETS`.
         signature: type of every argument.
-        constants: value of each constant argument, by its path.
-        attributes: what is known of the others, such as divisibility by 16, by their path.
+        constants: values of constant arguments, by path.
+        attributes: properties of the others, such as divisibility by 16, by path.
         options: `num_warps`, `num_stages` and the like.
     """
 
@@ -66,22 +66,22 @@ class Job(NamedTuple):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constants with names of their own (tiles, precision and so on) and the options."""
+        """The upper-case constants (tiles, precision and so on) and the options."""
         names = list(self.signature)
         named = {names[path[0]]: value for path, value in self.constants.items() if len(path) == 1}
         return {name: value for name, value in named.items() if name.isupper()} | self.options
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel needs.
+    """Resource usage of a compiled kernel.
 
     Attributes:
-        registers: a thread.
-        stack: bytes a thread, where registers spill to.
-        shared: bytes a program.
-        tensor_core: its tensor-core instruction: wgmma, tcgen05, mma or mfma; "" without one.
-        reduced_dot: whether it multiplies matrices in less than fp32, which is what tensor cores do.
-        load_bytes: width of its widest load from global memory, a thread.
+        registers: per thread.
+        stack: bytes per thread, for register spills.
+        shared: bytes per program.
+        tensor_core: tensor-core instruction: wgmma, tcgen05, mma or mfma; "" for none.
+        reduced_dot: whether a matrix product has operands below fp32, as tensor cores need.
+        load_bytes: widest load from global memory, per thread.
         file_bytes: size of the binary.
     """
 
@@ -95,7 +95,7 @@ class Resources(NamedTuple):
 
 
 def specialise(launch: Launch, target: str) -> Job:
-    """The job of compiling a recorded launch for a target, specialised by the binder that Triton's launcher uses."""
+    """The compilation job of a recorded launch for a target, specialised by Triton's own binder."""
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
@@ -117,7 +117,7 @@ def specialise(launch: Launch, target: str) -> Job:
 
 
 def compile_job(job: Job) -> Resources:
-    """Compile for the job's target, which need not be in this machine, and read from the result what it needs."""
+    """Compile for the job's target, which need not be present, and extract resource usage."""
     import triton
     from triton.compiler import ASTSource
 
@@ -145,13 +145,13 @@ def _gpu_target(name: str) -> Any:
 
 
 def has_reduced_dot(ttir: str) -> bool:
-    """Whether a kernel's first representation multiplies matrices of 16-bit numbers, or of fp32 rounded to tf32."""
+    """Whether a kernel's Triton IR multiplies 16-bit matrices, or fp32 rounded to tf32."""
     dots = [line for line in ttir.splitlines() if " tt.dot " in line]
     return any("tf32" in line or re.search(r"tensor<[^>]*x(bf16|f16)\b[^>]*> \*", line) for line in dots)
 
 
 def tensor_core(listing: str) -> str:
-    """The tensor-core instruction in PTX or in AMD's assembly, "" where there is none."""
+    """The tensor-core instruction in PTX or AMD assembly, or ""."""
     instructions = {"tcgen05": r"\btcgen05\.mma", "wgmma": r"\bwgmma\.mma", "mma": r"\bmma\.sync", "mfma": r"\bv_mfma"}
     return next((name for name, pattern in instructions.items() if re.search(pattern, listing)), "")
 
@@ -160,7 +160,7 @@ _AMD_LOAD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "usho
 
 
 def load_bytes(listing: str) -> int:
-    """Bytes of the widest load from global memory that one thread makes, in PTX or in AMD's assembly."""
+    """Bytes of the widest per-thread load from global memory, in PTX or AMD assembly."""
     widths = [0]
     for vector, bits in re.findall(r"\bld\.global[\w.:]*?(?:\.v(\d+))?\.[bfsu](\d+)\b", listing):
         widths.append(int(vector or 1) * int(bits) // 8)
@@ -172,13 +172,13 @@ def load_bytes(listing: str) -> int:
 
 
 def usage(listing: str) -> tuple[int, int]:
-    """(registers, bytes of stack) from what `cuobjdump -res-usage` prints."""
+    """(registers, stack bytes) from the output of `cuobjdump -res-usage`."""
     counts: Mapping[str, str] = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing))
     return int(counts["REG"]), max(int(counts["STACK"]), int(counts.get("LOCAL", 0)))
 
 
 def amdgcn_usage(listing: str) -> tuple[int, int]:
-    """(vector registers, bytes of scratch) from the metadata at the end of AMD's assembly."""
+    """(vector registers, scratch bytes) from the metadata at the end of AMD assembly."""
     fields = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", listing))
     return int(fields["vgpr_count"]), int(fields["private_segment_fixed_size"])
 

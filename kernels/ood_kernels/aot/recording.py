@@ -1,4 +1,4 @@
-"""The jobs of compiling: what the cases launch with their defaults and with every shipped configuration."""
+"""Compilation jobs: the launches of all cases, with default and with shipped configurations."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _META = torch.device("meta")
 
 
 class Recorded(NamedTuple):
-    """A job, the case that it was recorded from, and what its loads should be like.
+    """A job with its originating case and expected load width.
 
     Attributes:
-        case: the first call that needs it.
-        job: what to compile.
-        wide: whether its loads should be 16 bytes wide.
-        tuned: the file whose configuration it has; "" for a default.
+        case: first call that needs the job.
+        job: compilation job.
+        wide: whether loads should be 16 bytes wide.
+        tuned: file of its configuration; "" for the default.
     """
 
     case: str
@@ -37,12 +37,12 @@ class Recorded(NamedTuple):
 def record_jobs(
     cases: Iterable[Case], targets: Sequence[str], kernels: Sequence[str] = (), configs: Path = CONFIGS
 ) -> list[Recorded]:
-    """What the cases launch, with their defaults and with every shipped configuration, each specialisation once.
+    """The launches of the cases, with default and shipped configurations, without duplicate specialisations.
 
     Args:
-        cases: the calls; they are recorded on tensors without memory.
-        targets: names of `TARGETS`.
-        kernels: words, one of which must be in a kernel's name; none lets all pass.
+        cases: calls, recorded on "meta" tensors.
+        targets: keys of `TARGETS`.
+        kernels: substrings of kernel names, any of which must match; empty for all.
         configs: folder of tuned configurations.
     """
     recorded: dict[str, Recorded] = {}

@@ -1,4 +1,4 @@
-"""Compiled kernels as rows of a table, and the bounds that each must keep."""
+"""Compiled kernels as table rows, and their resource bounds."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ __all__ = ["Row", "compile_all", "table", "violations"]
 
 
 class Row(NamedTuple):
-    """One compiled kernel: a row of the table. `error` says why there are no resources."""
+    """One compiled kernel.
+
+    Attributes:
+        recorded: the job and its origin.
+        resources: resource usage, or None if compilation failed.
+        error: reason for the failure, else "".
+    """
 
     recorded: Recorded
     resources: Resources | None
     error: str
 
     def as_json(self) -> dict[str, Any]:
-        """The row in plain data; `wgmma` says whether that instruction was found."""
+        """The row as plain data; `wgmma` is whether that instruction was found."""
         case, job, wide, tuned = self.recorded
         row: dict[str, Any] = {"kernel": job.kernel, "case": case, "target": job.target, "tuned": tuned, "wide": wide}
         row |= {"config": job.config, "signature": job.signature, "error": self.error}
@@ -34,7 +40,7 @@ class Row(NamedTuple):
 def compile_all(
     recorded: Sequence[Recorded], processes: int, done: Callable[[int], object] = lambda count: None
 ) -> list[Row]:
-    """Compile in so many processes; `done` is told how many have finished."""
+    """Compile in parallel; `done` is called with the number of finished jobs."""
     rows = []
     with _pool(processes) as pool:
         futures = [pool.submit(_attempt, one.job) for one in recorded]
@@ -55,7 +61,7 @@ def _pool(processes: int) -> ProcessPoolExecutor:
 
 
 def _alone(job: Job) -> tuple[Resources | None, str]:
-    """Compile in a process of its own what was lost when the compiler took the others down."""
+    """Recompile in a separate process a job lost to a compiler crash."""
     with _pool(1) as pool:
         try:
             return pool.submit(_attempt, job).result()
@@ -64,7 +70,7 @@ def _alone(job: Job) -> tuple[Resources | None, str]:
 
 
 def _attempt(job: Job) -> tuple[Resources | None, str]:
-    """The resources, or in one line why it did not compile; exceptions of Triton's do not travel between processes."""
+    """The resources, or the error as one line, since Triton's exceptions cannot be pickled."""
     try:
         return compile_job(job), ""
     except Exception as error:
@@ -73,7 +79,7 @@ def _attempt(job: Job) -> tuple[Resources | None, str]:
 
 
 def violations(row: Row, shared_bytes: int | None = None) -> list[str]:
-    """One line for every bound that a compiled kernel breaks; `shared_bytes` replaces its target's limit where smaller."""
+    """One line per broken bound; a smaller `shared_bytes` replaces the target's limit."""
     case, job, wide, tuned = row.recorded
     where = f"{job.kernel} on {job.target} ({case}{f', {tuned}' if tuned else ''})"
     if row.resources is None:
@@ -92,7 +98,7 @@ def violations(row: Row, shared_bytes: int | None = None) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text, one line each."""
+    """The rows as an aligned text table."""
     header = ("kernel", "case", "target", "registers", "stack", "shared", "tensor core", "load", "file", "config")
     lines: list[tuple[str, ...]] = [header]
     for row in rows:

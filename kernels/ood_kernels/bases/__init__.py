@@ -1,4 +1,4 @@
-"""Forms of a gradient subspace: a file a form, and the table in which a new one takes a line."""
+"""Basis kinds of a gradient subspace: one file per kind, one line of registration in `BASES`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ BASES: dict[str, type[BasisTensors]] = {
     "explicit": ExplicitTensors,
     "factored": FactoredTensors,
 }
-"""The forms by their `kind`."""
+"""Basis types by `kind`."""
 
 
 def basis_tensors(basis: BasisTensors | HasBasisTensors) -> BasisTensors:
-    """The tensors of a basis, given as they are or as something fitted that holds them."""
+    """The tensors of a basis, from the tuple itself or from a fitted object.
+
+    Raises:
+        ValueError: not an instance of a registered basis type.
+    """
     tensors = basis.tensors() if hasattr(basis, "tensors") else basis
     if type(tensors) not in BASES.values():
-        known = ", ".join(form.__name__ for form in BASES.values())
+        known = ", ".join(each.__name__ for each in BASES.values())
         raise ValueError(f"basis: expected {known} or an object with .tensors(), got {type(tensors).__name__}")
     return tensors

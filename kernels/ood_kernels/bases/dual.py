@@ -1,4 +1,4 @@
-"""A gradient subspace over anchor samples."""
+"""Dual basis: a gradient subspace spanned by anchor samples."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["DualTensors", "linear_part", "project_dual"]
 
 
 class DualTensors(NamedTuple):
-    """A gradient subspace written over n anchor samples: V_k = Σ_i coefficients[i, k] · (a_i ⊗ h̃_i).
+    """A gradient subspace spanned by n anchor samples: V_k = Σ_i coefficients[i, k] · (a_i ⊗ h̃_i).
 
     Attributes:
-        anchor_cotangents: [n, C], the a_i (for the energy cotangent the softmax of anchor i).
+        anchor_cotangents: [n, C], the a_i (the softmax of anchor i for the energy cotangent).
         anchor_features: [n, D], the h_i.
         coefficients: [n, K].
-        constants: [K], subtracted so that the coordinates are centred.
-        cotangent: which scalar was differentiated, see `ood_kernels.reference.cotangent`.
-        bias: whether the gradient of the bias is part of the space (h̃ = [h; 1]).
-        shift: [D] or None, subtracted from h before the Gram product, best the anchors' mean feature. Gram entries of features
-            that share a large mean are large and almost equal, and their rounding is what a low precision loses.
-        linear: [C, K], with `shift`: the coordinates of a ⊗ [shift; 1] for each class, see `linear_part`.
+        constants: [K], subtracted to centre the coordinates.
+        cotangent: the differentiated scalar, see `ood_kernels.reference.cotangent`.
+        bias: whether the space includes the gradient of the bias (h̃ = [h; 1]).
+        shift: [D] or None, subtracted from h before the Gram product; ideally the anchors' mean feature. A large common mean
+            makes Gram entries large and nearly equal, which low precision rounds away.
+        linear: [C, K] or None, together with `shift`: the per-class coordinates of a ⊗ [shift; 1], see `linear_part`.
     """
 
     anchor_cotangents: Tensor
@@ -40,29 +40,29 @@ class DualTensors(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Its name in `BASES` and in the operators."""
+        """Name of the basis kind in `BASES` and in the operators."""
         return "dual"
 
     @property
     def n_components(self) -> int:
-        """K."""
+        """Subspace dimension K."""
         return self.constants.shape[0]
 
     def parts(self) -> list[Tensor | None]:
-        """Its tensors, shift and linear last."""
+        """The tensors, shift and linear last."""
         return [*self[:4], *self[6:]]
 
     @classmethod
     def from_parts(cls, parts: Sequence[Tensor | None], cotangent: str = "energy", bias: bool = True) -> DualTensors:
-        """The basis with these tensors, see `parts`."""
+        """The basis made of these tensors, in the order of `parts`."""
         return cls._make([*parts[:4], cotangent, bias, *parts[4:]])
 
     def to(self, dtype: torch.dtype) -> DualTensors:
-        """The same with the large tensors stored in another dtype; constants, shift and its linear part stay as they are."""
+        """A copy with the large tensors in another dtype; constants, shift and linear are unchanged."""
         return DualTensors._make([*(part.to(dtype) for part in self[:3]), *self[3:]])
 
     def check(self) -> tuple[int, int]:
-        """Classes C and features D; raises ValueError where the tensors do not fit together."""
+        """Classes C and features D; raises ValueError for incompatible shapes."""
         if (self.shift is None) != (self.linear is None):
             raise ValueError("shift and linear of a dual basis belong together: expected both or neither, got one")
         sizes = check_shapes(
@@ -95,8 +95,8 @@ def project_dual(
     """Centred coordinates [N, K] in a dual basis: ((A Aₐᵀ) ∘ (H̃ H̃ₐᵀ)) · coefficients - constants.
 
     The Gram entry of two rank-one gradients is ⟨a ⊗ h̃, a_i ⊗ h̃_i⟩ = (a·a_i)(h̃·h̃_i), so three matrix products replace
-    any tensor of [N, C, D]: 2·n·(C + D̃ + K) flops a sample. With a shift μ, G = a ⊗ [h - μ; 0] + a ⊗ [μ; 1], and the second
-    term's coordinates are `a @ linear`: the same numbers, from a Gram matrix without the part that all its entries share.
+    a tensor of [N, C, D]: 2·n·(C + D̃ + K) flops per sample. With a shift μ, G = a ⊗ [h - μ; 0] + a ⊗ [μ; 1], and `a @ linear`
+    is the second term's coordinates: the same result from a Gram matrix without the common offset of its entries.
     """
     dtype = compute_dtype(a, h, anchor_cotangents, anchor_features, coefficients, constants, shift, linear)
     a, h = a.to(dtype), h.to(dtype)
@@ -111,6 +111,6 @@ def project_dual(
 def linear_part(
     anchor_cotangents: Tensor, anchor_features: Tensor, coefficients: Tensor, shift: Tensor, bias: bool = True
 ) -> Tensor:
-    """Coordinates [C, K] of e_c ⊗ [shift; 1] in a dual basis, Σ_i α_ik a_ic (h_i·shift + 1): the `linear` of `project_dual`."""
+    """Coordinates [C, K] of e_c ⊗ [shift; 1] in a dual basis, Σ_i α_ik a_ic (h_i·shift + 1): `linear` in `project_dual`."""
     inner = anchor_features @ shift + bias
     return (anchor_cotangents * inner[:, None]).T @ coefficients

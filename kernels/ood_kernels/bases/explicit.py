@@ -1,4 +1,4 @@
-"""A gradient subspace as its vectors."""
+"""Explicit basis: a gradient subspace given by its vectors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ _LONGEST_SUM = 2**17
 
 
 class ExplicitTensors(NamedTuple):
-    """A gradient subspace as its vectors: `components` [K, C, D̃] with D̃ = D + 1 where `bias`, else D."""
+    """A gradient subspace given by its vectors V_k.
+
+    Attributes:
+        components: [K, C, D̃], with D̃ = D + 1 where `bias`, else D.
+        constants: [K], subtracted to centre the coordinates.
+        cotangent: the differentiated scalar, see `ood_kernels.reference.cotangent`.
+        bias: whether the space includes the gradient of the bias (h̃ = [h; 1]).
+    """
 
     components: Tensor
     constants: Tensor
@@ -27,31 +34,31 @@ class ExplicitTensors(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Its name in `BASES` and in the operators."""
+        """Name of the basis kind in `BASES` and in the operators."""
         return "explicit"
 
     @property
     def n_components(self) -> int:
-        """K."""
+        """Subspace dimension K."""
         return self.constants.shape[0]
 
     def parts(self) -> list[Tensor | None]:
-        """Its tensors."""
+        """The tensors."""
         return [*self[:2]]
 
     @classmethod
     def from_parts(
         cls, parts: Sequence[Tensor | None], cotangent: str = "energy", bias: bool = True
     ) -> ExplicitTensors:
-        """The basis with these tensors, see `parts`."""
+        """The basis made of these tensors, in the order of `parts`."""
         return cls._make([*parts, cotangent, bias])
 
     def to(self, dtype: torch.dtype) -> ExplicitTensors:
-        """The same with the components stored in another dtype."""
+        """A copy with the components in another dtype."""
         return self._replace(components=self.components.to(dtype))
 
     def check(self) -> tuple[int, int]:
-        """Classes C and features D; raises ValueError where the tensors do not fit together."""
+        """Classes C and features D; raises ValueError for incompatible shapes."""
         sizes = check_shapes(self, components="KCD", constants="K")
         return sizes["C"], sizes["D"] - self.bias
 
@@ -61,14 +68,14 @@ class ExplicitTensors(NamedTuple):
 
 
 def project_explicit(a: Tensor, h: Tensor, components: Tensor, constants: Tensor, bias: bool = True) -> Tensor:
-    """Centred coordinates [N, K] in an explicit basis V [K, C, D̃]: aᵀ V_k h̃ - constant_k, 2·K·C·D̃ flops a sample."""
+    """Centred coordinates [N, K] in an explicit basis V [K, C, D̃]: aᵀ V_k h̃ - constant_k, 2·K·C·D̃ flops per sample."""
     dtype = compute_dtype(a, h, components, constants)
     a, h = a.to(dtype), h.to(dtype)
     n_components, classes, width = components.shape
     samples = a.shape[0]
     coordinates = a.new_empty((samples, n_components))
-    # Gradients of some samples at a time as rows of one product, where these are smaller than what lies between two products else;
-    # a sum over more entries would lose digits.
+    # Chunks of materialised gradients as rows of one product, where they are smaller than the intermediate a @ V; longer sums would
+    # lose digits.
     if classes < n_components and classes * width <= _LONGEST_SUM:
         rows = max(1, _WORKSPACE_ELEMENTS // max(1, classes * width))
         vectors, extended = components.to(dtype).flatten(1), torch.cat([h, h.new_ones((samples, 1))], 1) if bias else h

@@ -1,1 +1,1 @@
-"""Pooling on the CPU, in C++ where a compiler is there."""
+"""CPU pooling, in C++ if a compiler is available."""

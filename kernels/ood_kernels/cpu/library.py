@@ -1,8 +1,8 @@
-"""C++ functions from a shared library that is compiled once a machine and kept in a cache.
+"""C++ functions from a shared library, compiled once per machine and cached.
 
-`OOD_ENGINE_CACHE` names the folder, else it is `ood-engine` in XDG_CACHE_HOME or `~/.cache`. What is loaded from it runs as the
-user, so a folder that anybody else can enter is not used. A file's name holds a key of all that the library depends on and a
-digest of its bytes: a damaged one is compiled again, and an intact one is loaded without starting the compiler.
+The cache folder is `OOD_ENGINE_CACHE`, or else `ood-engine` in XDG_CACHE_HOME or `~/.cache`. Cached code runs as the user, so a
+folder accessible to others is rejected. A file name holds a key of the library's inputs and a digest of its bytes: a damaged
+file is recompiled, an intact one is loaded without starting the compiler.
 """
 
 from __future__ import annotations
@@ -39,10 +39,15 @@ _log = logging.getLogger("ood_kernels")
 
 
 def load(source: Path, names: Iterable[str]) -> dict[str, Any] | None:
-    """The functions of these names from a C++ file, compiled if this machine has not done so before.
+    """Functions of a C++ file by name, compiled on first use on this machine.
 
-    None on Windows, under `OOD_ENGINE_COMPILE=0`, and, with the reason in the log `ood_kernels`, where the file cannot be
-    compiled or kept: no compiler (`CXX`, else c++), no cache to write to, or a cache that is not the user's alone.
+    Args:
+        source: C++ file.
+        names: exported functions.
+
+    Returns:
+        Function by name. None on Windows, under `OOD_ENGINE_COMPILE=0`, and, with the reason logged to `ood_kernels`, without a
+        compiler (`CXX`, else c++), a writable cache, or a cache private to the user.
     """
     if sys.platform == "win32" or os.environ.get("OOD_ENGINE_COMPILE") == "0":
         return None
@@ -51,7 +56,7 @@ def load(source: Path, names: Iterable[str]) -> dict[str, Any] | None:
         return {name: getattr(library, name) for name in names}
     except (OSError, ValueError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         _log.warning(
-            "%s is not in use, plain torch does its work, slower: %s; or set OOD_ENGINE_COMPILE=0 to accept this",
+            "%s is unavailable, falling back to slower plain torch: %s; or set OOD_ENGINE_COMPILE=0 to silence this warning",
             source.name,
             _reason(error),
         )
@@ -70,10 +75,10 @@ def _library(source: Path) -> ctypes.CDLL:
 
 
 def _private_folder() -> Path:
-    """The cache, made where it is missing.
+    """The cache folder, created if missing.
 
     Raises:
-        PermissionError: others may write to it or read from it, or it is another user's.
+        PermissionError: accessible to others, or owned by another user.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     chosen = os.environ.get("OOD_ENGINE_CACHE")
@@ -85,14 +90,14 @@ def _private_folder() -> Path:
     mode = stat.S_IMODE(status.st_mode)
     if status.st_uid != os.geteuid() or mode & 0o077:
         raise PermissionError(
-            f"cache {folder}: expected mode 0700 and owner {os.geteuid()}, found {mode:04o} and {status.st_uid}; name a folder of"
-            " your own in OOD_ENGINE_CACHE"
+            f"cache {folder}: expected mode 0700 and owner {os.geteuid()}, found {mode:04o} and {status.st_uid}; set"
+            " OOD_ENGINE_CACHE to a private folder"
         )
     return folder
 
 
 def _key(source: Path, command: Sequence[str]) -> str:
-    """Hash of source, compiler, options and CPU; a compiler's file stands for its version, since asking starts a process."""
+    """Hash of source, compiler, options and CPU; compiler file stats replace its version, which would take a process to query."""
     if not shutil.which(command[0]):
         raise FileNotFoundError(f"no C++ compiler: expected a command in CXX, or c++ in PATH, found no {command[0]!r}")
     programs = [(os.path.realpath(program), os.stat(program)) for program in map(shutil.which, command) if program]
@@ -102,7 +107,7 @@ def _key(source: Path, command: Sequence[str]) -> str:
 
 
 def _cpu() -> list[str]:
-    """What `-march=native` looks at, of the first processor; where the system does not say, its own name and version."""
+    """The first processor's inputs to `-march=native`; without /proc/cpuinfo, the system's name and version."""
     with suppress(OSError), _CPU_INFO.open() as lines:
         processor = itertools.takewhile(str.strip, lines)
         if found := [line for line in processor if line.partition(":")[0].strip() in _CPU_FIELDS]:
@@ -111,7 +116,7 @@ def _cpu() -> list[str]:
 
 
 def _cached(folder: Path, stem: str) -> ctypes.CDLL | None:
-    """An intact library of that key; its bytes are read first, since loading damaged ones may end the process."""
+    """An intact library of that key; the digest is verified first, since loading a damaged file can crash the process."""
     for file in folder.glob(f"{stem}-*.so"):
         with suppress(OSError):
             if file.stem == f"{stem}-{_digest(file)}":
@@ -120,7 +125,7 @@ def _cached(folder: Path, stem: str) -> ctypes.CDLL | None:
 
 
 def _compiled(source: Path, command: Sequence[str], folder: Path, stem: str) -> ctypes.CDLL:
-    """Compile beside the cached libraries and rename, so that no process finds half a file."""
+    """Compile into a temporary folder inside the cache, then rename atomically."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / "library.so"
         arguments = [*command, *_OPTIONS, "-o", str(made), str(source)]
@@ -136,7 +141,7 @@ def _digest(file: Path) -> str:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time, so that those which start together compile once; not every file system has locks."""
+    """Exclusive file lock, so that concurrent processes compile once; a no-op on file systems without locks."""
     with (folder / "lock").open("a") as file:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -144,7 +149,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The error in one line."""
+    """The error as one line."""
     text = str(error)
     if isinstance(error, subprocess.CalledProcessError):
         text = f"{error.cmd[0]} failed: " + (error.stderr.strip() or f"exit status {error.returncode}")

@@ -1,5 +1,5 @@
-// Mean and maximum of each channel of a feature map in one read of it, see pooling.py, which compiles this file.
-// Sums are in fp32, in an order that depends on the layout and on H*W alone. A NaN reaches the sum, not the maximum.
+// Per-channel mean and maximum of a feature map in one pass, see pooling.py, which compiles this file.
+// fp32 sums, in an order that depends only on the layout and H*W. NaN propagates to the sum, not to the maximum.
 
 #include <cstdint>
 #include <cstring>
@@ -47,7 +47,7 @@ struct Float16 {
     memcpy(&halves, x, sizeof halves);
     const Words bits = __builtin_convertvector(halves, Words), magnitude = bits & 0x7fff, shifted = magnitude << 13;
     const Words normal = shifted + (112u << 23), special = shifted | (255u << 23);
-    // No fp32 subnormal appears on the way, so that flushing them to zero changes nothing.
+    // No intermediate is an fp32 subnormal, so flushing them to zero changes nothing.
     const Words one_up = (Words{} + 113u) << 23;
     const Words subnormal = (Words)((Floats)(shifted + one_up) - (Floats)one_up);
     const Words finite = magnitude < 0x400 ? subnormal : normal;
@@ -110,7 +110,7 @@ struct Map {
   int threads;
 };
 
-// Positions next to each other (NCHW).
+// Contiguous positions (NCHW).
 template <class T, bool rectify>
 void pool_rows(const Map& map) {
   const int64_t positions = map.positions, tail = positions % LANES, whole = positions - tail;
@@ -121,7 +121,7 @@ void pool_rows(const Map& map) {
       Statistics<rectify> row_statistics;
       for (int64_t p = 0; p < whole; p += LANES) row_statistics.take(T::load(row + p));
       if (tail && whole) {
-        // The last full vector again, without the lanes that were already taken.
+        // The last full vector again, with the lanes already consumed masked out.
         const auto is_new = LANE >= (uint32_t)(LANES - tail);
         const Floats last = T::load(row + positions - LANES);
         row_statistics.take(is_new ? last : Floats{}, is_new ? last : Floats{} + LOWEST);
@@ -137,7 +137,7 @@ void pool_rows(const Map& map) {
   }
 }
 
-// Channels next to each other (channels_last, tokens).
+// Contiguous channels (channels_last, tokens).
 template <class T, bool rectify>
 void pool_columns(const Map& map) {
   constexpr int64_t VECTORS = CHANNELS / LANES;
@@ -147,7 +147,7 @@ void pool_columns(const Map& map) {
       const int64_t count = map.channels - first < CHANNELS ? map.channels - first : CHANNELS;
       const int64_t whole = count / LANES, tail = count % LANES, vectors = whole + (tail > 0);
       Statistics<rectify> all[VECTORS];
-      // Sums of sums of a few: one long sum would lose more digits.
+      // Blocked summation: one long sum would lose more digits.
       for (int64_t from = 0; from < map.positions; from += RUN) {
         const int64_t to = from + RUN < map.positions ? from + RUN : map.positions;
         Statistics<rectify> run[VECTORS];
@@ -189,7 +189,7 @@ void pool(const Map& map) {
 
 }  // namespace
 
-// Strides count elements; that of the channels or that of the positions is 1. A null nap_mean is not wanted.
+// Strides in elements; the channel or the position stride is 1. A null nap_mean is skipped.
 #define POOL(name, Type)                                                                                          \
   extern "C" void name(const void* data, int64_t samples, int64_t channels, int64_t positions,                    \
                        int64_t sample_stride, int64_t channel_stride, int64_t position_stride, float* h,          \

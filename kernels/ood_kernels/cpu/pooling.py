@@ -1,8 +1,8 @@
-"""Pooling for CPU tensors: what `reference.pool_statistics` computes, many times as fast.
+"""CPU pooling: `reference.pool_statistics`, many times faster.
 
-The reference takes 5 times as long as a copy of the map, 20 times in bf16. Where a C++ compiler is there, pooling.cpp reads
-the map once, at about the speed of a copy; it is compiled when a machine first needs it, see `library`. Elsewhere plain torch
-does it, by the steps that torch does fast.
+The reference takes 5 times as long as a copy of the map, 20 times in bf16. With a C++ compiler, pooling.cpp reads the map once,
+at about the speed of a copy; it is compiled on first use, see `library`. The fallback is plain torch, restricted to its fast
+operations.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _load_lock = threading.Lock()
 
 
 def pool_statistics(feature_map: Tensor, rectify: bool = False) -> PoolStatistics:
-    """Mean and maximum of each channel over H·W of a CPU tensor [N, D, H, W], see `ood_kernels.pool_statistics`.
+    """Per-channel mean and maximum over H·W of a CPU tensor [N, D, H, W], see `ood_kernels.pool_statistics`.
 
-    The maximum is the reference's bit for bit, the means differ from its by fp32 rounding; a sample with NaN or Inf in its
-    map, or with a mean that overflows, is left to the reference, and so are fp64 and positions that no single stride leads
-    through. At most 48 MiB of memory beside the outputs, save for what the reference takes.
+    The maximum is bitwise equal to the reference, the means up to fp32 rounding. Samples with NaN or Inf in the map or an
+    overflowing mean, fp64, and positions without a single common stride fall back to the reference. At most 48 MiB of memory
+    beyond the outputs, plus that of the reference.
     """
     samples, channels, height, width = feature_map.shape
     try:
@@ -59,12 +59,12 @@ def pool_statistics(feature_map: Tensor, rectify: bool = False) -> PoolStatistic
 
 
 def is_compiled() -> bool:
-    """Whether pooling.cpp is in use in this process; loads it, or compiles it, if that has not been tried."""
+    """Whether this process pools with pooling.cpp; the first call loads or compiles it."""
     return _compiled() is not None
 
 
 def _compiled() -> Mapping[torch.dtype, Callable[..., None]] | None:
-    """The functions of pooling.cpp by dtype, None where there are none: decided at the first call, once a process."""
+    """The functions of pooling.cpp by dtype, or None; decided once per process, on the first call."""
     with _load_lock:
         return _load()
 
@@ -80,7 +80,7 @@ def _load() -> Mapping[torch.dtype, Callable[..., None]] | None:
 
 
 def _pool_compiled(function: Callable[..., None], flat: Tensor, rectify: bool) -> PoolStatistics:
-    """By pooling.cpp, from [N, D, H·W] with channels or positions next to each other; NaN is not in the maximum."""
+    """Pool [N, D, H·W] with contiguous channels or positions in pooling.cpp; the maximum ignores NaN."""
     h = flat.new_empty(flat.shape[:2], dtype=torch.float32)
     maximum = torch.empty_like(h)
     nap_mean = torch.empty_like(h) if rectify else None
@@ -93,7 +93,7 @@ def _pool_compiled(function: Callable[..., None], flat: Tensor, rectify: bool) -
 
 
 def _pool_eager(flat: Tensor) -> PoolStatistics:
-    """In plain torch, from [N, D, H·W] with any strides: blocks that stay in the cache, cast to fp32 once for both results."""
+    """Pool [N, D, H·W] of any strides in plain torch: cache-sized blocks, cast to fp32 once for both results."""
     samples, channels, positions = flat.shape
     h = flat.new_empty((samples, channels), dtype=torch.float32)
     maximum = torch.empty_like(h)
@@ -115,7 +115,7 @@ def _pool_eager(flat: Tensor) -> PoolStatistics:
 
 
 def _leave_to_reference(feature_map: Tensor, rectify: bool, statistics: PoolStatistics) -> None:
-    """Overwrite the samples that have a pooled feature that is not finite."""
+    """Recompute samples with non-finite pooled features in the reference."""
     for sample in (~statistics.h.isfinite().all(1)).nonzero().flatten().tolist():
         one = reference.pool_statistics(feature_map[sample : sample + 1], rectify=rectify)
         for output, values in zip(statistics, one, strict=True):
@@ -123,9 +123,9 @@ def _leave_to_reference(feature_map: Tensor, rectify: bool, statistics: PoolStat
 
 
 def _largest(values: Tensor) -> Tensor:
-    """Maximum over axis 1 of fp32 without NaN, by way of integers, whose maximum torch finds several times as fast.
+    """Maximum over axis 1 of NaN-free fp32, computed on its bits as integers, several times faster in torch.
 
-    A float that is not negative orders like the integer of the same bits, a negative one the other way round and below.
+    Non-negative floats order like the integers of the same bits; negative ones in reverse, and below.
     """
     bits = values.view(torch.int32)
     largest = bits.amax(1)

@@ -1,4 +1,4 @@
-"""The Triton kernels, one family a file; `launch` chooses their tiles and starts them, `device` holds what they share.
+"""Triton kernels, one family per file; `launch` selects tiles and launches, `device` holds shared device functions.
 
-Imported only when a kernel is about to run, so that `import ood_kernels` needs neither Triton nor a GPU.
+Imported on first launch, so that `import ood_kernels` needs neither Triton nor a GPU.
 """

@@ -1,4 +1,4 @@
-"""Partial results of the splits of a projection, added in the order of the splits."""
+"""Reduction of the partial results of a projection's splits, in the order of the splits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .launch import launch
 __all__ = ["WORKSPACE_BYTES", "combine", "combine_kernel", "combine_program", "samples_at_once"]
 
 WORKSPACE_BYTES = 32 * 2**20
-"""Most that partial results take; a larger batch is worked off in parts."""
+"""Maximum size of the partial results; a larger batch is processed in chunks."""
 
 
 @triton.jit
@@ -30,9 +30,9 @@ def combine_program(
     offsets = rows[:, None] * width + here[None, :]
     step = samples.to(tl.int64) * width
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    # Unrolled, or each load would wait for the one before it.
+    # Unrolled so that loads overlap.
     for split in tl.range(0, splits, loop_unroll_factor=8):
-        # Not from the first-level cache, which need not know what other programs have written.
+        # Bypass L1, which may be stale with respect to other programs' stores.
         total += tl.load(partial_ptr + split * step + offsets, mask=inside, other=0.0, cache_modifier=".cg")
     constants = tl.load(constants_ptr + here, mask=here < width, other=0.0).to(tl.float32)
     tl.store(output_ptr + offsets, total - constants[None, :], mask=inside)
@@ -54,9 +54,9 @@ def combine(partial: Tensor, constants: Tensor, output: Tensor, splits: int) -> 
     """Add partial results in the order of their splits: output = Σ_s partial[s] - constants.
 
     Args:
-        partial: fp32, contiguous, its first splits · N · K elements are [splits, N, K].
+        partial: fp32, contiguous; the first splits · N · K elements are [splits, N, K].
         constants: [K].
-        output: fp32 [N, K], contiguous, to be written.
+        output: fp32 [N, K], contiguous; written.
         splits: number of partial results.
     """
     samples, components = output.shape
@@ -80,6 +80,6 @@ def combine(partial: Tensor, constants: Tensor, output: Tensor, splits: int) -> 
 
 
 def samples_at_once(samples: int, splits: int, components: int, block: int) -> int:
-    """Samples, whole tiles of `block` unless all fit, whose partial results take no more than 32 MiB; at least one tile."""
+    """Chunk size: samples whose partial results fit in 32 MiB, a multiple of `block` unless all fit; at least one tile."""
     tiles = max(1, WORKSPACE_BYTES // (4 * splits * components * block))
     return min(samples, tiles * block)

@@ -1,4 +1,4 @@
-"""Functions that several kernels inline: products in a chosen precision, maxima that keep NaN, the cotangent."""
+"""Shared device functions: products in a given precision, NaN-propagating maxima, the cotangent."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import triton.language as tl
 
 __all__ = ["INTERPRETED", "cotangent", "greatest", "matmul", "maximum", "multiple", "rounded", "sound"]
 
-# Read once, as @triton.jit does: the interpreter holds bf16 as storage only and must multiply in fp32.
+# Read once, as @triton.jit does: the interpreter has bf16 as a storage type only and multiplies in fp32.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
 @triton.jit
 def maximum(left, right):
-    """Elementwise maximum in which NaN wins, as in torch; the hardware's own would drop it."""
+    """NaN-propagating elementwise maximum, as in torch; the hardware instruction drops NaN."""
     return tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def sound(value):
-    """The value where it is finite, else NaN: from a bad feature, +Inf would read as certainly in-distribution."""
+    """Finite values unchanged, others NaN: +Inf from a non-finite feature would rank as the most in-distribution score."""
     return tl.where(tl.abs(value) < float("inf"), value, float("nan"))
 
 
 @triton.jit
 def rounded(value, PRECISION: tl.constexpr):
-    """Return the operand of a product in the type that PRECISION says; interpreted, in fp32 with the values of that type."""
+    """Return the operand of a product in the type of PRECISION; under the interpreter, rounded to it but stored as fp32."""
     if PRECISION == "fp16":
         value = value.to(tl.float16)
     elif PRECISION == "bf16":
         if INTERPRETED:
-            # The interpreter's own cast truncates.
+            # The interpreter's cast truncates.
             bits = value.to(tl.float32).to(tl.int32, bitcast=True)
             nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
             value = tl.where(value == value, nearest.to(tl.float32, bitcast=True), float("nan"))
@@ -43,10 +43,10 @@ def rounded(value, PRECISION: tl.constexpr):
 
 @triton.jit
 def matmul(left, right, accumulator, PRECISION: tl.constexpr):
-    """Return accumulator + left @ right in fp32, the operands first rounded to what PRECISION says.
+    """Return accumulator + left @ right in fp32, with the operands rounded to PRECISION.
 
-    "ieee" multiplies fp32 exactly, "tf32x3" splits each operand in two tf32 parts (about fp32's accuracy), "tf32" keeps 10
-    bits of mantissa, "fp16" and "bf16" round to those types.
+    "ieee" keeps fp32, "tf32x3" splits each operand into two tf32 parts (about fp32 accuracy), "tf32" keeps 10 bits of
+    mantissa, "fp16" and "bf16" round to those types.
     """
     left = rounded(left, PRECISION)
     right = rounded(right, PRECISION)
@@ -58,9 +58,9 @@ def matmul(left, right, accumulator, PRECISION: tl.constexpr):
 
 @triton.jit
 def cotangent(p, classes, predicted, class_count, KIND: tl.constexpr):
-    """Return the factor a of the gradient a ⊗ h̃ from the softmax p, see `reference.cotangent`; "given" leaves p as it is.
+    """Return the factor a of the gradient a ⊗ h̃ from the softmax p, see `reference.cotangent`; "given" returns p.
 
-    p [samples, classes] with `classes` [1, classes] their numbers and `predicted` [samples, 1] the predicted one.
+    p is [samples, classes]; `classes` [1, classes] holds class indices, `predicted` [samples, 1] the predicted class.
     """
     if KIND == "uniform":
         return p - 1.0 / class_count
@@ -76,18 +76,18 @@ def cotangent(p, classes, predicted, class_count, KIND: tl.constexpr):
 
 @triton.jit
 def multiple(value, UNIT: tl.constexpr):
-    """Return value, which is a multiple of UNIT, so that the compiler knows.
+    """Return value, a multiple of UNIT, in a form that shows this to the compiler.
 
-    Triton looks for multiples of 16 only: rows of 1000 classes would be read 2 bytes at a time though they are aligned to 16.
+    Triton itself detects only multiples of 16: rows of 1000 classes would be read 2 bytes at a time despite 16-byte alignment.
     """
     return value // UNIT * UNIT
 
 
 @triton.jit
 def greatest(values, AXIS: tl.constexpr):
-    """Maximum along an axis in which NaN wins; `tl.max` would drop it."""
+    """NaN-propagating maximum along an axis; `tl.max` drops NaN."""
     if INTERPRETED:
-        # The interpreter walks a reduction of ours element by element.
+        # The interpreter runs a custom reduction element by element.
         known = tl.max(tl.where(values == values, values, float("-inf")), AXIS)
         return tl.where(tl.sum((values != values).to(tl.int32), AXIS) > 0, float("nan"), known)
     else:

@@ -1,4 +1,4 @@
-"""The kernels of the dual projection, see `project_dual`."""
+"""Kernels of the dual projection, see `project_dual`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def gram_tile(
     for start in range(0, channels, BLOCK_R):
         left = matrix_tile(h_ptr, row_start, start, samples, channels, channels, 1, H_UNIT, BLOCK_N, BLOCK_R)
         if SHIFT:
-            # Rounding after the difference is what the shift is for.
+            # Rounding after the subtraction is the point of the shift.
             here = start + tl.arange(0, BLOCK_R)
             shift = tl.load(shift_ptr + here, mask=here < channels, other=0.0).to(tl.float32)
             left = left.to(tl.float32) - shift[None, :]
@@ -51,13 +51,13 @@ def gram_tile(
 
 @triton.jit
 def add_weighted(gram, coefficients, accumulator, PRECISION: tl.constexpr):
-    """Return accumulator + gram @ coefficients; in fp16, whose range a Gram entry can leave, each row scaled by a power of two."""
+    """Return accumulator + gram @ coefficients; in fp16, rows are scaled by a power of two against overflow of Gram entries."""
     if PRECISION == "fp16":
         magnitude = tl.abs(gram)
         largest = tl.max(tl.where(magnitude < float("inf"), magnitude, 0.0), 1)
         power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         power = tl.maximum(power, 0.5**60)[:, None]
-        # Dividing the sum by it as well is exact, and spares a second accumulator.
+        # Dividing the accumulator too is exact and saves a second one.
         return matmul(gram / power, coefficients, accumulator / power, PRECISION) * power
     else:
         return matmul(gram, coefficients, accumulator, PRECISION)
@@ -70,10 +70,10 @@ def add_linear(
     KIND: tl.constexpr, PRECISION: tl.constexpr, A_UNIT: tl.constexpr, LINEAR_UNIT: tl.constexpr,
     CLASS_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Return accumulator + A @ linear over the CLASS_BLOCKS blocks of classes that belong to a block of anchors.
+    """Return accumulator + A @ linear over the CLASS_BLOCKS blocks of classes assigned to a block of anchors.
 
-    With a shift, linear holds what all entries share, which is most of them: rounded to the type of the other products it would
-    be the largest error of all. So each operand is two bf16 numbers, whose range is that of fp32, for 16 bits of mantissa.
+    With a shift, linear holds the dominant common part of the coordinates: rounded like the other operands, it would dominate the
+    error. Each operand is therefore split into two bf16 numbers, with fp32's range and 16 bits of mantissa.
     """
     for step in range(CLASS_BLOCKS):
         start = (block * CLASS_BLOCKS + step) * BLOCK_R
@@ -105,10 +105,10 @@ def dual_program(
     COEFFICIENT_UNIT: tl.constexpr, LINEAR_UNIT: tl.constexpr, BLOCKS: tl.constexpr, CLASS_BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write one partial result, [rows of sample_tile, all components], at its place in `partial` [splits, N, K].
+    """Write one partial result, [rows of sample_tile, all components], into `partial` [splits, N, K].
 
-    A split is BLOCKS blocks of BLOCK_A anchors. The cotangents [N, C] are at `a_ptr` where KIND is "given", else the logits are
-    there, with what `head_program` leaves of them. These, h [N, D], shift and linear are contiguous.
+    A split is BLOCKS blocks of BLOCK_A anchors. `a_ptr` holds the cotangents [N, C] where KIND is "given", otherwise the logits,
+    with the partials of `head_program`. These, h [N, D], shift and linear are contiguous.
     """
     row_start = sample_tile * BLOCK_N
     rows = row_start + tl.arange(0, BLOCK_N)
@@ -125,7 +125,7 @@ def dual_program(
             samples, anchors, classes, channels, cotangent_row, cotangent_column, feature_row, feature_column,
             BIAS, SHIFT, KIND, PRECISION, A_UNIT, H_UNIT, COTANGENT_UNIT, FEATURE_UNIT, BLOCK_N, BLOCK_A, BLOCK_R,
         )  # fmt: skip
-        # Two stages leave shared memory to the loops above, where the time goes.
+        # Two stages leave shared memory to the loops above, which dominate the time.
         for start in tl.range(0, components, BLOCK_K, num_stages=2):
             here = start + tl.arange(0, BLOCK_K)[None, :]
             inside = valid[:, None] & (here < width)
@@ -145,7 +145,7 @@ def dual_program(
             product = add_weighted(gram, coefficients, product, PRECISION)
             tl.store(outputs + here, product, mask=inside)
         if BLOCKS > 1:
-            # The next block may read from another thread what this one wrote.
+            # The next block may read other threads' stores.
             tl.debug_barrier()
 
 
@@ -160,7 +160,7 @@ def dual_kernel(
     COEFFICIENT_UNIT: tl.constexpr, LINEAR_UNIT: tl.constexpr, BLOCKS: tl.constexpr, CLASS_BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Run `dual_program` for every tile of samples, those of one block of anchors side by side so that they share it in L2."""
+    """Run `dual_program` for every tile of samples and split; sample tiles vary fastest, for reuse of anchors in L2."""
     dual_program(
         tl.program_id(0), tl.program_id(1),
         a_ptr, partials_ptr, argmaxima_ptr, h_ptr, shift_ptr, anchor_cotangents_ptr, anchor_features_ptr, coefficients_ptr,

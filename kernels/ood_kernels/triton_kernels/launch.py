@@ -1,7 +1,7 @@
-"""How kernels start: every launch goes through `launch`, with tiles from `choose`.
+"""Kernel launches: `launch` launches every kernel, `choose` selects its tile.
 
-A tile decides in which order a sum is taken. It therefore follows from the shape without the batch size N, so that a sample's
-score is bitwise the same alone and in any batch; a tuned configuration may change the tile of a shape, never with N.
+The tile determines the summation order. It therefore depends on the shape without the batch size N, so that a sample's score is
+bitwise identical alone and in any batch; tuned configurations are keyed by shape too, never by N.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Launch(NamedTuple):
 
     Attributes:
         kernel: the `triton.jit` function.
-        grid: number of programs along each axis.
-        arguments: its arguments by name, tiles, `num_warps` and `num_stages` among them.
-        wide: whether its loads of large tensors should be 16 bytes wide, because their contiguous runs allow it.
+        grid: programs along each axis.
+        arguments: by name, including tiles, `num_warps` and `num_stages`.
+        wide: whether contiguity and alignment allow 16-byte loads of the large tensors.
     """
 
     kernel: Any
@@ -44,7 +44,13 @@ class Launch(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One look-up by `choose` under `forced`: the family, its shape, and its default for any GPU."""
+    """One look-up by `choose` under `forced`.
+
+    Attributes:
+        family: kernel family.
+        shape: key of the look-up.
+        default: configuration valid on any GPU.
+    """
 
     family: str
     shape: dict[str, int | str]
@@ -57,7 +63,7 @@ _FORCED: ContextVar[tuple[Mapping[str, Setting], list[Choice]] | None] = Context
 
 @contextmanager
 def record() -> Iterator[list[Launch]]:
-    """Collect the launches made inside; kernels given tensors on the "meta" device are recorded and not run."""
+    """Collect the launches inside the context; launches on "meta" tensors are recorded only."""
     launches: list[Launch] = []
     token = _RECORDER.set(launches)
     try:
@@ -68,9 +74,9 @@ def record() -> Iterator[list[Launch]]:
 
 @contextmanager
 def forced(configs: Mapping[str, Setting]) -> Iterator[list[Choice]]:
-    """Let `choose` lay these configurations over the defaults of their families, and collect what it was asked for.
+    """Make `choose` merge these configurations over the defaults of their families, and collect its look-ups.
 
-    For tuning and for checking configurations ahead of time: what is tuned for this GPU does not count inside.
+    For tuning and ahead-of-time checks: this GPU's tuned configurations are ignored inside the context.
     """
     choices: list[Choice] = []
     token = _FORCED.set((configs, choices))
@@ -81,7 +87,7 @@ def forced(configs: Mapping[str, Setting]) -> Iterator[list[Choice]]:
 
 
 def launch(kernel: Any, grid: Sequence[int], wide: bool = False, **arguments: Any) -> None:
-    """Start a kernel on the device and the current stream of its first tensor; an empty grid starts nothing."""
+    """Launch a kernel on the device and current stream of its first tensor; an empty grid is a no-op."""
     if 0 in grid:
         return
     tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
@@ -90,18 +96,17 @@ def launch(kernel: Any, grid: Sequence[int], wide: bool = False, **arguments: An
         launches.append(Launch(kernel, tuple(grid), arguments, wide))
     if tensor.is_meta:
         return
-    # Triton takes the current device, which need not be the tensor's.
+    # Triton launches on the current device, possibly not the tensor's.
     with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
         kernel[tuple(grid)](**arguments_for("cuda" if torch.version.hip is None else "hip", arguments))
 
 
 def arguments_for(backend: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A launch's arguments as the backend, "cuda" or "hip", takes them.
+    """A launch's arguments adapted to the backend, "cuda" or "hip".
 
-    AMD's matrix cores multiply fp32 itself, so nothing there splits it in tf32 parts, and its compiler takes no limit of
-    registers; its warps have 64 threads, so a tile made for a number of threads, each with VEC elements, takes half as many, as
-    do the small tiles of "tf32x3".
-    The fusion of products and sums is asked for because its default differs between versions of Triton.
+    AMD's matrix cores multiply fp32 natively, which replaces "tf32x3", and its compiler has no register limit. Its warps have 64
+    threads, so tiles sized by thread count (VEC elements each) take half as many warps, as do the small tiles of "tf32x3".
+    `enable_fp_fusion` is explicit because its default differs between Triton versions.
     """
     if backend == "hip":
         is_split = arguments.get("PRECISION") == "tf32x3"
@@ -113,14 +118,14 @@ def arguments_for(backend: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def choose(family: str, shape: Setting, default: Setting, device: torch.device) -> dict[str, Any]:
-    """The configuration of a kernel family for a shape: the nearest tuned one for this GPU, else the default.
+    """The configuration of a kernel family for a shape: the nearest tuned one for this GPU, or else the default.
 
     Args:
-        family: name of the kernel family in configs/<device>.json.
-        shape: what decides the tile, such as {"layout": "rows", "spatial": 49, "channels": 2048, "itemsize": 2}; never N.
-            Words must match, numbers may be near.
-        default: constexpr arguments, `num_warps` and `num_stages`, right for any GPU.
-        device: of the tensors.
+        family: kernel family in configs/<device>.json.
+        shape: key of the tile, such as {"layout": "rows", "spatial": 49, "channels": 2048, "itemsize": 2}; never N.
+            Strings must match exactly, numbers approximately.
+        default: constexpr arguments, `num_warps` and `num_stages`, valid on any GPU.
+        device: the tensors' device.
     """
     forcing = _FORCED.get()
     if forcing is not None:
@@ -135,12 +140,12 @@ def choose(family: str, shape: Setting, default: Setting, device: torch.device) 
 
 
 def alike(tuned: Setting, shape: Setting) -> bool:
-    """Whether a tuned shape has the same words as a shape."""
+    """Whether a tuned shape matches a shape in all strings."""
     return {name: value for name, value in shape.items() if isinstance(value, str)}.items() <= tuned.items()
 
 
 def distance(left: Setting, right: Setting) -> float:
-    """Between shapes: sum of squared log-ratios of their numbers."""
+    """Distance between shapes: sum of squared log-ratios of their numbers."""
     pairs = [(left.get(name, 0), value) for name, value in right.items() if not isinstance(value, str)]
     return sum(math.log((1 + int(one)) / (1 + other)) ** 2 for one, other in pairs)
 

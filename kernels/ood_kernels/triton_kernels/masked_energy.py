@@ -1,7 +1,7 @@
-"""Head pass: logsumexp of the plain and of the pruned head from one read of the weight, and the softmax.
+"""Head pass: logsumexp of the full and the pruned head from one read of the weight, and the softmax.
 
-One launch forms tiles of logits, samples by classes, and leaves of each (max, sum of exp(z - max)) for both heads; a second
-(`softmax`) combines them and turns the logits into the softmax where they lie.
+The first launch computes tiles of logits, samples by classes, and for each tile (max, sum of exp(z - max)) of both heads; the
+second (`softmax`) combines these and normalises the logits in place.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PARTIAL_BYTES = 32 * 2**20
 def kept(
     mask_ptr, rows, valid, row_stride, column_stride, start, channels, KIND: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Return which weights are kept, 0 or 1 [BLOCK_D, rows], of a mask in "bits" (see `pack_mask`) or in "bytes"."""
+    """Return the keep mask, 0 or 1 [BLOCK_D, rows], from storage as "bits" (see `pack_mask`) or "bytes"."""
     columns = tl.arange(0, BLOCK_D)
     row_ptrs = mask_ptr + rows.to(tl.int64) * row_stride
     if KIND == "bytes":
@@ -53,7 +53,7 @@ def kept(
         first = start // 32
         words = tl.load(row_ptrs + first * column_stride, mask=valid, other=0)[None, :]
         for step in tl.static_range(1, BLOCK_D // 32):
-            # Past the last word any bits will do: the weights there are 0.
+            # Bits beyond the last word are arbitrary: the weights there are 0.
             word = tl.minimum(first + step, (channels - 1) // 32)
             following = tl.load(row_ptrs + word * column_stride, mask=valid, other=0)
             words = tl.where(columns[:, None] >= 32 * step, following[None, :], words)
@@ -64,10 +64,10 @@ def kept(
 def tile_partials(logits, BLOCK_C: tl.constexpr):
     """Return (max, sum of exp(z - max), position of the first max) of each row of a tile of logits [rows, BLOCK_C].
 
-    A row with NaN or +Inf has the sum NaN, whatever its max.
+    A row with NaN or +Inf has a NaN sum, whatever its max.
     """
     largest = tl.max(logits, 1)
-    # A tile of classes that a bias of -Inf rules out has max -Inf and must sum to 0, not to NaN.
+    # A tile of classes ruled out by a bias of -Inf has max -Inf and must sum to 0 instead of NaN.
     anchor = tl.where(largest == -float("inf"), 0.0, largest)
     positions = tl.where(logits == largest[:, None], tl.arange(0, BLOCK_C)[None, :], BLOCK_C - 1)
     return largest, tl.sum(tl.exp(logits - anchor[:, None]), 1), tl.min(positions, 1)
@@ -82,11 +82,11 @@ def head_program(
     BIAS: tl.constexpr, WEIGHT_MASK: tl.constexpr, NEURON_MASK: tl.constexpr, LOGITS: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write the logits of one tile and its partials; the weight is read once for both heads.
+    """Write the logits and partials of one tile; the weight is read once for both heads.
 
-    WEIGHT_MASK and NEURON_MASK are "none", "bits" or "bytes". Both masks multiply the weight, which has the value of the product
-    with h and keeps its NaN: 0 · NaN and 0 · Inf are NaN, so a bad feature surfaces even in a pruned neuron. UNIT divides the
-    number of channels and the strides of the rows of h and of the weight.
+    WEIGHT_MASK and NEURON_MASK are "none", "bits" or "bytes". Both masks multiply the weight: the products
+    with h are unchanged in value, and 0 · NaN and 0 · Inf are NaN, so a non-finite feature surfaces even in a pruned neuron.
+    UNIT divides the number of channels and the row strides of h and weight.
     """
     PRUNED: tl.constexpr = WEIGHT_MASK != "none" or NEURON_MASK != "none"
     h_row, weight_row, channels = multiple(h_row, UNIT), multiple(weight_row, UNIT), multiple(channels, UNIT)
@@ -144,7 +144,7 @@ def head_kernel(
     UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Run `head_program` over all tiles: the samples of a group before the next tile of classes, so that they share it in L2."""
+    """Run `head_program` for every tile: all sample tiles of a group before the next tile of classes, for reuse in L2."""
     program = tl.program_id(0)
     sample_tiles = tl.cdiv(samples, BLOCK_N)
     first = program // (GROUP * tiles) * GROUP
@@ -168,20 +168,20 @@ def head_partials(
     precision: str,
     logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """First launch: logits of the plain head, and what each tile of T classes leaves of both heads.
+    """First launch: logits of the full head, and partial results of both heads for each of T tiles of classes.
 
     Args:
-        h: [N, D] fp32, fp16 or bf16, any strides, as are the dtype and strides of `weight`.
-        weight: [C, D].
+        h: [N, D] fp32, fp16 or bf16, any strides.
+        weight: [C, D], likewise.
         bias: [C] or None.
-        weight_mask: bool [C, D], or int32 [C, ceil(D / 32)] from `pack_mask`, which is an eighth of the bytes; or None.
-        neuron_mask: bool [D], or int32 [ceil(D / 32)], or None.
-        precision: of the products, one of `PRECISIONS`.
-        logits: fp32 [N, C] contiguous, to be written; None where no later step needs them.
+        weight_mask: bool [C, D], int32 [C, ceil(D / 32)] from `pack_mask` (an eighth of the bytes), or None.
+        neuron_mask: bool [D], int32 [ceil(D / 32)], or None.
+        precision: of matrix products, one of `PRECISIONS`.
+        logits: fp32 [N, C] contiguous, written; None if unused later.
 
     Returns:
-        (partials fp32 [N, T, 4]: max and sum of exp(z - max) of the plain head, then of the pruned one, the same numbers
-        where nothing is pruned; argmaxima int32 [N, T]: the tile's first class with the largest logit).
+        (partials fp32 [N, T, 4]: max and sum of exp(z - max) of the full head, then of the pruned one, identical without
+        masks; argmaxima int32 [N, T]: the tile's first class with the largest logit).
     """
     arguments = head_arguments(h, weight, bias, weight_mask, neuron_mask, precision, logits)
     launch(
@@ -202,7 +202,7 @@ def head_arguments(
     precision: str,
     logits: Tensor | None,
 ) -> dict[str, Any]:
-    """What `head_kernel` takes, by name, tile included; the partial results are new tensors. Arguments as for `head_partials`."""
+    """Arguments of `head_kernel` by name, tile included, with new tensors for partial results; see `head_partials`."""
     samples, channels = h.shape
     classes = weight.shape[0]
     tile = _head_tile(h, weight, weight_mask, precision)
@@ -252,7 +252,7 @@ def masked_energy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(lse [N], pruned lse [N], p [N, C]) in fp32, as `reference.masked_energy`; arguments as for `head_partials`.
 
-    Two launches, or as many pairs of them as keep the partial results under 32 MiB.
+    Two launches per chunk of samples, with partial results of at most 32 MiB.
     """
     p = h.new_empty((h.shape[0], weight.shape[0]), dtype=torch.float32)
     return *_energies(h, weight, bias, weight_mask, neuron_mask, precision, p), p
@@ -266,7 +266,7 @@ def energies(
     neuron_mask: Tensor | None,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
-    """(lse [N], pruned lse [N]) bit for bit as from `masked_energy`, where nobody needs p: no logits are written."""
+    """(lse [N], pruned lse [N]), bitwise equal to `masked_energy`, without writing logits or p."""
     return _energies(h, weight, bias, weight_mask, neuron_mask, precision, None)
 
 
@@ -293,14 +293,14 @@ def _energies(
 
 
 def _head_tile(h: Tensor, weight: Tensor, weight_mask: Tensor | None, precision: str) -> dict[str, Any]:
-    """Tile of the head kernel. Ordinary cores multiply "ieee", 16 samples at a time; tensor cores need 64 rows for wgmma.
+    """Default tile of the head kernel: 16 samples for "ieee" on CUDA cores, 64 for wgmma on tensor cores.
 
-    At small batches the weight is most of the traffic, so C = 1000 is cut into enough programs of 32 classes to draw on many
-    memory channels at once; many classes make programs enough with 64.
+    At small batches the weight dominates the traffic: with C = 1000, tiles of 32 classes give enough programs to saturate memory
+    bandwidth; with many classes, tiles of 64 do.
     """
     classes, channels = weight.shape
     exact = precision == "ieee"
-    # "tf32x3" holds each operand twice, and rows that are not aligned are loaded in small pieces: no registers for more.
+    # "tf32x3" holds each operand twice, and unaligned rows are loaded in small pieces: no registers for more.
     many = classes > 8192 and precision != "tf32x3" and channels % 8 == 0
     default: dict[str, int | str] = {
         "BLOCK_N": 16 if exact else 64,
@@ -322,22 +322,22 @@ def _head_tile(h: Tensor, weight: Tensor, weight_mask: Tensor | None, precision:
 
 
 def candidates(shape: Mapping[str, int | str]) -> Iterator[dict[str, int | str]]:
-    """Tiles worth timing for a shape of `choose`, laid over the default; none of them has another BLOCK_N."""
+    """Tiles to time for a shape of `choose`, merged over the default; BLOCK_N is fixed."""
     widths = (16,) if int(shape["classes"]) <= 16 else (16, 32, 64)
     for classes, channels, warps, stages in itertools.product(widths, (16, 32, 64), (4, 8), (3, 5)):
-        # Beyond this, accumulators and operands leave the registers.
+        # Beyond this, accumulators and operands spill.
         if classes * channels <= (1024 if shape["precision"] == "ieee" else 2048) * warps // 4:
             yield {"BLOCK_C": classes, "BLOCK_D": channels, "num_warps": warps, "num_stages": stages}
 
 
 def _mask_kind(mask: Tensor | None) -> tuple[str, Tensor | None]:
-    """How a mask is stored, and the tensor of numbers that a kernel can read."""
+    """Storage of a mask, and its tensor as a kernel reads it."""
     if mask is None:
         return "none", None
     return ("bytes", mask.view(torch.uint8)) if mask.dtype == torch.bool else ("bits", mask)
 
 
 def _is_wide(tensor: Tensor) -> bool:
-    """Whether each row is a contiguous run of a multiple of 16 bytes."""
+    """Whether every row is contiguous and a multiple of 16 bytes."""
     bytes_a_row = math.gcd(tensor.shape[1], tensor.stride(0)) * tensor.element_size()
     return tensor.stride(1) == 1 and bytes_a_row % 16 == 0

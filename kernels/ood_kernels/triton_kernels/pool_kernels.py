@@ -1,4 +1,4 @@
-"""The kernels of the activation pass, see `pool_nap`."""
+"""Kernels of the activation pass, see `pool_nap`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["combine_nap_kernel", "pool_kernel", "row_nap"]
 
 @triton.jit
 def row_nap(partial_squares_ptr, rows, valid, blocks, channels):
-    """NAP of samples from their sums of squared ratios [N, blocks], added in index order; 0 where not `valid`."""
+    """NAP from sums of squared ratios [N, blocks], added in index order; 0 where not `valid`."""
     total = tl.load(partial_squares_ptr + rows * blocks, mask=valid, other=0.0)
     for block in range(1, blocks):
         total += tl.load(partial_squares_ptr + rows * blocks + block, mask=valid, other=0.0)
@@ -21,9 +21,9 @@ def row_nap(partial_squares_ptr, rows, valid, blocks, channels):
 
 @triton.jit
 def _place(start, offset, width, stride_h, stride_w, FLAT: tl.constexpr, UNIT: tl.constexpr):
-    """Offsets of the positions start + offset along H·W, multiples of UNIT; FLAT where one stride leads through them all."""
+    """Offsets of positions start + offset along H·W, multiples of UNIT; FLAT if H·W has a single stride."""
     if FLAT:
-        # Apart, so that only the first changes from chunk to chunk.
+        # Two terms, so that only the first changes between chunks.
         return multiple(tl.cast(start, tl.int64) * stride_w, UNIT) + multiple(offset.to(tl.int64) * stride_w, UNIT)
     else:
         position = start + offset
@@ -36,10 +36,10 @@ def _load(
     LAYOUT: tl.constexpr, SPATIAL: tl.constexpr, CHUNKS: tl.constexpr, FLAT: tl.constexpr, EDGES: tl.constexpr,
     VEC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, REPEAT: tl.constexpr,
 ):  # fmt: skip
-    """REPEAT tiles of a step, which is a chunk of H·W in a block of channels; 0 outside of the map and from `steps` on.
+    """REPEAT tiles of a step, a chunk of H·W in a block of channels; 0 outside the map and from `steps` on.
 
-    [BLOCK_S positions, BLOCK_D channels], or [BLOCK_D · BLOCK_S, VEC]: BLOCK_S vectors of each of BLOCK_D rows. A tile a
-    repeat, not one more axis: a thread then holds all of them in every version of Triton, and adds them without its neighbours.
+    [BLOCK_S positions, BLOCK_D channels], or [BLOCK_D · BLOCK_S, VEC]: BLOCK_S vectors of each of BLOCK_D rows. Separate tiles
+    instead of another axis keep every repeat in the same thread in all Triton versions, so adding them needs no shuffle.
     """
     block = step // CHUNKS
     left = tl.where(step < steps, channels - block * BLOCK_D, 0)
@@ -50,7 +50,7 @@ def _load(
             channel = tl.arange(0, BLOCK_D)[None, :]
             slot = repeat * BLOCK_S + tl.arange(0, BLOCK_S)[:, None]
             place = _place(start, slot, width, stride_h, stride_w, FLAT, VEC) + channel
-            # Compared in vectors: a mask that might change within a vector would split its load.
+            # Compare whole vectors: a mask that could change within a vector would split its load.
             known = (start + slot < SPATIAL) & (channel // VEC < left // VEC)
             tile = tl.load(sample_ptr + block * BLOCK_D + place, mask=known, other=0.0)
         else:
@@ -78,7 +78,7 @@ def _add_channels(
     sums, positive, maxima, tiles, start, PARTIAL: tl.constexpr,
     SPATIAL: tl.constexpr, RECTIFY: tl.constexpr, BLOCK_S: tl.constexpr, REPEAT: tl.constexpr,
 ):  # fmt: skip
-    """Add tiles, of which PARTIAL lie in part beyond H·W, to the sums, sums of the positive part and maxima [BLOCK_S, BLOCK_D]."""
+    """Accumulate tiles into sums, sums of the positive part and maxima [BLOCK_S, BLOCK_D]; PARTIAL ones may exceed H·W."""
     for repeat in tl.static_range(REPEAT):
         values = tiles[repeat].to(tl.float32)
         sums += values
@@ -96,14 +96,14 @@ def _add_rows(
     sums, positive, maxima, tiles, start, stride_d, SPATIAL: tl.constexpr, EDGES: tl.constexpr, RECTIFY: tl.constexpr,
     VEC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, REPEAT: tl.constexpr,
 ):  # fmt: skip
-    """Add tiles to the sums, sums of the positive part and maxima [BLOCK_D · BLOCK_S]."""
+    """Accumulate tiles into sums, sums of the positive part and maxima [BLOCK_D · BLOCK_S]."""
     row = tl.arange(0, BLOCK_D * BLOCK_S)
     for repeat in tl.static_range(REPEAT):
         values = tiles[repeat].to(tl.float32)
         slot = start + repeat * BLOCK_S + row % BLOCK_S
         if EDGES:
-            # The first `lead` elements of the first vector belong to the row before. Compared with numbers that the compiler
-            # knows, so that it drops the tests of all vectors but those at the edges.
+            # The first `lead` elements of the first vector belong to the previous row. Comparing with compile-time constants lets
+            # the compiler drop the tests of interior vectors.
             lead = (row // BLOCK_S * stride_d % VEC)[:, None]
             index = slot[:, None] * VEC + tl.arange(0, VEC)[None, :]
             inside = (lead <= index) & (index - SPATIAL < lead)
@@ -120,13 +120,13 @@ def _add_rows(
 
 @triton.jit
 def _identity(value, LAYOUT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):
-    """What the sums and maxima of a block start from."""
+    """Initial sums and maxima of a block."""
     return tl.full((BLOCK_D * BLOCK_S,) if LAYOUT == "rows" else (BLOCK_S, BLOCK_D), value, tl.float32)
 
 
 @triton.jit
 def _by_channel(values, LAYOUT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):
-    """[BLOCK_S, BLOCK_D] of the values that the threads hold."""
+    """The threads' values as [BLOCK_S, BLOCK_D]."""
     return tl.trans(tl.reshape(values, (BLOCK_D, BLOCK_S))) if LAYOUT == "rows" else values
 
 
@@ -137,8 +137,8 @@ def pool_kernel(
     LAYOUT: tl.constexpr, SPATIAL: tl.constexpr, FLAT: tl.constexpr, EDGES: tl.constexpr, RECTIFY: tl.constexpr,
     VEC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, REPEAT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (sample, split): a share of the sample's blocks of BLOCK_D channels. What has no pointer is not written."""
-    # A row with edges may touch one vector more.
+    """Program (sample, split): a share of the sample's blocks of BLOCK_D channels. Outputs without a pointer are skipped."""
+    # A row with edges can touch one more vector.
     POSITIONS: tl.constexpr = SPATIAL + VEC - 1 if EDGES else SPATIAL
     CHUNK: tl.constexpr = REPEAT * BLOCK_S * (VEC if LAYOUT == "rows" else 1)
     CHUNKS: tl.constexpr = (POSITIONS + CHUNK - 1) // CHUNK
@@ -172,7 +172,7 @@ def pool_kernel(
         if EDGES:
             tiles = ahead
             ahead = loaded
-            # Without it the assembler puts the loads off to where they are needed, to save registers.
+            # Without it the assembler sinks the loads to their uses to save registers.
             tl.debug_barrier()
         else:
             tiles = loaded
@@ -191,7 +191,7 @@ def pool_kernel(
             )
         if step % CHUNKS == CHUNKS - 1:
             h = tl.sum(_by_channel(sums, LAYOUT, BLOCK_D, BLOCK_S), 0) * (1.0 / SPATIAL)
-            # Rectifying would hide -Inf; adding 0 · h keeps it as NaN.
+            # Rectifying would hide -Inf; adding 0 · h turns it into NaN.
             mean = h
             peak = greatest(_by_channel(maxima, LAYOUT, BLOCK_D, BLOCK_S), 0)
             if RECTIFY:
@@ -214,13 +214,13 @@ def pool_kernel(
             positive = sums
             maxima = _identity(float("-inf"), LAYOUT, BLOCK_D, BLOCK_S)
     if nap_ptr is not None:
-        # A sample with splits waits for all of them: another launch then adds the same numbers in the same order.
+        # With several splits, another launch adds the same numbers in the same order.
         tl.store(nap_ptr + sample, total / channels, mask=tl.num_programs(1) == 1)
 
 
 @triton.jit
 def combine_nap_kernel(partial_squares_ptr, nap_ptr, samples, blocks, channels, BLOCK_N: tl.constexpr):
-    """NAP of BLOCK_N samples from the partial results of their splits."""
+    """NAP of BLOCK_N samples from their splits' partial results."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = rows < samples
     tl.store(nap_ptr + rows, row_nap(partial_squares_ptr, rows, valid, blocks, channels), mask=valid)

@@ -1,8 +1,8 @@
-"""The activation pass: mean and maximum of every channel, and NAP, from one read of the feature map in any layout.
+"""Activation pass: per-channel mean and maximum, and NAP, from one read of a feature map in any layout.
 
-Two ways to walk through a sample, chosen by the strides: "channels", where those are innermost, and "rows", a row of H·W per
-channel. Both load 16 bytes at a time where the memory is contiguous. A row that is not a whole number of 16-byte vectors (7×7!)
-is the vectors that lie within it and parts of the two at its edges, which belong to its neighbours as well.
+Two traversals of a sample, selected by stride: "channels", for innermost channels, and "rows", one row of H·W per channel. Both
+load 16 bytes at a time from contiguous memory. A row whose length is not a multiple of 16 bytes (7×7!) consists of whole vectors
+and parts of the two at its edges, which it shares with its neighbours.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["pool_nap", "pool_partials", "pool_statistics"]
 def pool_nap(feature_map: Tensor, eps: float, rectify: bool) -> tuple[Tensor, Tensor]:
     """(h [N, D], nap [N]) in fp32, as `reference.pool_nap`, from a feature map [N, D, H, W] of any strides.
 
-    One launch where the batch alone fills the GPU, else a second one combines the splits of each sample: the same bits.
+    One launch if the batch alone fills the GPU; otherwise a second one combines the splits, bitwise identically.
     """
     samples, channels = feature_map.shape[:2]
     walk, wide = _walk(feature_map)
@@ -51,13 +51,13 @@ def pool_nap(feature_map: Tensor, eps: float, rectify: bool) -> tuple[Tensor, Te
 def pool_partials(
     feature_map: Tensor, eps: float, rectify: bool, zeroed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(h [N, D], sums of squared ratios [N, blocks]) in fp32, one launch; NAP is what `row_nap` makes of the second.
+    """(h [N, D], sums of squared ratios [N, blocks]) in fp32, one launch; `row_nap` computes NAP from the latter.
 
     Args:
         feature_map: [N, D, H, W], any strides.
-        eps: added to the mean in a ratio's denominator.
-        rectify: whether NAP takes the map's positive part.
-        zeroed: contiguous int32 tensor set to zero on the way, for a later launch to count in.
+        eps: added to the mean in the denominator.
+        rectify: NAP of the map's positive part.
+        zeroed: contiguous int32 tensor, also set to zero: counters for a later launch.
     """
     samples, channels = feature_map.shape[:2]
     walk, wide = _walk(feature_map)
@@ -70,7 +70,7 @@ def pool_partials(
 
 
 def pool_statistics(feature_map: Tensor, rectify: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(h, mean that NAP sees, maximum), each [N, D] in fp32, as `reference.pool_statistics`; one launch."""
+    """(h, nap_mean, maximum), each [N, D] in fp32, as `reference.pool_statistics`; one launch."""
     walk, wide = _walk(feature_map)
     h = feature_map.new_empty(feature_map.shape[:2], dtype=torch.float32)
     mean, largest = torch.empty_like(h), torch.empty_like(h)
@@ -113,7 +113,7 @@ def _launch(
 
 
 def _walk(feature_map: Tensor) -> tuple[dict[str, Any], bool]:
-    """How the kernel walks through a sample, by strides and shape and never by N; and whether its loads are 16 bytes wide."""
+    """Traversal arguments from strides and shape, never from N; and whether loads are 16 bytes wide."""
     _, channels, height, width = feature_map.shape
     stride_n, stride_d, stride_h, stride_w = feature_map.stride()
     spatial = height * width
@@ -122,13 +122,13 @@ def _walk(feature_map: Tensor) -> tuple[dict[str, Any], bool]:
     layout = "channels" if stride_d == 1 and (channels > 1 or spatial == 1) else "rows"
 
     vec = 16 // feature_map.element_size()
-    # A tensor on "meta" has no address to be misaligned but its offset.
+    # A "meta" tensor has no address, only an offset.
     wide = (feature_map.data_ptr() or feature_map.storage_offset() * feature_map.element_size()) % 16 == 0
     edges = layout == "rows" and spatial % vec != 0
     if layout == "channels":
         steps = [stride_n, channels, stride_h * (height > 1), stride_w * (spatial > 1)]
     else:
-        # Vectors at the edges of rows are read as a whole: all that they hold must belong to the sample.
+        # Edge vectors are read whole, so they must lie within the sample.
         steps = [stride_n, channels * spatial if edges else stride_d * (channels > 1)]
         wide = wide and flat and stride_w == 1 and (stride_d == spatial or not edges)
     wide = wide and all(step % vec == 0 for step in steps)
@@ -138,16 +138,16 @@ def _walk(feature_map: Tensor) -> tuple[dict[str, Any], bool]:
     tile = _tile(feature_map, layout, spatial, vec, edges)
     strides = {"stride_n": stride_n, "stride_d": stride_d, "stride_h": stride_h, "stride_w": stride_w, "width": width}
     names = {"LAYOUT": layout, "SPATIAL": spatial, "FLAT": flat, "EDGES": edges, "VEC": vec}
-    # A tile of fewer vectors than threads is read in smaller pieces; some GPUs have 64 threads at least.
+    # A tile with fewer vectors than threads is read in smaller pieces; a warp is 64 threads on some GPUs.
     vectors = tile["BLOCK_D"] * tile["BLOCK_S"] // (vec if layout == "channels" else 1)
     return strides | names | tile, wide and vectors >= max(64, 32 * tile["num_warps"])
 
 
 def _tile(feature_map: Tensor, layout: str, spatial: int, vec: int, edges: bool) -> dict[str, Any]:
-    """BLOCK_S threads share a row of H·W (or the positions of a channel) and load REPEAT vectors each at once.
+    """Tile in which BLOCK_S threads share a row of H·W (or the positions of a channel), REPEAT vectors each.
 
-    Rows with edges go to one thread each while they are short: that costs no shuffle, and the cache brings the parts of its
-    128-byte lines together. The next tiles wait in registers there, else in shared memory, STAGES - 1 of them.
+    A short row with edges takes a single thread: no shuffle, and the cache merges partial reads of its 128-byte lines. There,
+    prefetched tiles stay in registers; otherwise STAGES - 1 of them are in shared memory.
     """
     channels = feature_map.shape[1]
     if layout == "channels":
@@ -183,12 +183,12 @@ def _tile(feature_map: Tensor, layout: str, spatial: int, vec: int, edges: bool)
 
 
 def _splits(feature_map: Tensor, blocks: int) -> int:
-    """Programs that share a sample: about four a multiprocessor over the batch, none of them without a block."""
+    """Programs per sample: about four per multiprocessor over the batch, each with at least one block."""
     wanted = triton.cdiv(4 * _multiprocessors(feature_map.device), max(1, feature_map.shape[0]))
     return triton.cdiv(blocks, triton.cdiv(blocks, min(wanted, blocks)))
 
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    """Of the GPU; for a device that is none, those of an H100."""
+    """Multiprocessors of the GPU; those of an H100 for other devices."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -1,10 +1,10 @@
 """Projection on a dual basis: g = ((A Aₐᵀ) ∘ ((H - μ) Hₐᵀ)) · coefficients + A · linear - constants, the Gram tile on chip.
 
-A program forms the Gram tile of one tile of samples and a block of anchors, and multiplies it with all components before it
-forms the next: were the components shared out among programs, each would repeat the products over C and D, which are most
-of the work. The price is one partial result for every split of the anchors, read back once by `combine_program`, which adds
-them in the order of the anchors. "stored" is the other way: the Gram matrix goes to memory and an ordinary product reads it.
-A · linear is a product of the same kind, a Gram column a class, so the classes are shared out among the blocks of anchors.
+A program computes the Gram tile of a tile of samples and a block of anchors, and multiplies it by all components before the next
+one: with the components distributed over programs, each would repeat the products over C and D, which dominate. The price is one
+partial result per split of the anchors, added by `combine_program` in the order of the anchors. The variant "stored" instead
+writes the Gram matrix to memory for an ordinary product. A · linear is a product of the same shape with one Gram column per class,
+so the classes are distributed over the blocks of anchors.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ __all__ = ["DualPlan", "dual_plan", "project_dual"]
 
 
 class DualPlan(NamedTuple):
-    """How the sum over anchors is taken apart; it never depends on the number of samples.
+    """Split of the sum over anchors, independent of the number of samples.
 
     Attributes:
-        arguments: what `dual_kernel` takes by these names, tile included, apart from the samples' own tensors and sizes.
-        splits: number of partial results, and of programs for each tile of samples.
+        arguments: of `dual_kernel` by name, tile included, without per-sample tensors and sizes.
+        splits: partial results, and programs per tile of samples.
         wide: whether every row of the basis is aligned to 16 bytes.
-        stored: whether the Gram matrix is to be stored.
+        stored: whether the Gram matrix is written to memory.
     """
 
     arguments: dict[str, Any]
@@ -42,7 +42,7 @@ class DualPlan(NamedTuple):
 
 
 def dual_plan(basis: DualTensors, precision: str) -> DualPlan:
-    """The tile, the splits and the arguments for a basis."""
+    """Tile, splits and arguments for a basis."""
     anchor_cotangents, anchor_features, coefficients = (
         basis.anchor_cotangents,
         basis.anchor_features,
@@ -62,7 +62,7 @@ def dual_plan(basis: DualTensors, precision: str) -> DualPlan:
     tile = choose("project_dual", shape, default, anchor_features.device)
     stored = tile.pop("VARIANT") == "stored"
     blocks = max(1, triton.cdiv(anchors, tile["BLOCK_A"]))
-    # More than a block in a split only where the partial results of one tile of samples would not fit the workspace.
+    # More than one block per split only if the partial results of one tile of samples would exceed the workspace.
     most = max(1, combining.WORKSPACE_BYTES // (4 * tile["BLOCK_N"] * components))
     tile["BLOCKS"] = max(min(4, blocks) if stored else 1, triton.cdiv(blocks, most))
     tile["CLASS_BLOCKS"] = triton.cdiv(classes, tile["BLOCK_R"] * blocks)
@@ -107,21 +107,20 @@ def project_dual(
     partials: Tensor | None = None,
     argmaxima: Tensor | None = None,
 ) -> Tensor:
-    """Centred coordinates [N, K] in a dual basis in fp32, see `reference.project_dual`; all in fp32, fp16 or bf16.
+    """Centred coordinates [N, K] in a dual basis in fp32, see `reference.project_dual`; inputs in fp32, fp16 or bf16.
 
-    Two launches, three where the Gram matrix is stored, or as many of these as keep the workspace under 32 MiB.
+    Two launches per chunk of samples, three with a stored Gram matrix, with a workspace of at most 32 MiB.
 
     Args:
-        a: [N, C], the cotangents; where `kind` names one (see `reference.cotangent`), the logits in fp32 instead.
+        a: [N, C] cotangents; fp32 logits instead if `kind` names a cotangent, see `reference.cotangent`.
         h: [N, D] penultimate features.
         basis: any strides; contiguous rows of anchors and coefficients are fast.
-        precision: one of `launch.PRECISIONS`, to which both operands of each product are rounded, h after the shift is
-            subtracted and the Gram matrix among them; a and `linear` keep 16 bits at least. Where features share a mean,
-            the median component of a PCA (n = D = 512, C = 100, K = 64) is then off by 1.5e-3 of its own root mean square
-            in bf16 and 1.6e-4 in fp16, with a shift by 1.9e-4 and 1.9e-5; in "ieee" by 8e-8. fp16 needs features, and
-            coefficients, within its range.
-        kind: "given", or the name of the cotangent to be formed.
-        partials: [N, T, 4] of the logits, from `masked_energy.head_partials`, unless a is given.
+        precision: one of `PRECISIONS`, for both operands of each product, including h - shift and the Gram matrix; in the
+            product with `linear`, operands keep at least 16 bits. With a common feature mean, the median component of a PCA
+            (n = D = 512, C = 100, K = 64) has an error, relative to its own RMS, of 1.5e-3 in bf16 and 1.6e-4 in fp16, with a
+            shift 1.9e-4 and 1.9e-5, and 8e-8 in "ieee". fp16 needs features and coefficients within its range.
+        kind: "given", or the cotangent to form.
+        partials: [N, T, 4] of the logits, from `masked_energy.head_partials`; None for "given".
         argmaxima: int32 [N, T], likewise.
     """
     samples, components, anchors = h.shape[0], basis.n_components, basis.anchor_features.shape[0]
@@ -166,16 +165,15 @@ def _launch_partial(plan: DualPlan, own: dict[str, Any], gram: Tensor | None) ->
 
 
 def _unit(matrix: Tensor) -> int:
-    """The power of two, 16 at most, that divides the width of a matrix and where its rows start."""
+    """Largest power of two up to 16 that divides a matrix's width and row offsets."""
     return math.gcd(matrix.stride(0), matrix.shape[1], 16) if matrix.stride(1) == 1 else 1
 
 
 def _default_tile(anchors: int, components: int, itemsize: int, precision: str, is_aligned: bool) -> dict[str, Any]:
-    """Enough blocks of anchors to fill a GPU from few samples; N = 256, n = 4096 makes 128 programs, one wave.
+    """Default tile, with enough blocks of anchors to fill a GPU at small batches: N = 256, n = 4096 give 128 programs, one wave.
 
-    Tensor cores need 64 samples for wgmma; ordinary cores, which "ieee" runs on, do not. A basis in fp32 takes twice the
-    registers and shared memory on its way, "tf32x3" twice the registers again, and so do rows that are loaded element by
-    element (21841 classes), which leaves less for the tile.
+    Tensor cores need 64 samples for wgmma; CUDA cores ("ieee") do not. An fp32 basis takes twice the registers and shared memory
+    in flight, "tf32x3" twice the registers again, as do rows loaded element by element (21841 classes), leaving less for the tile.
     """
     block = 128 if anchors >= 4096 and itemsize == 2 and is_aligned else 64 if anchors >= 512 else 32
     tile: dict[str, Any] = {"VARIANT": "fused", "BLOCK_N": 64, "BLOCK_A": block, "BLOCK_R": 32, "num_warps": 8}

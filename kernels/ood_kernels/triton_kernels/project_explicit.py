@@ -1,8 +1,8 @@
-"""Projection on an explicit basis: coordinates Σ_cd a_c · h̃_d · V_kcd with V streamed once for every tile of samples.
+"""Projection on an explicit basis: coordinates Σ_cd a_c · h̃_d · V_kcd with V streamed once per tile of samples.
 
-For one class c the sum over d is a matrix product of h and V[:, c, :]ᵀ, and a_c scales it for each sample. So a stays in fp32,
-h is read once for all classes, and V goes from memory to the tensor cores as it is; a ⊗ h̃ as an operand would have to be
-formed in registers for every class, and be rounded. The bias column of V is where the sum over d starts.
+For each class c the sum over d is a matrix product of h and V[:, c, :]ᵀ, scaled per sample by a_c. So a stays in fp32, h is read
+once for all classes, and V goes unchanged from memory to the tensor cores; an operand a ⊗ h̃ would have to be formed in registers
+for every class, and rounded. The bias column of V initialises the sum over d.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def add_class(
 ):  # fmt: skip
     """Return accumulator + a · (h Vᵀ) for one class and one tile of features: a [BLOCK_N, 1], h [BLOCK_N, BLOCK_D].
 
-    `of_class` points to the class in the first vector. Where BIAS, the first tile of features adds the column after the last.
+    `of_class` points to the class in the first vector. With BIAS, the first tile of features adds the bias column.
     """
     stride_component = multiple(stride_component, UNIT)
     first = of_class + tl.cast(component_start, tl.int64) * stride_component
-    # 32 bits span a tile of all but giant bases, in half the registers.
+    # 32-bit offsets suffice within a tile of all but giant bases, in half the registers.
     OFFSET: tl.constexpr = tl.int64 if FAR else tl.int32
     components = tl.arange(0, BLOCK_K).to(OFFSET)[None, :]
     columns = feature_start + tl.arange(0, BLOCK_D).to(OFFSET)[:, None]
@@ -59,7 +59,7 @@ def store_partial(
     partial_ptr, value, sample_tile, component_tile, split, samples, component_count,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile [BLOCK_N, BLOCK_K] at its place in `partial` [S, N, K]."""
+    """Write a tile [BLOCK_N, BLOCK_K] into `partial` [S, N, K]."""
     rows = sample_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     components = component_tile * BLOCK_K + tl.arange(0, BLOCK_K)
     places = (tl.cast(split, tl.int64) * samples + rows)[:, None] * component_count + components[None, :]
@@ -76,11 +76,11 @@ def explicit_program(
     H_UNIT: tl.constexpr, UNIT: tl.constexpr, FAR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile of `partial` [S, N, K]: the sum over `class_step` classes and `feature_step` features that `split` names.
+    """Write one tile of `partial` [S, N, K]: the sum over the `class_step` classes and `feature_step` features of `split`.
 
-    Splits go through the features first. The contiguous a [N, C] is at `a_ptr` where KIND is "given", else the logits are there,
-    with what `head_program` leaves of them; h [N, D] is contiguous. `features` is D, also where BIAS says that V has a column
-    more. UNIT divides D and all strides of V but the last, H_UNIT divides D.
+    Splits iterate over features first. `a_ptr` holds the contiguous a [N, C] where KIND is "given", otherwise the logits, with the
+    partials of `head_program`; h [N, D] is contiguous. `features` is D, excluding the bias column. UNIT divides D and all
+    strides of V but the last, H_UNIT divides D.
     """
     row_start, component_start = sample_tile * BLOCK_N, component_tile * BLOCK_K
     rows = row_start + tl.arange(0, BLOCK_N)
@@ -115,7 +115,7 @@ def explicit_kernel(
     H_UNIT: tl.constexpr, UNIT: tl.constexpr, FAR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Run `explicit_program` for every tile and split, the tiles of samples side by side so that they share V in L2."""
+    """Run `explicit_program` for every tile and split; sample tiles vary fastest, for reuse of V in L2."""
     explicit_program(
         tl.program_id(0), tl.program_id(1), tl.program_id(2),
         a_ptr, partials_ptr, argmaxima_ptr, h_ptr, components_ptr, partial_ptr,
@@ -126,12 +126,12 @@ def explicit_kernel(
 
 
 class ExplicitPlan(NamedTuple):
-    """How the sum over classes and features is taken apart; it never depends on the number of samples.
+    """Split of the sum over classes and features, independent of the number of samples.
 
     Attributes:
-        arguments: what `explicit_kernel` takes by these names, tile included, apart from the samples' own tensors and sizes.
+        arguments: of `explicit_kernel` by name, tile included, without per-sample tensors and sizes.
         component_tiles: programs along K.
-        splits: number of partial results S.
+        splits: partial results S.
         wide: whether every row of V is aligned to 16 bytes.
     """
 
@@ -142,7 +142,7 @@ class ExplicitPlan(NamedTuple):
 
 
 def explicit_plan(basis: ExplicitTensors, precision: str) -> ExplicitPlan:
-    """The tile, the splits and the arguments for a basis."""
+    """Tile, splits and arguments for a basis."""
     components = basis.components
     component_count, classes, features = *components.shape[:2], components.shape[2] - basis.bias
     itemsize = components.element_size()
@@ -152,7 +152,7 @@ def explicit_plan(basis: ExplicitTensors, precision: str) -> ExplicitPlan:
     shape |= {"itemsize": itemsize, "classes": classes, "features": features, "components": component_count}
     tile = choose("project_explicit", shape, _default_tile(itemsize, precision, wide), components.device)
     component_tiles = triton.cdiv(component_count, tile["BLOCK_K"])
-    # So their partial results of one tile of samples take 4 MiB at most, for any K up to 16384.
+    # Partial results of one tile of samples then take at most 4 MiB, for K up to 16384.
     most = max(1, _PROGRAMS // component_tiles)
     class_step, feature_tiles = splitting(classes, features, tile["BLOCK_D"], most)
     feature_step = feature_tiles * tile["BLOCK_D"]
@@ -177,10 +177,10 @@ def explicit_plan(basis: ExplicitTensors, precision: str) -> ExplicitPlan:
 
 
 def splitting(classes: int, features: int, block: int, most: int) -> tuple[int, int]:
-    """(classes, tiles of `block` features) in a split, for no more than `most` splits that are each worth a partial result.
+    """(classes, tiles of `block` features) per split, for at most `most` splits, each worth a partial result.
 
-    Features are split first, so that a program needs one tile of h. Reading V takes longer than writing and reading a partial
-    result where a split holds some 512 elements of every component.
+    Features are split first, so that a program needs one tile of h. From about 512 elements of each component per split, reading
+    V takes longer than writing and reading a partial result.
     """
     feature_tiles = triton.cdiv(features, block)
     most = min(most, max(1, classes * features // _ELEMENTS))
@@ -190,20 +190,20 @@ def splitting(classes: int, features: int, block: int, most: int) -> tuple[int, 
 
 
 def row_unit(tensor: Tensor, width: int) -> int:
-    """The power of two, 16 at most, that divides the width of the rows of a tensor and where they start."""
+    """Largest power of two up to 16 that divides the rows' width and offsets."""
     return math.gcd(*tensor.stride()[:-1], width, 16) if tensor.stride(-1) == 1 else 1
 
 
 def is_far(vectors: Tensor, block: int) -> bool:
-    """Whether places within `block` vectors of V [K, C, D̃] need 64 bits."""
+    """Whether offsets within `block` vectors of V [K, C, D̃] need 64 bits."""
     return block * vectors.stride(0) + vectors.shape[2] * vectors.stride(2) >= 2**31
 
 
 def _default_tile(itemsize: int, precision: str, wide: bool) -> dict[str, Any]:
-    """Tensor cores need 64 samples for wgmma; ordinary cores, which "ieee" runs on, do not.
+    """Default tile: 64 samples for wgmma on tensor cores, 16 for "ieee" on CUDA cores.
 
-    Registers bound the rest: rows that are not aligned, as those of D + 1 columns, need an address for every element, so that
-    only one tile of V is on its way while another is worked on; "tf32x3" holds every operand twice.
+    Registers limit the rest: unaligned rows, such as those of D + 1 columns, take an address per element, so that only one tile of
+    V is prefetched; "tf32x3" holds every operand twice.
     """
     return {
         "BLOCK_N": 16 if precision == "ieee" else 64,
@@ -224,18 +224,18 @@ def project_explicit(
     partials: Tensor | None = None,
     argmaxima: Tensor | None = None,
 ) -> Tensor:
-    """Centred coordinates [N, K] in an explicit basis in fp32, see `reference.project_explicit`; all in fp32, fp16 or bf16.
+    """Centred coordinates [N, K] in an explicit basis in fp32, see `reference.project_explicit`; inputs in fp32, fp16 or bf16.
 
-    Two launches, or as many pairs of them as keep the workspace under 32 MiB.
+    Two launches per chunk of samples, with a workspace of at most 32 MiB.
 
     Args:
-        a: [N, C], the cotangents; where `kind` names one (see `reference.cotangent`), the logits in fp32 instead.
+        a: [N, C] cotangents; fp32 logits instead if `kind` names a cotangent, see `reference.cotangent`.
         h: [N, D] penultimate features.
-        basis: any strides. Rows of V are read 16 bytes at a time where all of them start on such a boundary, as with bias only
-            those do that are padded.
-        precision: one of `launch.PRECISIONS`, to which h and V are rounded; a and the bias column never are.
-        kind: "given", or the name of the cotangent to be formed.
-        partials: [N, T, 4] of the logits, from `masked_energy.head_partials`, unless a is given.
+        basis: any strides. Rows of V are read 16 bytes at a time if all are aligned to 16 bytes; with bias, this takes
+            padded rows.
+        precision: one of `PRECISIONS`, for h and V; a and the bias column are never rounded.
+        kind: "given", or the cotangent to form.
+        partials: [N, T, 4] of the logits, from `masked_energy.head_partials`; None for "given".
         argmaxima: int32 [N, T], likewise.
     """
     samples, component_count = h.shape[0], basis.n_components

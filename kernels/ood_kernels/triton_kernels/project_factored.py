@@ -1,8 +1,8 @@
-"""Projection on a factored basis: coordinates tᵀ core_k s of t = U_pᵀ a [R] and s = U_hᵀ h̃ [Q], each sample's two factors.
+"""Projection on a factored basis: coordinates tᵀ core_k s with per-sample factors t = U_pᵀ a [R] and s = U_hᵀ h̃ [Q].
 
-s is a product on its own, [N, D̃] by [D̃, Q], which `score` runs beside the head pass. A program of the projection takes some
-class factors for itself: it forms their t on chip, from cotangents or logits, and goes on as on an explicit basis with the
-core for V. Nothing of t is written; programs of other components form it again, at far less than the core costs to read.
+s is a separate product, [N, D̃] by [D̃, Q], which `score` runs alongside the head pass. A program of the projection owns a few
+class factors: it forms their t on chip, from cotangents or logits, then proceeds as for an explicit basis with V = core. t is never
+written; programs of other components recompute it, at far less than the cost of reading the core.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def product_program(
     BIAS: tl.constexpr, PRECISION: tl.constexpr, H_UNIT: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile of s [N, Q] = h @ feature_factors, to which the last row, of the bias, is added where BIAS.
+    """Write one tile of s [N, Q] = h @ feature_factors, plus the last row (the bias) with BIAS.
 
-    h [N, D] is contiguous; H_UNIT divides D, UNIT divides Q and where the rows of the factors start.
+    h [N, D] is contiguous; H_UNIT divides D, UNIT divides Q and the row offsets of the factors.
     """
     row_start, factor_start = sample_tile * BLOCK_N, factor_tile * BLOCK_Q
     rows, factors = row_start + tl.arange(0, BLOCK_N), factor_start + tl.arange(0, BLOCK_Q)
@@ -85,15 +85,15 @@ def factored_program(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile of `partial` [S, N, K]: the sum over the BLOCK_R class factors that `split` names.
+    """Write one tile of `partial` [S, N, K]: the sum over the BLOCK_R class factors of `split`.
 
-    The contiguous a [N, C] is at `a_ptr` where KIND is "given", else the logits are there, with what `head_program` leaves of
-    them; s [N, Q] is at `reduced_ptr`. The units divide C, R, Q, Q and where the rows of a, class_factors, s and core start.
+    `a_ptr` holds the contiguous a [N, C] where KIND is "given", otherwise the logits, with the partials of `head_program`;
+    `reduced_ptr` holds s [N, Q]. The units divide C, R, Q, Q and the row offsets of a, class_factors, s and core.
     """
     row_start, component_start = sample_tile * BLOCK_N, component_tile * BLOCK_K
     rows = row_start + tl.arange(0, BLOCK_N)
     largest, total, predicted = softmax_rows(partials_ptr, argmaxima_ptr, rows, rows < samples, class_tiles, KIND, 8)
-    # A loop around both would make Triton 3.9 fail for sm_100.
+    # An enclosing loop over both fails to compile for sm_100 in Triton 3.9.
     factor = split * BLOCK_R
     t = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for start in range(0, classes, BLOCK_C):
@@ -132,7 +132,7 @@ def factored_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Run `factored_program` for every tile and split, the tiles of samples side by side so that they share the core in L2."""
+    """Run `factored_program` for every tile and split; sample tiles vary fastest, for reuse of the core in L2."""
     factored_program(
         tl.program_id(0), tl.program_id(1), tl.program_id(2),
         a_ptr, partials_ptr, argmaxima_ptr, reduced_ptr, class_factors_ptr, core_ptr, partial_ptr,
@@ -143,14 +143,14 @@ def factored_kernel(
 
 
 class FactoredPlan(NamedTuple):
-    """How both launches are taken apart; it never depends on the number of samples.
+    """Split of both launches, independent of the number of samples.
 
     Attributes:
-        product: what `product_kernel` takes by these names, tile included, apart from the samples' own tensors and sizes.
-        projection: the same for `factored_kernel`.
+        product: arguments of `product_kernel` by name, tile included, without per-sample tensors and sizes.
+        projection: likewise for `factored_kernel`.
         factor_tiles: programs of the product along Q.
         component_tiles: programs of the projection along K.
-        splits: number of partial results S.
+        splits: partial results S.
         wide: whether every row of the factors and the core is aligned to 16 bytes.
     """
 
@@ -163,7 +163,7 @@ class FactoredPlan(NamedTuple):
 
 
 def factored_plan(basis: FactoredTensors, precision: str) -> FactoredPlan:
-    """The tiles, the splits and the arguments for a basis."""
+    """Tiles, splits and arguments for a basis."""
     class_factors, feature_factors, core = basis.class_factors, basis.feature_factors, basis.core
     component_count, class_rank, feature_rank = core.shape
     classes, features = class_factors.shape[0], feature_factors.shape[0] - basis.bias
@@ -171,7 +171,7 @@ def factored_plan(basis: FactoredTensors, precision: str) -> FactoredPlan:
     shape: dict[str, int | str] = {"precision": precision, "itemsize": itemsize, "classes": classes}
     shape |= {"components": component_count, "class_rank": class_rank, "feature_rank": feature_rank}
     tile = choose("project_factored", shape, _default_tile(itemsize, precision), core.device)
-    # More class factors a split only where the partial results of one tile of samples would not fit the workspace.
+    # More class factors per split only if the partial results of one tile of samples would exceed the workspace.
     most = max(1, WORKSPACE_BYTES // (4 * tile["BLOCK_N"] * component_count))
     tile["BLOCK_R"] = max(tile["BLOCK_R"], min(64, triton.next_power_of_2(triton.cdiv(class_rank, most))))
     widths = ((class_factors, class_rank), (feature_factors, feature_rank), (core, feature_rank))
@@ -218,7 +218,7 @@ def factored_plan(basis: FactoredTensors, precision: str) -> FactoredPlan:
 
 
 def _default_tile(itemsize: int, precision: str) -> dict[str, Any]:
-    """As for an explicit basis, with 16 class factors a program: the fewest that a matrix product forms."""
+    """As for an explicit basis, with 16 class factors per program: the minimum for a matrix product."""
     return {
         "BLOCK_N": 16 if precision == "ieee" else 64,
         "BLOCK_K": 32,
@@ -252,18 +252,18 @@ def project_factored(
     partials: Tensor | None = None,
     argmaxima: Tensor | None = None,
 ) -> Tensor:
-    """Centred coordinates [N, K] in a factored basis in fp32, see `reference.project_factored`; all in fp32, fp16 or bf16.
+    """Centred coordinates [N, K] in a factored basis in fp32, see `reference.project_factored`; inputs in fp32, fp16 or bf16.
 
-    Three launches, or as many threes as keep the workspace under 32 MiB.
+    Three launches per chunk of samples, with a workspace of at most 32 MiB.
 
     Args:
-        a: [N, C], the cotangents; where `kind` names one (see `reference.cotangent`), the logits in fp32 instead.
+        a: [N, C] cotangents; fp32 logits instead if `kind` names a cotangent, see `reference.cotangent`.
         h: [N, D] penultimate features.
         basis: any strides; contiguous rows of a multiple of 16 bytes are fast.
-        precision: one of `launch.PRECISIONS`, to which the operands of each product are rounded: a, U_p, h, U_h, s and core;
-            t and the row of the bias never are. fp16 loses cotangents below 6e-8, and features must be within its range.
-        kind: "given", or the name of the cotangent to be formed.
-        partials: [N, T, 4] of the logits, from `masked_energy.head_partials`, unless a is given.
+        precision: one of `PRECISIONS`, for the operands of each product: a, U_p, h, U_h, s and core; t and the bias row are
+            never rounded. fp16 loses cotangents below 6e-8, and features must be within its range.
+        kind: "given", or the cotangent to form.
+        partials: [N, T, 4] of the logits, from `masked_energy.head_partials`; None for "given".
         argmaxima: int32 [N, T], likewise.
     """
     samples, component_count = h.shape[0], basis.n_components

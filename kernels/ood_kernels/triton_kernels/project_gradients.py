@@ -1,4 +1,4 @@
-"""Projection on a basis of any kind, each by the kernels of its own."""
+"""Projection on a basis of any kind, dispatched to its own kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["project_gradients"]
 
 
 def project_gradients(p: Tensor, h: Tensor, basis: BasisTensors, *, precision: str = "ieee") -> Tensor:
-    """Centred coordinates [N, K] in fp32, by `project_<kind>` of the module of that name; all in fp32, fp16 or bf16."""
+    """Centred coordinates [N, K] in fp32, by `project_<kind>` of that module; inputs in fp32, fp16 or bf16."""
     name = f"project_{basis.kind}"
     project = getattr(import_module(f".{name}", __package__), name)
     coordinates: Tensor = project(reference.cotangent(p, basis.cotangent), h, basis, precision)

@@ -1,10 +1,10 @@
-"""The single pass: NAP, energies, softmax and gradient coordinates of a batch, its feature map read once.
+"""Single pass: NAP, energies, softmax and gradient coordinates of a batch, with one read of its feature map.
 
-Large heads take three launches: `pool_partials`; the head pass, which for a factored basis forms s = U_hᵀ h̃ beside the logits;
-and one in which programs project while others finish what the first two left (`score_kernels`). Small heads take one launch
-(`score_small`), in which a program streams head and basis alone. One multiprocessor reads less than 100 bytes a nanosecond,
-and multiplies fp32 on ordinary cores slower than that, so head and basis must be small for it to be quicker than two launches
-more: 64 KiB in fp32, 256 KiB on tensor cores. These are estimates; a tuned configuration of the family "score" replaces them.
+Large heads take three launches: `pool_partials`; the head pass, which for a factored basis also forms s = U_hᵀ h̃; and one in which
+some programs project while others finish p, energies and NAP (`score_kernels`). Small heads take one launch (`score_small`), in
+which each program streams the whole head and basis. One multiprocessor reads less than 100 bytes per nanosecond, and multiplies
+fp32 on CUDA cores slower than that, so this beats two more launches only for a small head and basis: up to 64 KiB in fp32,
+256 KiB on tensor cores. These are estimates; a tuned configuration of the family "score" replaces them.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ def score(
     *,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(h, nap, lse, pruned lse, p, g_low) in fp32, as `reference.score`; everything in fp32, fp16 or bf16.
+    """(h, nap, lse, pruned lse, p, g_low) in fp32, as `reference.score`; inputs in fp32, fp16 or bf16.
 
-    One launch for small heads and three for large ones. Where logits and partial results of the batch would take more than
-    64 MiB, the last two, or the only one, are repeated for parts of it, so that the map is still read once.
+    One launch for small heads, three for large ones. If logits and partial results would exceed 64 MiB, the batch is processed in
+    chunks by the last two launches, or by the only one, so that the map is still read once.
 
     Args:
         feature_map: [N, D, H, W], any strides.
-        eps: of NAP.
+        eps: NAP's eps.
         rectify: NAP of the map's positive part.
         weight: [C, D].
         bias: [C] or None.
-        weight_mask: bool [C, D], or int32 [C, ceil(D / 32)] from `pack_mask`; or None.
-        neuron_mask: bool [D], or int32 [ceil(D / 32)]; or None.
+        weight_mask: bool [C, D], int32 [C, ceil(D / 32)] from `pack_mask`, or None.
+        neuron_mask: bool [D], int32 [ceil(D / 32)], or None.
         basis: None leaves g_low [N, 0].
-        precision: of the products, one of `launch.PRECISIONS`.
+        precision: of matrix products, one of `PRECISIONS`.
     """
     (samples, channels), classes = feature_map.shape[:2], weight.shape[0]
     head = Head(weight, bias, weight_mask, neuron_mask)
@@ -116,14 +116,14 @@ def _projection(basis: BasisTensors | None, precision: str) -> Projection:
         )
     else:
         raise ValueError(
-            f"basis: expected one that a score kernel exists for, got {type(basis).__name__}; use backend='reference'"
+            f"basis: expected a type with a score kernel, got {type(basis).__name__}; use backend='reference'"
         )
     arguments = plan.arguments | {"KIND": basis.cotangent}
     return plan._replace(kind=basis.kind, arguments=arguments, constants=basis.constants.contiguous())
 
 
 def _product_arguments(product: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `product_program` under the names that they have beside those of `head_program`."""
+    """Arguments of `product_program`, renamed to avoid clashes with those of `head_program`."""
     names = {
         "factors_ptr": "factors_ptr",
         "stride_row": "factor_row",
@@ -135,13 +135,13 @@ def _product_arguments(product: dict[str, Any]) -> dict[str, Any]:
         "BLOCK_Q": "FACTOR_Q",
         "BLOCK_D": "FACTOR_D",
     }
-    return {ours: product[theirs] for theirs, ours in names.items()}
+    return {renamed: product[name] for name, renamed in names.items()}
 
 
 def _rows_at_once(samples: int, classes: int, projection: Projection, block: int, with_logits: bool) -> int:
-    """Samples, whole tiles of `block` unless all fit, whose workspace takes no more than 64 MiB; at least one tile."""
+    """Chunk size: samples whose workspace fits in 64 MiB, a multiple of `block` unless all fit; at least one tile."""
     numbers = projection.programs * projection.components + projection.rank
-    # What the head pass leaves of tiles of 16 classes or more: five numbers each.
+    # Partials of the head pass: five numbers per tile of at least 16 classes.
     numbers += 5 * triton.cdiv(classes, 16) + (classes if with_logits else 0)
     tiles = max(1, _WORKSPACE_BYTES // (4 * numbers * block))
     return min(samples, tiles * block)
@@ -150,7 +150,7 @@ def _rows_at_once(samples: int, classes: int, projection: Projection, block: int
 def _small_tile(
     feature_map: Tensor, head: Head, streamed: int, projection: Projection, precision: str
 ) -> dict[str, Any]:
-    """Tile of the small plan, with LIMIT_KIB, up to which the bytes of head and basis count as small."""
+    """Tile of the one-launch variant, with LIMIT_KIB, the largest head and basis for it."""
     classes, channels = head.weight.shape
     height, width = feature_map.shape[2:]
     shape: dict[str, int | str] = {
@@ -176,7 +176,7 @@ def _small_tile(
 
 
 def candidates(shape: Mapping[str, int | str]) -> Iterator[dict[str, int | str]]:
-    """Configurations worth timing for a shape of `choose`, laid over the default: the large plan, and tiles of the small one."""
+    """Configurations to time for a shape of `choose`, merged over the default: three launches, and tiles of one launch."""
     yield {"LIMIT_KIB": 0}
     if int(shape["classes"]) <= _SMALL_CLASSES:
         for samples, warps in itertools.product((2, 4, 8, 16), (4, 8)):

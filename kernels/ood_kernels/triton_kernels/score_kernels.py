@@ -1,9 +1,9 @@
-"""Third launch of the single pass for large heads: projections, the softmax, and whatever adds up partial results, side by side.
+"""Third launch of the single pass for large heads: projections, the softmax, and reductions of partial results, concurrently.
 
-Programs that add must wait for those that project. Every program first draws a number, and the number, not its place in the
-grid, says what it does; the adding ones have the highest numbers. A program that waits therefore knows that all it waits for
-have started, and since a program that has started never leaves its multiprocessor before it ends, none can wait for ever,
-in whatever order the hardware starts a grid. The numbers decide who does what, never in which order anything is added.
+Reducing programs wait for projecting ones. Every program first draws a ticket from an atomic counter, and the ticket, not the
+position in the grid, assigns its work; reductions have the highest tickets. So whatever a program waits for has already started,
+and since a started program runs to completion on its multiprocessor, no deadlock is possible, whatever the order in which the
+hardware schedules the grid. Tickets determine the assignment of work, never the order of summation.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ __all__ = [
 
 @triton.jit
 def arrive(counter_ptr, WARPS: tl.constexpr):
-    """Count the program in at `counter_ptr`, once for every 32 of 64 · WARPS threads, after all that it has written.
+    """Release the program's stores and count it at `counter_ptr`, once per 32 of 64 · WARPS threads.
 
-    The barrier alone would order the other warps' stores before a release by one thread on NVIDIA, where it is cumulative. On
-    AMD a wave can wait for its own stores only, so every wave has to release.
+    On NVIDIA, where release is cumulative, the barrier and a release by one thread would order the other warps' stores too. On AMD
+    a wave can wait only for its own stores, so every wave releases.
     """
     tl.debug_barrier()
     thread = tl.arange(0, 64 * WARPS)
@@ -42,7 +42,7 @@ def arrive(counter_ptr, WARPS: tl.constexpr):
 
 @triton.jit
 def wait_for(counter_ptr, programs, WARPS: tl.constexpr):
-    """Wait until that many programs have arrived; what they wrote can be read afterwards."""
+    """Wait until `programs` have arrived, and acquire their stores."""
     while tl.atomic_add(counter_ptr, 0, sem="acquire") < programs * 2 * WARPS:
         pass
 
@@ -56,9 +56,9 @@ def finish_program(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FINAL_N: tl.constexpr, FINAL_C: tl.constexpr,
     COMBINE_N: tl.constexpr, COMBINE_K: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of p, with energies and NAP of its samples, or the programs after those, a tile of g_low once it can be added.
+    """Write a tile of p, with energies and NAP of its samples; later programs instead wait for and write a tile of g_low.
 
-    Counters are numbered by (tile of BLOCK_N samples, component tile); `programs` arrive at each, with a partial result of theirs.
+    There is one counter per (tile of BLOCK_N samples, component tile); `programs` arrive at each, with one partial result each.
     """
     across = tl.cdiv(classes, FINAL_C)
     finals = tl.cdiv(samples, FINAL_N) * across
@@ -95,7 +95,7 @@ def finalise_samples(
     samples, classes, channels, class_tiles, square_blocks,
     SOFTMAX_UNIT: tl.constexpr, FINAL_N: tl.constexpr, FINAL_C: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile of p, and with the first tile of classes the energies and NAP."""
+    """Write one tile of p; the first tile of classes also writes the energies and NAP."""
     finalise_program(
         sample_tile, class_tile, logits_ptr, p_ptr, partials_ptr, lse_ptr, pruned_lse_ptr, samples, classes, class_tiles,
         True, SOFTMAX_UNIT, FINAL_N, FINAL_C,
@@ -112,7 +112,7 @@ def finish_kernel(
     samples, classes, channels, class_tiles, square_blocks,
     SOFTMAX_UNIT: tl.constexpr, FINAL_N: tl.constexpr, FINAL_C: tl.constexpr,
 ):  # fmt: skip
-    """Without a basis: the softmax in place of the logits, energies and NAP."""
+    """Softmax in place of the logits, energies and NAP, without a basis."""
     finalise_samples(
         tl.program_id(0), tl.program_id(1),
         p_ptr, p_ptr, partials_ptr, lse_ptr, pruned_lse_ptr, partial_squares_ptr, nap_ptr,
@@ -133,7 +133,7 @@ def dual_score_kernel(
     BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     FINAL_N: tl.constexpr, FINAL_C: tl.constexpr, COMBINE_N: tl.constexpr, COMBINE_K: tl.constexpr,
 ):  # fmt: skip
-    """`dual_program` for every (tile of samples, job), then `finish_program`. The logits are at `a_ptr`."""
+    """`dual_program` for every (tile of samples, job), then `finish_program`. `a_ptr` holds the logits."""
     number = tl.atomic_add(tickets_ptr, 1, sem="relaxed")
     sample_tiles = tl.cdiv(samples, BLOCK_N)
     if number < sample_tiles * programs:
@@ -170,7 +170,7 @@ def explicit_score_kernel(
     WARPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     FINAL_N: tl.constexpr, FINAL_C: tl.constexpr, COMBINE_N: tl.constexpr, COMBINE_K: tl.constexpr,
 ):  # fmt: skip
-    """`explicit_program` for every (tile of samples, component tile, split), then `finish_program`. The logits are at `a_ptr`."""
+    """`explicit_program` for every (tile of samples, component tile, split), then `finish_program`. `a_ptr` holds the logits."""
     number = tl.atomic_add(tickets_ptr, 1, sem="relaxed")
     sample_tiles = tl.cdiv(samples, BLOCK_N)
     if number < sample_tiles * component_tiles * programs:
@@ -207,7 +207,7 @@ def factored_score_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     FINAL_N: tl.constexpr, FINAL_C: tl.constexpr, COMBINE_N: tl.constexpr, COMBINE_K: tl.constexpr,
 ):  # fmt: skip
-    """`factored_program` for every (tile of samples, component tile, split), then `finish_program`. The logits are at `a_ptr`."""
+    """`factored_program` for every (tile of samples, component tile, split), then `finish_program`. `a_ptr` holds the logits."""
     number = tl.atomic_add(tickets_ptr, 1, sem="relaxed")
     sample_tiles = tl.cdiv(samples, BLOCK_N)
     if number < sample_tiles * component_tiles * programs:
@@ -242,7 +242,7 @@ def head_product_kernel(
     FACTOR_BIAS: tl.constexpr, H_UNIT: tl.constexpr, FACTOR_UNIT: tl.constexpr,
     FACTOR_N: tl.constexpr, FACTOR_Q: tl.constexpr, FACTOR_D: tl.constexpr,
 ):  # fmt: skip
-    """`head_program` for every tile, then `product_program` for every tile of s [N, Q], which read the same h."""
+    """`head_program` for every tile, then `product_program` for every tile of s [N, Q], from the same h."""
     sample_tiles = tl.cdiv(samples, BLOCK_N)
     program = tl.program_id(0)
     if program < sample_tiles * tiles:

@@ -1,4 +1,4 @@
-"""How the kernels of the single pass are launched: their arguments, and the parts that a large batch is worked off in."""
+"""Launches of the single pass: kernel arguments, and processing of large batches in chunks."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ _SMALL = {
 
 
 class Projection(NamedTuple):
-    """A basis as the kernels of every kind take it.
+    """Kernel arguments for a basis of any kind.
 
     Attributes:
-        kind: "dual", "explicit" or "factored"; "" for none.
-        arguments: of the family's program, by name, tile included, apart from the samples' own tensors and sizes.
-        product: of `product_program`, for a factored basis only.
+        kind: basis kind; "" without a basis.
+        arguments: of the basis kind's program by name, tile included, without per-sample tensors and sizes.
+        product: arguments of `product_program`, for a factored basis only.
         constants: [K].
         rank: Q of a factored basis, else 0.
-        component_tiles: of K, that programs share out among them.
-        programs: for each tile of samples and of components; as many partial results are added.
+        component_tiles: tiles of K, distributed over programs.
+        programs: per tile of samples and components, one partial result each.
         wide: whether every row of the basis is aligned to 16 bytes.
     """
 
@@ -59,12 +59,12 @@ class Projection(NamedTuple):
 
     @property
     def components(self) -> int:
-        """K."""
+        """Subspace dimension K."""
         return 0 if self.constants is None else self.constants.shape[0]
 
     @property
     def block(self) -> int:
-        """Samples in a tile."""
+        """Samples per tile."""
         return int(self.arguments.get("BLOCK_N", 1))
 
 
@@ -79,7 +79,7 @@ def score_small(
     outputs: ScoreOutputs,
     rows: int,
 ) -> None:
-    """One launch, for every part of the batch, `rows` samples whose partial results fit the workspace."""
+    """One launch per chunk of `rows` samples, whose partial results fit in the workspace."""
     samples, classes = outputs.p.shape
     partial, reduced = _workspace(projection, rows, outputs.h)
     for start in range(0, samples, rows):
@@ -96,7 +96,7 @@ def score_small(
             pruned_lse_ptr=own.pruned_lse,
             PRECISION=precision,
             FINAL_C=min(128, triton.next_power_of_2(classes)),
-            # Else NVIDIA's compiler spills a few, so that more programs fit on a multiprocessor than there ever are.
+            # Otherwise NVIDIA's compiler spills registers for an occupancy that is never reached.
             maxnreg=min(255, 2048 // tile["num_warps"]),
             **tile,
         )
@@ -122,7 +122,7 @@ def _map_arguments(feature_map: Tensor, eps: float, rectify: bool) -> dict[str, 
 
 
 def _map_is_wide(feature_map: Tensor) -> bool:
-    """Whether channels, or positions of one channel, lie in runs of 16 elements."""
+    """Whether channels, or positions of a channel, are contiguous in multiples of 16 elements."""
     _, channels, height, width = feature_map.shape
     stride_n, stride_d, stride_h, stride_w = feature_map.stride()
     if stride_d == 1:
@@ -131,7 +131,7 @@ def _map_is_wide(feature_map: Tensor) -> bool:
 
 
 def _small_head(own: ScoreOutputs, head: Head, precision: str) -> dict[str, Any]:
-    """Arguments of `head_program`, which leaves the logits where p will be."""
+    """Arguments of `head_program`, with logits written to p."""
     arguments = head_arguments(own.h, *head, precision, own.p)
     names = {
         "logits_ptr": "p_ptr",
@@ -148,13 +148,13 @@ def _small_head(own: ScoreOutputs, head: Head, precision: str) -> dict[str, Any]
 
 
 def _small_projection(projection: Projection, own: ScoreOutputs, partial: Tensor, reduced: Tensor) -> dict[str, Any]:
-    """The other arguments of a small kernel."""
+    """Arguments of the projection in a one-launch kernel."""
     channels = own.h.shape[1]
     if not projection.kind:
         return {"channels": channels}
     given = ("classes", "PRECISION", "num_warps", "num_stages")
     arguments = {name: value for name, value in projection.arguments.items() if name not in given} | projection.product
-    # For so few samples the 64 rows that wgmma takes would only cost registers.
+    # For so few samples, the 64 rows of wgmma would only cost registers.
     arguments["BLOCK_N"] = _SMALL_ROWS
     if projection.kind != "explicit":
         arguments["channels"] = channels
@@ -187,7 +187,7 @@ def score_large(
     outputs: ScoreOutputs,
     rows: int,
 ) -> None:
-    """What follows the activation pass: two launches for every part of the batch, `rows` samples that fit the workspace."""
+    """After the activation pass: two launches per chunk of `rows` samples, which fit in the workspace."""
     samples, classes = outputs.p.shape
     if tickets is None:
         for start in range(0, samples, rows):
@@ -246,10 +246,10 @@ def _finish_arguments(own: ScoreOutputs, partials: Tensor, squares: Tensor) -> d
 def _head_and_product(
     h: Tensor, head: Head, precision: str, logits: Tensor, projection: Projection, reduced: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The head pass, and s beside it."""
+    """The head pass and s in one launch; returns (partials, argmaxima)."""
     arguments = head_arguments(h, *head, precision, logits)
     arguments.pop("GROUP")
-    # With more, the two kinds of programs together spill.
+    # With more stages, the combined kernel spills.
     arguments["num_stages"] = min(3, arguments["num_stages"])
     product = projection.product
     programs = triton.cdiv(h.shape[0], arguments["BLOCK_N"]) * arguments["tiles"]
@@ -277,7 +277,7 @@ def _project(
     partial: Tensor,
     reduced: Tensor,
 ) -> None:
-    """Project the gradients of logits, and finish everything else."""
+    """Write g_low, p, the energies and NAP from the logits."""
     (samples, classes), arguments = own.p.shape, projection.arguments
     final = _final_tile(classes, logits.device)
     across = min(128, arguments["BLOCK_K"], max(16, triton.next_power_of_2(projection.components)))
@@ -287,7 +287,7 @@ def _project(
     programs += triton.cdiv(samples, down) * triton.cdiv(projection.components, across)
     is_factored = projection.kind == "factored"
     extra: dict[str, Any] = {"reduced_ptr": reduced, "channels": own.h.shape[1]} if is_factored else {"h_ptr": own.h}
-    # Else NVIDIA's compiler spills a few registers for one more program on a multiprocessor.
+    # Otherwise NVIDIA's compiler spills registers for one more program per multiprocessor.
     if arguments["PRECISION"] == "ieee":
         extra["maxnreg"] = min(168, 2048 // arguments["num_warps"])
     elif projection.kind == "dual":

@@ -1,8 +1,8 @@
-"""The single pass for small heads: one launch, in which a program takes a few samples from their map to their coordinates.
+"""Single pass for small heads: one launch, in which each program computes all outputs of a few samples.
 
-It runs, one after the other, the same programs that the large plan spreads over the GPU, as if its SAMPLES were the batch, and
-reads back from its own stores what those leave. A barrier between two steps is enough for that: all threads of a program share
-one first-level cache. Tiles of products have more rows than there are samples, as tensor cores want them; those stay empty.
+A program runs in sequence the programs that the three-launch variant distributes over the GPU, with its SAMPLES as the batch, and
+reads back its own stores. A barrier between steps suffices, since all threads of a program share one L1 cache. Tiles of matrix
+products have more rows than samples, as tensor cores require; the rest is padding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def pool_samples(
     feature_map_ptr, h_ptr, nap_ptr, samples, channels, spatial, width, stride_n, stride_d, stride_h, stride_w, eps,
     RECTIFY: tl.constexpr, FLAT: tl.constexpr, SAMPLES: tl.constexpr, POOL_D: tl.constexpr, POOL_S: tl.constexpr,
 ):  # fmt: skip
-    """Write h and NAP, POOL_D channels at a time; each element of the map is read once, in the order of its strides."""
+    """Write h and NAP, POOL_D channels at a time; each element of the map is read once, in stride order."""
     rows = tl.arange(0, SAMPLES)
     row_ptrs = feature_map_ptr + rows.to(tl.int64)[:, None, None] * stride_n
     is_sample = rows < samples
@@ -35,7 +35,7 @@ def pool_samples(
     positive = tl.zeros((SAMPLES, POOL_D), tl.float32)
     maxima = tl.full((SAMPLES, POOL_D), float("-inf"), tl.float32)
     chunks = tl.cdiv(spatial, POOL_S)
-    # One loop over both, so that the loads of the next channels are under way while these are reduced.
+    # One loop over channels and positions, so that the next channels load while these are reduced.
     for step in range(0, tl.cdiv(channels, POOL_D) * chunks):
         channel = step // chunks * POOL_D + tl.arange(0, POOL_D)
         position = step % chunks * POOL_S + tl.arange(0, POOL_S)
@@ -53,7 +53,7 @@ def pool_samples(
         maxima = maximum(maxima, greatest(tl.where(inside, values, float("-inf")), 2))
         if step % chunks == chunks - 1:
             h = sums / spatial
-            # Rectifying would hide -Inf; adding 0 · h keeps it as NaN.
+            # Rectifying would hide -Inf; adding 0 · h turns it into NaN.
             mean = positive / spatial + 0.0 * h if RECTIFY else h
             peak = maximum(maxima, 0.0) if RECTIFY else maxima
             is_known = is_sample[:, None] & is_channel[None, :]
@@ -76,7 +76,7 @@ def pool_and_head(
     HEAD_UNIT: tl.constexpr, PRECISION: tl.constexpr, SAMPLES: tl.constexpr, POOL_D: tl.constexpr, POOL_S: tl.constexpr,
     HEAD_N: tl.constexpr, HEAD_C: tl.constexpr, HEAD_D: tl.constexpr,
 ):  # fmt: skip
-    """Write h, NAP, the logits, and what `head_program` leaves of these."""
+    """Write h, NAP, the logits and their partials."""
     pool_samples(
         feature_map_ptr, h_ptr, nap_ptr, samples, channels, spatial, width, stride_n, stride_d, stride_h, stride_w, eps,
         RECTIFY, FLAT, SAMPLES, POOL_D, POOL_S,
@@ -98,7 +98,7 @@ def finalise_tiles(
     p_ptr, partials_ptr, lse_ptr, pruned_lse_ptr, samples, classes, class_tiles,
     SOFTMAX_UNIT: tl.constexpr, SAMPLES: tl.constexpr, FINAL_C: tl.constexpr,
 ):  # fmt: skip
-    """Write both energies, and the softmax in place of the logits, which nobody may need any more."""
+    """Write both energies, and the softmax in place of the logits, which must no longer be needed."""
     for class_tile in range(tl.cdiv(classes, FINAL_C)):
         finalise_program(
             0, class_tile, p_ptr, p_ptr, partials_ptr, lse_ptr, pruned_lse_ptr, samples, classes, class_tiles,
@@ -111,7 +111,7 @@ def combine_tiles(
     partial_ptr, constants_ptr, output_ptr, samples, components, splits,
     OUTPUT_UNIT: tl.constexpr, SAMPLES: tl.constexpr, COMBINE_K: tl.constexpr,
 ):  # fmt: skip
-    """Add up the coordinates."""
+    """Reduce the partial coordinates."""
     tl.debug_barrier()
     for component_tile in range(tl.cdiv(components, COMBINE_K)):
         combine_program(
@@ -131,7 +131,7 @@ def small_kernel(
     POOL_D: tl.constexpr, POOL_S: tl.constexpr, HEAD_N: tl.constexpr, HEAD_C: tl.constexpr, HEAD_D: tl.constexpr,
     FINAL_C: tl.constexpr,
 ):  # fmt: skip
-    """Everything but a projection."""
+    """All outputs without a basis."""
     first = tl.program_id(0).to(tl.int64) * SAMPLES
     count = tl.minimum(samples - first, SAMPLES).to(tl.int32)
     h, logits = h_ptr + first * channels, p_ptr + first * classes
@@ -176,7 +176,7 @@ def small_dual_kernel(
     BLOCKS: tl.constexpr, CLASS_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr, COMBINE_K: tl.constexpr,
 ):  # fmt: skip
-    """Everything with a dual basis; `programs` are its splits."""
+    """All outputs with a dual basis; `programs` are its splits."""
     first = tl.program_id(0).to(tl.int64) * SAMPLES
     count = tl.minimum(samples - first, SAMPLES).to(tl.int32)
     h, logits = h_ptr + first * channels, p_ptr + first * classes
@@ -240,7 +240,7 @@ def small_explicit_kernel(
     KIND: tl.constexpr, BIAS: tl.constexpr, H_UNIT: tl.constexpr, UNIT: tl.constexpr, FAR: tl.constexpr, OUTPUT_UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, COMBINE_K: tl.constexpr,
 ):  # fmt: skip
-    """Everything with an explicit basis; `programs` are its splits."""
+    """All outputs with an explicit basis; `programs` are its splits."""
     first = tl.program_id(0).to(tl.int64) * SAMPLES
     count = tl.minimum(samples - first, SAMPLES).to(tl.int32)
     h, logits = h_ptr + first * features, p_ptr + first * classes
@@ -305,7 +305,7 @@ def small_factored_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     COMBINE_K: tl.constexpr,
 ):  # fmt: skip
-    """Everything with a factored basis; `programs` are its splits."""
+    """All outputs with a factored basis; `programs` are its splits."""
     first = tl.program_id(0).to(tl.int64) * SAMPLES
     count = tl.minimum(samples - first, SAMPLES).to(tl.int32)
     h, logits = h_ptr + first * channels, p_ptr + first * classes

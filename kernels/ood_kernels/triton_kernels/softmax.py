@@ -1,6 +1,7 @@
-"""From the partial results of the head pass to energies and softmax, combined always in the same order.
+"""Energies and softmax from the head pass's partial results, combined in a fixed order.
 
-What a tile of classes leaves is (max, sum of exp(z - max)); other kernels take these functions to form the softmax themselves.
+The partial result of a tile of classes is (max, sum of exp(z - max)); kernels that form the softmax on chip share these
+functions.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ __all__ = ["finalise", "finalise_kernel", "finalise_program", "row_argmax", "row
 
 @triton.jit
 def row_softmax(partials_ptr, rows, valid, tiles, SLOT: tl.constexpr, WIDTH: tl.constexpr = 64):
-    """Return (largest logit, Σ exp(z - largest)) of each row, [BLOCK] fp32; the sum is NaN where the logsumexp is not finite.
+    """Return (largest logit, Σ exp(z - largest)) of each row, [BLOCK] fp32; the sum is NaN for a non-finite logsumexp.
 
-    exp(z - largest) / sum is the softmax to full accuracy, which exp(z - lse) is not where |lse| is large. SLOT 0 is the plain
-    head, 2 the pruned one. Tiles are combined in the order of their index, WIDTH at a time.
+    exp(z - largest) / sum is the softmax to full accuracy, unlike exp(z - lse) for large |lse|. SLOT 0 is the full head, 2 the
+    pruned one. Tiles are combined in index order, WIDTH at a time.
     """
     largest = tl.full(rows.shape, -float("inf"), tl.float32)
     total = tl.zeros(rows.shape, tl.float32)
@@ -42,14 +43,14 @@ def row_softmax(partials_ptr, rows, valid, tiles, SLOT: tl.constexpr, WIDTH: tl.
 
 @triton.jit
 def row_lse(partials_ptr, rows, valid, tiles, SLOT: tl.constexpr):
-    """Return the logsumexp of each row, [BLOCK] fp32, NaN where it is not finite; see `row_softmax`."""
+    """Return the logsumexp of each row, [BLOCK] fp32, NaN instead of ±Inf; see `row_softmax`."""
     largest, total = row_softmax(partials_ptr, rows, valid, tiles, SLOT)
     return largest + tl.log(total)
 
 
 @triton.jit
 def row_argmax(partials_ptr, argmaxima_ptr, rows, valid, tiles, WIDTH: tl.constexpr = 64):
-    """Return the first class with the largest logit of each row, [BLOCK] int32; some class where the row has NaN."""
+    """Return the first class with the largest logit of each row, [BLOCK] int32; unspecified for a row with NaN."""
     largest = tl.full(rows.shape, -float("inf"), tl.float32)
     winner = tl.zeros(rows.shape, tl.int32)
     starts = rows.to(tl.int64) * tiles
@@ -71,9 +72,9 @@ def finalise_program(
     sample_tile, class_tile, logits_ptr, p_ptr, partials_ptr, lse_ptr, pruned_lse_ptr, samples, classes, tiles,
     SOFTMAX: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile of the softmax, in place where `p_ptr` is `logits_ptr`; the first tile of classes writes both energies too.
+    """Write one tile of the softmax, in place where `p_ptr` is `logits_ptr`; the first tile of classes also writes both energies.
 
-    UNIT divides the number of classes: a row of logits is then known to start on such a boundary.
+    UNIT divides the number of classes, hence the offset of every row of logits.
     """
     rows = sample_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = rows < samples
@@ -95,7 +96,7 @@ def finalise_kernel(
     logits_ptr, p_ptr, partials_ptr, lse_ptr, pruned_lse_ptr, samples, classes, tiles,
     SOFTMAX: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Run `finalise_program` over all tiles."""
+    """Run `finalise_program` for every tile."""
     finalise_program(
         tl.program_id(0), tl.program_id(1), logits_ptr, p_ptr, partials_ptr, lse_ptr, pruned_lse_ptr, samples, classes, tiles,
         SOFTMAX, UNIT, BLOCK_N, BLOCK_C,
@@ -103,7 +104,7 @@ def finalise_kernel(
 
 
 def finalise(logits: Tensor | None, partials: Tensor, lse: Tensor, pruned_lse: Tensor, classes: int) -> None:
-    """Second launch: both energies from the partial results, and the softmax in place of the logits where there are any."""
+    """Second launch: both energies from the partial results, and the softmax in place of the logits, if given."""
     samples, tiles, _ = partials.shape
     block = 1024 if classes > 4096 else min(512, triton.next_power_of_2(classes))
     default = {"BLOCK_N": 4, "BLOCK_C": block, "num_warps": 4, "num_stages": 2}

@@ -1,4 +1,4 @@
-"""Tiles that several projections load: rows of a matrix, and the cotangents of samples, as they are or from their logits."""
+"""Tile loads shared by the projections: matrix tiles, and cotangents, given or formed from logits."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["cotangent_tile", "matrix_tile", "softmax_rows"]
 
 @triton.jit
 def softmax_rows(partials_ptr, argmaxima_ptr, rows, valid, class_tiles, KIND: tl.constexpr, WIDTH: tl.constexpr):
-    """Return (largest logit, Σ exp(z - largest), predicted class) of each row; without use where the cotangents are given."""
+    """Return (largest logit, Σ exp(z - largest), predicted class) of each row; zeros if the cotangents are given."""
     largest = tl.zeros(rows.shape, tl.float32)
     total = tl.zeros(rows.shape, tl.float32)
     predicted = tl.zeros(rows.shape, tl.int32)
-    # WIDTH tiles at a time: wider reads would take the registers that the projection needs.
+    # WIDTH tiles at a time: wider reads would take registers from the projection.
     if KIND != "given":
         largest, total = row_softmax(partials_ptr, rows, valid, class_tiles, 0, WIDTH)
         if KIND == "predicted" or KIND == "max_logit":
@@ -30,10 +30,10 @@ def matrix_tile(
     pointer, row_start, column_start, height, width, row_stride, column_stride,
     UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile [ROWS, COLUMNS] of a matrix [height, width], 0 beyond it; UNIT divides its width and the stride of rows."""
+    """Return a tile [ROWS, COLUMNS] of a matrix [height, width], padded with 0; UNIT divides the width and the row stride."""
     row_stride = multiple(row_stride, UNIT)
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    # Only where the tile starts needs 64 bits: offsets inside it of 32 bits leave registers for the accumulators.
+    # 64-bit arithmetic only for the start of the tile: 32-bit offsets inside it leave registers for the accumulators.
     first = pointer + tl.cast(row_start, tl.int64) * row_stride + tl.cast(column_start, tl.int64) * column_stride
     inside = (row_start + rows < height)[:, None] & (column_start + columns < multiple(width, UNIT))[None, :]
     return tl.load(first + rows[:, None] * row_stride + columns[None, :] * column_stride, mask=inside, other=0.0)
@@ -44,7 +44,7 @@ def cotangent_tile(
     a_ptr, row_start, class_start, samples, classes, largest, total, predicted,
     KIND: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile of the cotangents at `a_ptr`, or of those formed from the logits there; 0 beyond the classes."""
+    """Return a tile of the cotangents at `a_ptr`, or of those formed from logits at `a_ptr`; padded with 0."""
     values = matrix_tile(a_ptr, row_start, class_start, samples, classes, classes, 1, UNIT, BLOCK_N, BLOCK_R)
     if KIND == "given":
         return values
