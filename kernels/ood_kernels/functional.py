@@ -26,6 +26,12 @@ def pool_statistics(feature_map: Tensor, *, rectify: bool = False, backend: str 
     Raises:
         ValueError: non-floating-point map, empty axis other than N, unknown backend.
         RuntimeError: the requested backend is unavailable.
+
+    Example:
+        >>> import torch
+        >>> import ood_kernels as ok
+        >>> ok.pool_statistics(torch.tensor([[[[0.0, 4.0], [0.0, 0.0]]]]))
+        PoolStatistics(h=tensor([[1.]]), nap_mean=tensor([[1.]]), maximum=tensor([[4.]]))
     """
     return PoolStatistics(*ops.pool_statistics(map_of(feature_map), rectify, backend=backend or ""))
 
@@ -55,6 +61,13 @@ def pool_nap(
     Raises:
         ValueError: non-floating-point map, empty axis other than N, unknown backend.
         RuntimeError: the requested backend is unavailable.
+
+    Example:
+        >>> import torch
+        >>> import ood_kernels as ok
+        >>> feature_map = torch.tensor([[[[0.0, 4.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]]])
+        >>> ok.pool_nap(feature_map, return_ratios=True)
+        (tensor([[1., 1.]]), tensor([2.1250]), tensor([[2.0000, 0.5000]]))
     """
     if not return_ratios:
         h, nap = ops.pool_nap(map_of(feature_map), eps, rectify, backend=backend or "")
@@ -95,6 +108,13 @@ def masked_energy(
     Raises:
         ValueError: incompatible shapes or dtypes, unknown precision or backend.
         RuntimeError: the requested backend is unavailable.
+
+    Example:
+        >>> import torch
+        >>> import ood_kernels as ok
+        >>> h, weight = torch.tensor([[1.0, 3.0]]), torch.eye(2)
+        >>> ok.masked_energy(h, weight, neuron_mask=torch.tensor([True, False]))
+        (tensor([3.1269]), tensor([1.3133]), tensor([[0.1192, 0.8808]]))
     """
     if h.ndim != 2 or not h.is_floating_point():
         raise unfit("h", "floating point features [N, D]", h)
@@ -135,6 +155,14 @@ def project_gradients(
     Raises:
         ValueError: shapes or dtypes incompatible with the basis or within it, unknown cotangent, precision or backend.
         RuntimeError: the requested backend is unavailable.
+
+    Example:
+        >>> import torch
+        >>> import ood_kernels as ok
+        >>> p, h = torch.tensor([[0.25, 0.75]]), torch.tensor([[1.0, 3.0]])
+        >>> basis = ok.ExplicitTensors(torch.ones(1, 2, 3), constants=torch.tensor([0.5]))
+        >>> ok.project_gradients(p, h, basis)  # (0.25 + 0.75) · (1 + 3 + 1) - 0.5
+        tensor([[4.5000]])
     """
     tensors = basis_tensors(basis)
     classes, width = tensors.check()
@@ -177,6 +205,13 @@ def score(
     Raises:
         ValueError: incompatible shapes or dtypes, unknown cotangent, precision or backend.
         RuntimeError: the requested backend is unavailable.
+
+    Example:
+        >>> import torch
+        >>> import ood_kernels as ok
+        >>> outputs = ok.score(torch.ones(1, 2, 7, 7), ok.Head(torch.eye(2)))
+        >>> outputs.nap, outputs.lse  # (1 / (1 + eps))² and log(2e)
+        (tensor([0.2500]), tensor([1.6931]))
     """
     feature_map = map_of(feature_map)
     width = feature_map.shape[1]

@@ -21,6 +21,12 @@ def pack_mask(mask: Tensor) -> Tensor:
 
     Raises:
         ValueError: not bool, or zero-dimensional.
+
+    Example:
+        >>> import torch
+        >>> import ood_kernels as ok
+        >>> ok.pack_mask(torch.tensor([[True, True, False], [False, False, True]])).tolist()
+        [[3], [4]]
     """
     if mask.dtype != torch.bool or mask.ndim == 0:
         raise ValueError(f"mask: expected bool [C, D] or [D], got {mask.dtype} {list(mask.shape)}")
@@ -43,6 +49,12 @@ def unpack_mask(packed: Tensor, width: int) -> Tensor:
 
     Raises:
         ValueError: not int32, or the wrong number of words for `width`.
+
+    Example:
+        >>> import torch
+        >>> import ood_kernels as ok
+        >>> ok.unpack_mask(torch.tensor([3], dtype=torch.int32), width=3)
+        tensor([ True,  True, False])
     """
     expected = -(-width // _BITS)
     if packed.dtype != torch.int32 or packed.ndim == 0 or packed.shape[-1] != expected:

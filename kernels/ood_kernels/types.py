@@ -26,6 +26,14 @@ class Head(NamedTuple):
         bias: [C], or None.
         weight_mask: True = keep, as bool [C, D] or packed by `pack_mask`; None keeps all.
         neuron_mask: bool [D], True = keep; None keeps all.
+
+    Example:
+        >>> import torch
+        >>> import ood_kernels as ok
+        >>> head = ok.Head(torch.eye(2), neuron_mask=torch.tensor([True, False]))
+        >>> lse, pruned_lse, p = ok.masked_energy(torch.zeros(1, 2), *head)
+        >>> p
+        tensor([[0.5000, 0.5000]])
     """
 
     weight: Tensor
@@ -41,6 +49,13 @@ class PoolStatistics(NamedTuple):
         h: [N, D] mean over H·W of the raw map: the penultimate features.
         nap_mean: [N, D] mean over H·W of NAP's map: the rectified map with `rectify`, else equal to `h`.
         maximum: [N, D] maximum over H·W of NAP's map.
+
+    Example:
+        >>> import torch
+        >>> import ood_kernels as ok
+        >>> statistics = ok.pool_statistics(torch.tensor([[[[-1.0, 5.0]]]]), rectify=True)
+        >>> statistics.h, statistics.nap_mean, statistics.maximum
+        (tensor([[2.]]), tensor([[2.5000]]), tensor([[5.]]))
     """
 
     h: Tensor
@@ -119,6 +134,13 @@ class ScoreOutputs(NamedTuple):
         pruned_lse: [N] logsumexp of the logits of the pruned head (the OPNP score).
         p: [N, C] softmax of the full head.
         g_low: [N, K] centred coordinates of the last-layer gradient; [N, 0] without a basis.
+
+    Example:
+        >>> import torch
+        >>> import ood_kernels as ok
+        >>> outputs = ok.score(torch.ones(4, 8, 2, 2), ok.Head(torch.zeros(3, 8)))
+        >>> {name: tuple(output.shape) for name, output in outputs._asdict().items()}
+        {'h': (4, 8), 'nap': (4,), 'lse': (4,), 'pruned_lse': (4,), 'p': (4, 3), 'g_low': (4, 0)}
     """
 
     h: Tensor

@@ -27,6 +27,14 @@ class DualTensors(NamedTuple):
         shift: [D] or None, subtracted from h before the Gram product; ideally the anchors' mean feature. A large common mean
             makes Gram entries large and nearly equal, which low precision rounds away.
         linear: [C, K] or None, together with `shift`: the per-class coordinates of a ⊗ [shift; 1], see `linear_part`.
+
+    Example:
+        >>> import torch
+        >>> import ood_kernels as ok
+        >>> p, h = torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 3.0]])
+        >>> basis = ok.DualTensors(p, h, coefficients=torch.ones(1, 1), constants=torch.zeros(1))
+        >>> ok.project_gradients(p, h, basis)  # squared norm of the anchor's own gradient
+        tensor([[5.5000]])
     """
 
     anchor_cotangents: Tensor

@@ -25,6 +25,13 @@ class ExplicitTensors(NamedTuple):
         constants: [K], subtracted to centre the coordinates.
         cotangent: the differentiated scalar, see `ood_kernels.reference.cotangent`.
         bias: whether the space includes the gradient of the bias (h̃ = [h; 1]).
+
+    Example:
+        >>> import torch
+        >>> import ood_kernels as ok
+        >>> basis = ok.ExplicitTensors(torch.ones(1, 2, 3), constants=torch.zeros(1))
+        >>> basis.check()  # C, D
+        (2, 2)
     """
 
     components: Tensor

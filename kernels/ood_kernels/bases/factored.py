@@ -25,6 +25,19 @@ class FactoredTensors(NamedTuple):
         constants: [K], subtracted to centre the coordinates.
         cotangent: the differentiated scalar, see `ood_kernels.reference.cotangent`.
         bias: whether the space includes the gradient of the bias (h̃ = [h; 1]).
+
+    Example:
+        >>> import torch
+        >>> import ood_kernels as ok
+        >>> basis = ok.FactoredTensors(
+        ...     class_factors=torch.tensor([[1.0], [0.0]]),
+        ...     feature_factors=torch.tensor([[0.0], [1.0], [0.0]]),
+        ...     core=torch.ones(1, 1, 1),
+        ...     constants=torch.zeros(1),
+        ... )
+        >>> p, h = torch.tensor([[0.25, 0.75]]), torch.tensor([[1.0, 3.0]])
+        >>> ok.project_gradients(p, h, basis)  # entry (0, 1) of the gradient
+        tensor([[0.7500]])
     """
 
     class_factors: Tensor
