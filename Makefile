@@ -13,7 +13,7 @@ help:
 	@echo "make demo   set up $(VENV) and run the demo: table, report and pictures in demo-output/"
 	@echo "make test   set up $(VENV) and run the tests"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  what scoring adds to the forward of a small model here: table, and bench-output/bench.json"
+	@echo "make bench  what everything costs here beside peers and the machine: tables, and rows in bench-output/"
 	@echo "make docs   API reference as HTML in docs/api/"
 	@echo "make clean  remove $(VENV) and what the commands left"
 
@@ -29,7 +29,7 @@ lint: $(VENV)/ready-test
 	$(BIN)/mypy
 
 bench: $(VENV)/ready-bench
-	$(BIN)/ood-engine bench
+	$(BIN)/python -m pytest benchmarks/
 
 docs: $(VENV)/ready-docs
 	$(BIN)/pdoc --output-directory docs/api --docformat google ood_engine ood_kernels

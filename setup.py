@@ -42,8 +42,6 @@ setup(
         "triton": TRITON,
         "test": [*CLI, *TEST],
         "bench": [*CLI, *PEER_IMPORTS, "pytest-benchmark>=4"],
-        # oodeel 0.4.0 asks for NumPy below 2, which later Pythons do not have.
-        "peers": [*PEER_IMPORTS, "pytorch-ood==0.4.0", "oodeel==0.4.0; python_version < '3.13'"],
         "docs": [*CLI, "pdoc>=14"],
     },
     entry_points={"console_scripts": ["ood-engine = ood_engine.cli:main"]},

@@ -1,70 +1,140 @@
-"""The pytest-benchmark suite: `pytest benchmarks/bench_activation.py`, a file a subject, a test a case and provider.
+"""Options, fixture and results of `pytest benchmarks/`: a test a case, by pytest-benchmark where it is installed.
 
-The cases are those of `ood-engine bench`, which measures them in turns, beside their limits and with their memory; here
-pytest-benchmark times one after the other, with warm caches, for its own tables, files and comparisons.
-`OOD_ENGINE_BENCH_EFFORT=full` takes all sizes, else the quick ones. Operands are made at collection already, for a case does not
-know its providers before.
+--quick            fewer and smaller cases, fewer rounds
+--rows FILE        where the rows go (bench-output/rows.json); written after every case
+--resume           go on with the cases that FILE does not have
+--compare-ratios OLD   exit with 1 where a ratio to the reference row has grown against that of another run's file
 """
 
 from __future__ import annotations
 
 import gc
-import os
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ood_engine.bench.cases import Case, Plan, Provider
-from ood_engine.bench.runner import held_to_truth
-from ood_engine.bench.suite import effort_for
+from .cases import Case, Planned
+from .common import QUICK, BrokenDeviceError, Effort, Timer, Turns, measure
+from .rows import machine_facts, read, slower, write
 
-_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-class Measured:
-    """A provider of a case, held to the truth and handed to pytest-benchmark."""
-
-    _built: tuple[Plan, Case] | None = None
-
-    def __init__(self, plan: Plan, name: str) -> None:
-        self.plan, self.name = plan, name
-
-    def __call__(self, benchmark: Any) -> None:
-        case = self._case()
-        provider = next(provider for provider in case.providers if provider.name == self.name)
-        fields = held_to_truth(provider, case)
-        benchmark.group = str(self.plan)
-        benchmark.extra_info.update(fields, workload=self.plan.workload, **self.plan.sizes)
-        benchmark(_waiting(provider) if _DEVICE.type == "cuda" else provider.call)
-
-    def _case(self) -> Case:
-        """The operands of one case at a time."""
-        if Measured._built is None or Measured._built[0] is not self.plan:
-            Measured._built = None
-            gc.collect()
-            Measured._built = self.plan, self.plan.build()
-        return Measured._built[1]
+BROKEN = 3
+"""Exit code where the device is out of order: a new process with --resume goes on."""
 
 
-def _waiting(provider: Provider) -> Any:
-    def call() -> None:
-        provider.call()
-        torch.cuda.synchronize()
+class WithoutPlugin:
+    """What stands in where pytest-benchmark is not installed: its fixture and its mark."""
 
-    return call
+    def pytest_configure(self, config: pytest.Config) -> None:
+        config.addinivalue_line("markers", "benchmark: what pytest-benchmark would read")
+
+    @pytest.fixture
+    def benchmark(self) -> Turns:
+        return Turns()
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test for every provider of every case of the module's `plans`."""
-    if "measured" not in metafunc.fixturenames:
-        return
-    effort = effort_for(os.environ.get("OOD_ENGINE_BENCH_EFFORT", "quick") != "full", _DEVICE)
-    # Cases that differ in the state of the caches alone are one here.
-    plans = {str(plan): plan for plan in metafunc.module.plans(effort)}
-    found = [
-        pytest.param(Measured(plan, provider.name), id=f"{plan}, {provider.name}")
-        for plan in plans.values()
-        for provider in plan.build().providers
-    ]
-    metafunc.parametrize("measured", found)
+class Recorder:
+    """The rows of this run, on disk after every case.
+
+    Attributes:
+        rows: those of all cases so far.
+        done: names of the cases that an earlier run has measured.
+    """
+
+    def __init__(self, path: Path, resume: bool) -> None:
+        known = resume and path.exists()
+        document: dict[str, Any] = read(path) if known else {"machine": machine_facts(), "rows": []}
+        self._path, self._machine = path, document["machine"]
+        self.rows: list[dict[str, Any]] = document["rows"]
+        self.done = {row["case"] for row in self.rows}
+
+    def add(self, case: str, rows: list[dict[str, Any]]) -> None:
+        self.rows += [{"case": case, **row} for row in rows]
+        write(self._path, self._machine, self.rows)
+
+
+KEY = pytest.StashKey[Recorder]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ood-engine")
+    group.addoption("--quick", action="store_true", help="fewer and smaller cases, fewer rounds")
+    group.addoption("--rows", type=Path, default=Path("bench-output/rows.json"), help="where the rows go (%(default)s)")
+    group.addoption(
+        "--resume", action="store_true", help="go on with the cases that the file of the rows does not have"
+    )
+    group.addoption(
+        "--compare-ratios", type=Path, metavar="OLD", help="exit with 1 where a ratio has grown against OLD"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("benchmark"):
+        config.pluginmanager.register(WithoutPlugin())
+    config.stash[KEY] = Recorder(config.getoption("--rows"), config.getoption("--resume"))
+
+
+def _planned(item: Any) -> Planned:
+    planned: Planned = item.callspec.params["planned"]
+    return planned
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    done, quick = config.stash[KEY].done, config.getoption("--quick")
+    left_out = [item for item in items if item.name in done or (quick and not _planned(item).quick)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=Timer.now, group=item.name.partition("[")[0]))
+        # What a rival warns about is no reason to refuse it.
+        item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Callable[[Case], None]]:
+    """Measures a case and keeps its rows; fails where a provider was wrong."""
+    recorder = request.config.stash[KEY]
+    effort = QUICK if request.config.getoption("--quick") else Effort()
+
+    def take(case: Case) -> None:
+        try:
+            with torch.no_grad():
+                rows = measure(case, benchmark, effort)
+        except BrokenDeviceError as error:
+            recorder.add(request.node.name, error.args[1])
+            pytest.exit(f"the device is out of order: {error.args[0]}", BROKEN)
+        recorder.add(request.node.name, rows)
+        refused = [f"{row['provider']}: {row['error']}" for row in rows if "error" in row]
+        if refused:
+            pytest.fail("\n".join(refused), pytrace=False)
+
+    yield take
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """A line a provider: milliseconds a call, and the ratio to the reference row."""
+    shown = ""
+    for row in config.stash[KEY].rows:
+        if row["case"] != shown:
+            shown = row["case"]
+            terminalreporter.write_line(f"\n{row['subject']}, {row['workload']} {row['shape']} {row['dtype']}")
+        figures = (
+            f"{row['median_ms']:10.3f} ms  x{row.get('ratio', math.nan):<9.3g}" if "median_ms" in row else " " * 24
+        )
+        terminalreporter.write_line(f"  {row['provider']:32}{figures}{row.get('error') or row.get('missing') or ''}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    old, recorder = session.config.getoption("--compare-ratios"), session.config.stash[KEY]
+    if old is not None:
+        lines = slower(read(old)["rows"], recorder.rows)
+        print("", *(lines or [f"no ratio has grown beyond noise against {old}"]), sep="\n")
+        if lines and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,127 +1,44 @@
 """Writes the README's section on cost from the result files: every figure in it is one that was measured and committed.
 
-The words are in `performance.md.j2`; the newest file of every benchmark in `results/` is read.
-
-    python benchmarks/readme.py            # rewrites the section
-    python benchmarks/readme.py --check    # exits with 1 where it is not what the files say
+python -m benchmarks.readme FILE       # take FILE into benchmarks/results/, draw its pictures, rewrite the section
+python -m benchmarks.readme            # rewrite the section
+python -m benchmarks.readme --check    # exits with 1 where it is not what the files say
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import jinja2
+from .cases import AUTOGRAD, COMPILED, COPY, OURS, PLAIN, REFERENCE
+from .engine import ALL, ALONE, FORWARD
+from .kernels import VMAP
+from .peers import METHODS, OODEEL, PYTORCH_OOD
+from .plot import draw
+from .rows import FOLDER, RESULTS, name_of, read, write
+from .targets import evaluate
 
-FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parent / "README.md"
 BEGIN = "<!-- performance: written by benchmarks/readme.py from benchmarks/results/ -->\n"
 END = "<!-- performance: end -->\n"
+NO_GPU = """\
+Not measured yet. `bash benchmarks/gpu.sh` does everything on a GPU machine, offline: the tests with compiled kernels, tuning,
+benchmarks beside plain torch, `torch.compile`, per-sample autograd and a ResNet-50 forward, and a table that says of every target
+whether it was met; see [benchmarks/](benchmarks/README.md#on-a-gpu).
+"""
 
 Row = Mapping[str, Any]
 
 
-class Results:
-    """The newest result file of one benchmark.
-
-    Attributes:
-        path: of the file, relative to the README.
-        machine: facts about the machine.
-    """
-
-    def __init__(self, path: Path, document: Mapping[str, Any]) -> None:
-        self.path = path.relative_to(README.parent).as_posix()
-        self.document = document
-        self.machine: Mapping[str, Any] = document["machine"]
-        self._rows: Sequence[Row] = document["rows"]
-
-    def all(self, **wanted: Any) -> list[Row]:
-        """The rows with these values, in their order."""
-        return [row for row in self._rows if all(row.get(key) == value for key, value in wanted.items())]
-
-    def one(self, **wanted: Any) -> Row:
-        """The only row with these values; LookupError where there are none or several."""
-        rows = self.all(**wanted)
-        if len(rows) != 1:
-            raise LookupError(f"{self.path}: {len(rows)} rows with {wanted}, expected one")
-        return rows[0]
-
-    def cases(self, **wanted: Any) -> list[Case]:
-        """The cases of `ood-engine bench` with these values, in their order."""
-        groups: dict[tuple[Any, ...], list[Row]] = {}
-        for row in self.all(**wanted):
-            key = tuple(row[name] for name in ("subject", "workload", "shape", "dtype", "memory_format", "cache"))
-            groups.setdefault(key, []).append(row)
-        return [Case(rows) for rows in groups.values()]
-
-    def largest_cases(self, *subjects: str) -> list[Case]:
-        """Of each subject that was measured the case with most numbers to compute."""
-        found = (self.cases(subject=subject) for subject in subjects)
-        return [max(cases, key=lambda case: case.first["flops"] or 0) for cases in found if cases]
-
-    @property
-    def pictures(self) -> str:
-        """Name of the folder beside the file that has its pictures."""
-        return Path(self.path).stem
-
-    @property
-    def made(self) -> str:
-        """Machine, versions, day and commit in a few words."""
-        facts = self.machine
-        commit = (facts["commit"] or "unknown").rstrip("+")[:7]
-        where = facts.get("gpu") or f"{facts['cores']} cores of {facts['cpu']}"
-        return f"{where}, torch {facts['torch']}, {facts['date'][:10]}, commit {commit}"
-
-
-class Case:
-    """The rows of one case of `ood-engine bench`, by provider."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = {row["provider"]: row for row in rows}
-        self.first = rows[0]
-
-    @property
-    def title(self) -> str:
-        """Workload and sizes, and what else tells it apart."""
-        row = self.first
-        words = (row["workload"], row["shape"], row["dtype"], row["memory_format"], "cold" * (row["cache"] == "cold"))
-        return ", ".join(word for word in words if word)
-
-    @property
-    def title_with_subject(self) -> str:
-        """Method before the rest."""
-        return f"{self.first['subject']}: {self.title}"
-
-    def time(self, provider: str) -> str:
-        """Median and spread in milliseconds; a dash where it was not measured."""
-        row = self._rows.get(provider)
-        if row is None or row["p50_ms"] is None:
-            return "–"
-        return f"{figure(row['p50_ms'])} ({figure(row['p5_ms'])}–{figure(row['p95_ms'])})"
-
-    def memory(self, provider: str) -> str:
-        """Peak extra memory."""
-        row = self._rows.get(provider)
-        return "–" if row is None else f"{figure(row['peak_extra_mib'], 2)} MiB"
-
-    def figures(self, provider: str) -> str:
-        """Milliseconds a call and MiB, with the samples of a call where it took fewer than the case has."""
-        row = self._rows.get(provider)
-        if row is None or row["p50_ms"] is None:
-            return "–"
-        fewer = "" if row["samples_run"] == row["N"] else f" for {row['samples_run']} samples"
-        return f"{figure(row['p50_ms'])}{fewer} ({figure(row['peak_extra_mib'], 2)})"
-
-
-def newest(name: str, folder: Path | None = None) -> Results | None:
-    """The newest file of a benchmark; None where there is none."""
-    paths = sorted((folder or FOLDER / "results").glob(f"{name}-*.json"))
-    return Results(paths[-1], json.loads(paths[-1].read_text(encoding="utf-8"))) if paths else None
+def newest(is_gpu: bool, folder: Path = RESULTS) -> tuple[Path, dict[str, Any]] | None:
+    """The newest result file of a machine with or without a GPU."""
+    found = [(path, read(path)) for path in sorted(folder.glob("*.json"))]
+    right = [(path, document) for path, document in found if ("gpu" in document["machine"]) is is_gpu]
+    return max(right, key=lambda pair: str(pair[1]["machine"]["date"])) if right else None
 
 
 def figure(value: float | None, digits: int = 3) -> str:
@@ -133,13 +50,112 @@ def figure(value: float | None, digits: int = 3) -> str:
     return format(Decimal(f"{value:.{digits}g}"), ",f")
 
 
-def render(find: Callable[[str], Results | None] = newest) -> str:
-    """The section, between its two marks."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+def made(machine: Mapping[str, Any]) -> str:
+    """Machine, versions, day and commit in a few words."""
+    where = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}"
+    commit = (machine["commit"] or "unknown").rstrip("+")[:7]
+    return f"{where}, torch {machine['torch']}, {machine['date'][:10]}, commit {commit}"
+
+
+def table(rows: Sequence[Row], providers: Sequence[str], cell: Any, subjects: Sequence[str]) -> Iterator[str]:
+    """A line a case of these subjects, a column a provider."""
+    yield f"| | {' | '.join(providers)} |"
+    yield f"|---|{'---:|' * len(providers)}"
+    for subject in subjects:
+        for case in dict.fromkeys(row["case"] for row in rows if row["subject"] == subject):
+            by = {row["provider"]: row for row in rows if row["case"] == case}
+            if not any("median_ms" in by.get(provider, {}) for provider in providers):
+                continue
+            first = next(iter(by.values()))
+            words = [
+                f"{subject}:" * (len(subjects) > 1),
+                *(first.get(name) for name in ("workload", "shape", "dtype", "layout")),
+            ]
+            yield f"| {' '.join(word for word in words if word)} | {' | '.join(cell(by.get(name)) for name in providers)} |"
+
+
+_METHODS = list(dict.fromkeys(method for methods in METHODS.values() for method in methods))
+
+
+def time(row: Row | None) -> str:
+    """Median and spread."""
+    return (
+        "–"
+        if row is None or "median_ms" not in row
+        else f"{figure(row['median_ms'])} ± {figure(row['spread_ms'] / 2, 1)}"
     )
-    environment.filters["figure"] = figure
-    return BEGIN + environment.get_template("performance.md.j2").render(newest=find).strip() + "\n" + END
+
+
+def time_and_memory(row: Row | None) -> str:
+    """Median, the samples where they are not those of the case, and MiB."""
+    if row is None or "median_ms" not in row:
+        return "–"
+    fewer = (
+        f" for {row['samples']}" if f"N={row.get('samples')}" not in row["shape"].split() and "samples" in row else ""
+    )
+    return f"{figure(row['median_ms'])}{fewer} ({figure(row['peak_mib'], 2)})"
+
+
+def per_sample(row: Row | None) -> str:
+    """Milliseconds a sample."""
+    return "–" if row is None or "median_ms" not in row else figure(row["median_ms"] / row["samples"], 2)
+
+
+def targets(document: Mapping[str, Any]) -> Iterator[str]:
+    yield from ("| target | measured, at worst | |", "|---|---|---|")
+    for one in evaluate(document["rows"], "gpu" in document["machine"]):
+        yield f"| {one.target} | {one.figure or '–'} | {one.verdict} |"
+
+
+def sections(path: Path, document: Mapping[str, Any]) -> Iterator[str]:
+    """The lines of a CPU's section."""
+    rows, where = document["rows"], f"benchmarks/results/{path.name}"
+    yield f"Measured by `make bench` ({made(document['machine'])}; [all rows]({where})):"
+    yield "every row is compared with fp64 first, then all are timed in turns. Milliseconds a call, median ± half the interquartile"
+    yield "range. All three methods for a batch, from the feature map on:"
+    yield ""
+    yield from table(rows, (OURS, REFERENCE, COMPILED, COPY), time, ["score"])
+    yield from (
+        "",
+        "Methods that peers have too; in brackets MiB beyond the operands. A dash: not available, or not at this size.",
+        "",
+    )
+    yield from table(rows, (OURS, PLAIN, PYTORCH_OOD, OODEEL), time_and_memory, _METHODS)
+    yield from ("", "What scoring adds to a forward of torchvision's ResNet-50:", "")
+    yield from table(rows, (FORWARD, OURS, ALONE, ALL), time, ["engine around a forward"])
+    yield from ("", "Coordinates of last-layer gradients, milliseconds a sample:", "")
+    yield from table(
+        rows,
+        (OURS, REFERENCE, PLAIN, VMAP, AUTOGRAD),
+        per_sample,
+        [f"project {kind}" for kind in ("dual", "explicit", "factored")],
+    )
+    yield from ("", "Fitting from features:", "")
+    yield from table(rows, (OURS, PLAIN, ALL, "scikit-learn"), time_and_memory, ["fit dual basis", "fit engine"])
+    yield from ("", "Targets:", "")
+    yield from targets(document)
+    for picture in sorted(path.parent.glob(f"{path.stem}-*.png")):
+        yield from (
+            "",
+            f"![{picture.stem.removeprefix(path.stem + '-').capitalize()}](benchmarks/results/{picture.name})",
+        )
+
+
+def render(folder: Path = RESULTS) -> str:
+    """The section, between its two marks."""
+    cpu, gpu = newest(False, folder), newest(True, folder)
+    lines = list(sections(*cpu)) if cpu else ["Not measured yet: `make bench`."]
+    lines += ["", "### Speed on a GPU", ""]
+    if gpu:
+        path, document = gpu
+        lines += [
+            f"Measured by `bash benchmarks/gpu.sh` ({made(document['machine'])}; [all rows](benchmarks/results/{path.name})):",
+            "",
+        ]
+        lines += targets(document)
+    else:
+        lines += NO_GPU.splitlines()
+    return BEGIN + "\n".join(lines) + "\n" + END
 
 
 def replaced(text: str, section: str) -> str:
@@ -151,15 +167,28 @@ def replaced(text: str, section: str) -> str:
     return before + section + after
 
 
+def take(path: Path, folder: Path = RESULTS) -> None:
+    """Put a result file and its pictures in the place of those of the same machine."""
+    document = read(path)
+    target = folder / name_of(document["machine"])
+    write(target, document["machine"], document["rows"])
+    draw(document["rows"], folder, target.stem)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The README's section on cost, from the result files.")
+    parser.add_argument(
+        "file", type=Path, nargs="?", help="rows of `pytest benchmarks/` to take into benchmarks/results/"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the section is stale")
     options = parser.parse_args(argv)
+    if options.file and not options.check:
+        take(options.file)
     text = README.read_text(encoding="utf-8")
     new = replaced(text, render())
     if options.check:
         if new != text:
-            print("README.md: the section on cost is not what the result files say; run python benchmarks/readme.py")
+            print("README.md: the section on cost is not what the result files say; run python -m benchmarks.readme")
         return int(new != text)
     README.write_text(new, encoding="utf-8")
     return 0

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,21 +14,12 @@ from sklearn.decomposition import PCA
 
 from ood_engine.demo import SmallCNN
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "all_parameters.py"
-COLUMNS = {"subject", "provider", "shape", "dtype", "p5_ms", "p50_ms", "p95_ms", "runs", "peak_extra_mib", "max_error"}
 KINDS = [("pca", 6), ("pca", 0.9), ("class average", None)]
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """It puts the checkout on the path."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    spec = importlib.util.spec_from_file_location("benchmark_all_parameters", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return importlib.import_module("examples.all_parameters")
 
 
 @pytest.fixture
@@ -133,24 +123,16 @@ def tiny(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return script.Digits(SmallCNN(5, seed).double().eval(), (anchors, labels), (others, labels), sets)
 
     monkeypatch.setattr(script, "prepare", prepare)
-    return ["--seeds", "0", "1", "--components", "4", "--rounds", "2"]
+    return ["--seeds", "0", "1", "--components", "4"]
 
 
 def test_script_writes_its_rows(script: ModuleType, tiny: list[str], tmp_path: Path) -> None:
     path = tmp_path / "all_parameters.json"
     assert script.main([*tiny, "--json", str(path)]) == 0
-    results = json.loads(path.read_text(encoding="utf-8"))
-    assert len(results["rows"]) == 1 + 2 * 4
-    for row in results["rows"]:
-        assert row.keys() >= COLUMNS
-        assert 0 < row["p5_ms"] <= row["p50_ms"] <= row["p95_ms"]
-    errors = [row["max_error"] for row in results["rows"] if row["subject"] == "last layer"]
-    assert len(errors) == 4
-    assert max(errors) <= 1e-9
-    energy, *others = results["quality"]
+    energy, *others = rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert energy["head"] == "energy"
     assert len(others) == 2 * 4 * len(script.HEADS)
-    for row in results["quality"]:
+    for row in rows:
         for name in script.demo.FOLDERS:
             by_seed = row[f"AUROC {name} by seed"]
             assert len(by_seed) == 2

@@ -25,7 +25,7 @@ def test_a_stale_section_is_told_and_written_anew(readme, tmp_path, monkeypatch,
     monkeypatch.setattr(readme, "render", lambda: section)
     stale.write_text(fresh.replace("MiB", "GiB"), encoding="utf-8")
     assert readme.main(["--check"]) == 1
-    assert "run python benchmarks/readme.py" in capsys.readouterr().out
+    assert "run python -m benchmarks.readme" in capsys.readouterr().out
     stale.write_text(fresh.replace(section, readme.BEGIN + "old" + readme.END), encoding="utf-8")
     assert readme.main([]) == 0
     assert stale.read_text(encoding="utf-8") == fresh
@@ -33,19 +33,27 @@ def test_a_stale_section_is_told_and_written_anew(readme, tmp_path, monkeypatch,
         readme.replaced("no marks", section)
 
 
-def test_the_newest_file_is_read(readme, tmp_path, monkeypatch):
-    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
-    machine = {"cores": 2, "cpu": "some", "torch": "2", "commit": "0123456789+"}
-    for day in ("2026-01-02", "2026-01-10", "2025-12-31"):
-        document = {"machine": machine | {"date": f"{day}T00:00"}, "rows": [{"subject": "a"}, {"subject": "b"}]}
-        (tmp_path / f"speed-{day}.json").write_text(json.dumps(document))
-    found = readme.newest("speed", tmp_path)
-    assert found.path == "speed-2026-01-10.json"
-    assert found.made == "2 cores of some, torch 2, 2026-01-10, commit 0123456"
-    assert found.one(subject="b") == {"subject": "b"}
-    with pytest.raises(LookupError, match="0 rows"):
-        found.one(subject="c")
-    assert readme.newest("memory", tmp_path) is None
+def document_of(day: str, rows=(), **machine):
+    facts = {"cores": 2, "cpu": "some", "torch": "2", "commit": "0123456789+", "date": f"{day}T00:00"}
+    return {"machine": facts | machine, "rows": list(rows)}
+
+
+def test_the_newest_file_of_a_kind_is_read(readme, tmp_path):
+    for name, document in (
+        ("a", document_of("2026-01-10")),
+        ("b", document_of("2026-01-02")),
+        ("c", document_of("2026-02-01", gpu="H100")),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(document))
+    path, document = readme.newest(False, tmp_path)
+    assert path.name == "a.json"
+    assert readme.made(document["machine"]) == "2 cores of some, torch 2, 2026-01-10, commit 0123456"
+    assert readme.newest(True, tmp_path)[0].name == "c.json"
+    assert "| missed |" not in readme.render(tmp_path)
+    assert "not measured" in readme.render(tmp_path).partition("### Speed on a GPU")[2]
+    (tmp_path / "c.json").unlink()
+    assert readme.newest(True, tmp_path) is None
+    assert "Not measured yet" in readme.render(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -63,45 +71,28 @@ def test_figures_are_rounded_and_plain(readme, value, digits, expected):
     assert readme.figure(value, digits) == expected
 
 
-def bench_row(**fields):
-    same = {
-        "subject": "energy",
-        "workload": "R50",
-        "shape": "N=4",
-        "dtype": "float32",
-        "memory_format": "",
-        "cache": "warm",
-    }
-    times = {
-        "p5_ms": 1.04,
-        "p50_ms": 1.234,
-        "p95_ms": 2.0,
-        "peak_extra_mib": 0.5,
-        "flops": 10,
-        "samples_run": 4,
-        "N": 4,
-    }
-    return {**same, **times, **fields}
+def row_of(provider, **fields):
+    same = {"case": "test_methods[energy]", "subject": "energy", "workload": "R50", "shape": "N=4", "dtype": "float32"}
+    times = {"median_ms": 1.234, "spread_ms": 0.08, "ratio": 1.0, "peak_mib": 0.5, "samples": 4}
+    return {**same, **times, "provider": provider, **fields}
 
 
-def test_cases_put_the_providers_side_by_side(readme, tmp_path, monkeypatch):
-    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
-    rows = [
-        bench_row(provider="ood-engine"),
-        bench_row(provider="pytorch-ood", samples_run=2),
-        bench_row(provider="oodeel", p50_ms=None),
-        bench_row(provider="ood-engine", shape="N=8", flops=20, cache="cold"),
-    ]
-    results = readme.Results(tmp_path / "bench-cpu-1.json", {"machine": {}, "rows": rows})
-    small, large = results.cases(subject="energy")
-    assert small.title_with_subject == "energy: R50, N=4, float32"
-    assert large.title == "R50, N=8, float32, cold"
-    assert small.time("ood-engine") == "1.23 (1.04–2)"
-    assert small.figures("ood-engine") == "1.23 (0.5)"
-    assert small.figures("pytorch-ood") == "1.23 for 2 samples (0.5)"
-    assert [small.time("oodeel"), small.figures("oodeel"), small.time("reference"), small.memory("reference")] == [
-        "–"
-    ] * 4
-    assert small.memory("ood-engine") == "0.5 MiB"
-    assert [case.title for case in results.largest_cases("energy", "msp")] == [large.title]
-    assert results.pictures == "bench-cpu-1"
+def test_cases_put_the_providers_side_by_side(readme):
+    missing = {name: value for name, value in row_of("oodeel").items() if name != "median_ms"}
+    rows = [row_of("ood-engine"), row_of("pytorch-ood", samples=2), missing]
+    columns = ["ood-engine", "pytorch-ood", "oodeel", "reference"]
+    *_, line = readme.table(rows, columns, readme.time_and_memory, ["energy"])
+    assert line == "| R50 N=4 float32 | 1.23 (0.5) | 1.23 for 2 (0.5) | – | – |"
+    *_, line = readme.table(rows, columns[:1], readme.time, ["energy", "msp"])
+    assert line == "| energy: R50 N=4 float32 | 1.23 ± 0.04 |"
+    assert readme.per_sample(rows[1]) == "0.62"
+
+
+def test_a_result_file_takes_the_place_of_that_of_its_machine(readme, tmp_path):
+    pytest.importorskip("matplotlib")
+    results, source = tmp_path / "results", tmp_path / "rows.json"
+    for day in ("2026-01-02", "2026-01-03"):
+        source.write_text(json.dumps(document_of(day, [row_of("ood-engine"), row_of("plain products")])))
+        readme.take(source, results)
+    assert sorted(path.name for path in results.iterdir()) == ["some-2-cores-methods.png", "some-2-cores.json"]
+    assert readme.newest(False, results)[1]["machine"]["date"].startswith("2026-01-03")

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import bases, reference
+from . import reference
 from .masks import pack_mask, unpack_mask
 from .types import BasisTensors, Head
-from .workloads import BASES, WORKLOADS, BasisKind, Workload
+from .workloads import BASES, WORKLOADS, BasisKind, Layout, Operands, Workload
 
 __all__ = ["Case", "all_cases", "forced_by", "launcher", "operands", "run", "run_reference"]
 
@@ -52,7 +52,7 @@ class Case(NamedTuple):
     function: str
     workload: Workload
     dtype: torch.dtype = torch.float32
-    layout: str = "rows"
+    layout: Layout = "rows"
     precision: str = "ieee"
     mask: str = "bits"
     basis: BasisKind | None = "dual"
@@ -129,61 +129,30 @@ def operands(case: Case, device: torch.device) -> dict[str, Any]:
 
 def _makers(case: Case, device: torch.device) -> dict[str, Callable[[], Any]]:
     """Factories for all launcher parameters."""
-    size, count, dtype = case.workload, case.samples, case.dtype
-    classes, channels, anchors, components = size.classes, size.channels, size.anchors, size.components
-    kept = case.mask != "none"
+    made = Operands(case.workload, case.samples, case.dtype, device)
+    layout: Layout = "tokens" if case.workload.tokens else case.layout
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
-
-    def feature_map() -> Tensor:
-        if size.tokens:
-            return normal(count, size.height, size.width, channels).relu_().permute(0, 3, 1, 2)
-        value = normal(count, channels, size.height, size.width).relu_()
-        return value.contiguous(memory_format=torch.channels_last) if case.layout == "channels_last" else value
-
-    def features(rows: int) -> Tensor:
-        return torch.rand((rows, channels), device=device)
-
-    def softmax(rows: int) -> Tensor:
-        return (2 * torch.randn((rows, classes), device=device)).softmax(1)
-
-    def keep(*shape: int) -> Tensor | None:
-        mask = torch.rand(shape, device=device) < 0.9
-        return None if not kept else mask if case.mask == "bytes" else pack_mask(mask)
-
-    tensors: dict[str, Callable[[], Tensor | None]] = {
-        "anchor_cotangents": lambda: softmax(anchors).to(dtype),
-        "anchor_features": lambda: features(anchors).to(dtype),
-        "coefficients": lambda: normal(anchors, components).div_(anchors),
-        "shift": lambda: features(1)[0].to(dtype) if case.shifted else None,
-        "linear": lambda: normal(classes, components).div_(channels) if case.shifted else None,
-        "components": lambda: normal(components, classes, channels + 1).div_(channels),
-        "class_factors": lambda: normal(classes, size.class_rank),
-        "feature_factors": lambda: normal(channels + 1, size.feature_rank).div_(channels**0.5),
-        "core": lambda: normal(components, size.class_rank, size.feature_rank),
-        "constants": lambda: torch.randn(components, device=device),
-    }
+    def keep(mask: Tensor | None) -> Tensor | None:
+        if mask is None or case.mask == "none":
+            return None
+        return mask if case.mask == "bytes" else pack_mask(mask)
 
     def basis() -> BasisTensors | None:
-        kind = case.basis if case.function == "score" else case.function.removeprefix("project_")
-        if kind is None:
-            return None
-        tensors_type: Any = bases.BASES[kind]
-        return tensors_type(
-            **{name: make() for name, make in tensors.items() if name in tensors_type._fields}, cotangent=case.cotangent
-        )
+        # The projections are named after their basis.
+        wanted = case.basis if case.function == "score" else case.function.removeprefix("project_")
+        kind = next((kind for kind in BASES if kind == wanted), None)
+        return None if kind is None else made.basis(kind, case.shifted, case.cotangent)
 
     return {
-        "feature_map": feature_map,
+        "feature_map": lambda: made.feature_map(layout),
         "eps": lambda: 1.0,
         "rectify": lambda: False,
-        "h": lambda: features(count),
-        "weight": lambda: normal(classes, channels).div_(channels**0.5),
-        "bias": lambda: normal(classes),
-        "weight_mask": lambda: keep(classes, channels),
-        "neuron_mask": lambda: keep(channels),
-        "a": lambda: softmax(count),
+        "h": lambda: made.features,
+        "a": lambda: made.softmax,
+        "weight": lambda: made.head.weight,
+        "bias": lambda: made.head.bias,
+        "weight_mask": lambda: keep(made.head.weight_mask),
+        "neuron_mask": lambda: keep(made.head.neuron_mask),
         "basis": basis,
         "precision": lambda: case.precision,
     }
@@ -198,7 +167,7 @@ def all_cases() -> Iterator[Case]:
     """All cases: every dtype and precision for the first workload, distinct specialisations only for the others."""
     first = next(iter(WORKLOADS.values()))
     for workload in WORKLOADS.values():
-        layouts = ("channels_last",) if workload.tokens else ("rows", "channels_last")
+        layouts: tuple[Layout, ...] = ("channels_last",) if workload.tokens else ("rows", "channels_last")
         for dtype, layout in itertools.product((_FP32, _BF16, _FP16) if workload is first else (_FP32, _BF16), layouts):
             yield Case("pool_nap", workload, dtype, layout)
             if workload is first:

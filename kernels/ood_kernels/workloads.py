@@ -1,13 +1,25 @@
-"""Problem sizes for ahead-of-time compilation, tuning and benchmarks, with their minimal flops and memory traffic."""
+"""Problem sizes for ahead-of-time compilation, tuning, tests and benchmarks: minimal flops and memory traffic, and operands."""
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Literal, NamedTuple, get_args
 
-__all__ = ["BASES", "WORKLOADS", "BasisKind", "Cost", "Workload"]
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .bases import DualTensors, ExplicitTensors, FactoredTensors
+from .bases.dual import linear_part
+from .types import Head
+
+__all__ = ["BASES", "LAYOUTS", "WORKLOADS", "Basis", "BasisKind", "Cost", "Layout", "Operands", "Workload"]
 
 BasisKind = Literal["dual", "explicit", "factored"]
 BASES: tuple[BasisKind, ...] = get_args(BasisKind)
+Layout = Literal["rows", "channels_last", "tokens"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+Basis = DualTensors | ExplicitTensors | FactoredTensors
 
 _FP32_BYTES = 4
 
@@ -104,3 +116,104 @@ WORKLOADS = {
 }
 """ResNet-50 and MobileNetV2 on ImageNet, a small-image ResNet-18 on CIFAR-10, ResNet-50 with the 21 841 classes of
 ImageNet-21k, ViT-B/16, and sizes divisible by no tile."""
+
+
+class Operands:
+    """Random operands of one workload, made when asked for and the same at every run; on the "meta" device without memory.
+
+    The positions of a map share a part of each channel, and features are rectified normal numbers; logits have a standard deviation
+    of about 3; the coefficients of a dual basis sum to 0, as those of a PCA of centred gradients do, and its shift is the mean of
+    its anchors, as in every fitted one.
+
+    Args:
+        size: the workload.
+        samples: N.
+        dtype: of map, head and basis; features and softmax are fp32.
+        device: where they are.
+    """
+
+    def __init__(
+        self, size: Workload, samples: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        self.size, self.samples, self.dtype, self.device = size, samples, dtype, torch.device(device)
+        # There is no generator of the meta device.
+        is_meta = self.device.type == "meta"
+        self._generator = None if is_meta else torch.Generator(self.device).manual_seed(0)
+
+    def feature_map(self, layout: Layout) -> Tensor:
+        """A [N, D, H, W] stored as rows (NCHW), channels_last, or, for "tokens", as [N, H, W, D] of a vision transformer."""
+        size = self.size
+        values = self._normal(self.samples, size.height, size.width, size.channels).to(self.dtype)
+        values = values.add_(self._normal(self.samples, 1, 1, size.channels).to(self.dtype)).relu_().permute(0, 3, 1, 2)
+        return values.contiguous() if layout == "rows" else values
+
+    @cached_property
+    def head(self) -> Head:
+        """With a tenth of its weights and neurons pruned; the masks are bool."""
+        classes, channels = self.size.classes, self.size.channels
+        weight, bias = self._normal(classes, channels, scale=3 / channels**0.5), self._normal(classes)
+        return Head(weight.to(self.dtype), bias.to(self.dtype), self._kept(classes, channels), self._kept(channels))
+
+    @cached_property
+    def features(self) -> Tensor:
+        """[N, D] in fp32."""
+        return self._features(self.samples)
+
+    @cached_property
+    def softmax(self) -> Tensor:
+        """[N, C] in fp32, of the head at `features`."""
+        return self._softmax(self.features)
+
+    def basis(self, kind: BasisKind, shifted: bool = True, cotangent: str = "energy") -> Basis:
+        """A basis of that kind; a dual one without its shift where not `shifted`."""
+        if kind == "dual":
+            return (self._dual if shifted else self._unshifted)._replace(cotangent=cotangent)
+        if kind == "explicit":
+            return self._explicit._replace(cotangent=cotangent)
+        return self._factored._replace(cotangent=cotangent)
+
+    @cached_property
+    def _dual(self) -> DualTensors:
+        plain = self._unshifted
+        p, h, coefficients = (part.float() for part in plain[:3])
+        shift = h.mean(0)
+        return plain._replace(shift=shift, linear=linear_part(p, h, coefficients, shift))
+
+    @cached_property
+    def _unshifted(self) -> DualTensors:
+        size, h = self.size, self._features(self.size.anchors)
+        coefficients = self._normal(size.anchors, size.components, scale=1 / size.anchors)
+        return DualTensors(self._softmax(h), h, coefficients - coefficients.mean(0), self._constants()).to(self.dtype)
+
+    @cached_property
+    def _explicit(self) -> ExplicitTensors:
+        size, scale = self.size, (self.size.classes * self.size.channels) ** -0.5
+        components = self._normal(size.components, size.classes, size.channels + 1, scale=scale)
+        return ExplicitTensors(components, self._constants()).to(self.dtype)
+
+    @cached_property
+    def _factored(self) -> FactoredTensors:
+        size = self.size
+        return FactoredTensors(
+            self._normal(size.classes, size.class_rank),
+            self._normal(size.channels + 1, size.feature_rank, scale=size.channels**-0.5),
+            self._normal(size.components, size.class_rank, size.feature_rank),
+            self._constants(),
+        ).to(self.dtype)
+
+    def _normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=self._generator, device=self.device).mul_(scale)
+
+    def _kept(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self._generator, device=self.device) < 0.9
+
+    def _features(self, rows: int) -> Tensor:
+        return (self._normal(rows, self.size.channels) + 0.5).relu_()
+
+    def _softmax(self, h: Tensor) -> Tensor:
+        weight, bias = self.head[:2]
+        assert bias is not None
+        return F.linear(h, weight.float(), bias.float()).softmax(1)
+
+    def _constants(self) -> Tensor:
+        return self._normal(self.size.components, scale=0.01)

@@ -88,7 +88,7 @@ def run_demo(
     write_images(folder / "images", seed, quick)
     names = [*SHARES, *FOLDERS.values()]
     data = {name: open_dataset(folder / "images" / name, PREPROCESS) for name in names}
-    model = _train(data["fit"], seed, 12 if quick else EPOCHS, torch.device(device), progress)
+    model = train(data["fit"], seed, 12 if quick else EPOCHS, torch.device(device), progress)
     save_file(
         {name: value.cpu().contiguous() for name, value in model.state_dict().items()}, folder / "weights.safetensors"
     )
@@ -116,7 +116,7 @@ def run_demo(
     return DemoResult(evaluation, folder, [*files, table, folder / "state.safetensors", folder / "weights.safetensors"])
 
 
-def _train(data: ImageDataset, seed: int, epochs: int, device: torch.device, progress: bool) -> SmallCNN:
+def train(data: ImageDataset, seed: int, epochs: int, device: torch.device, progress: bool) -> SmallCNN:
     """SGD with momentum 0.9, weight decay 5e-4 and a cosine schedule; shifts by up to one pixel."""
     images, labels = (torch.cat(column).to(device) for column in zip(*data.loader(BATCH), strict=True))
     model = SmallCNN(ID_CLASSES, seed).to(device).train()

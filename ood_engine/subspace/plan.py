@@ -27,7 +27,7 @@ class Machine(NamedTuple):
 # Orders of magnitude, ours: only their ratio decides, and it matters little where one basis needs many times the flops of another.
 MACHINES = {"cpu": Machine(1e11, 1e10), "cuda": Machine(5e13, 2e12)}
 
-# How often plain torch passes over what the bases make on the way, measured with benchmarks/form_crossover.py; kernels on a GPU
+# How often plain torch passes over what the bases make on the way, measured with benchmarks/fitting.py; kernels on a GPU
 # keep it on chip.
 _PASSES = {"cpu": 4, "cuda": 0}
 

@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-import warnings
-
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.peers import import_beside_torch
 from ood_engine.model.discovery import relative_difference
 from ood_engine.model.tap import Tap
 
-OPERATORS = ("nms", "qnms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d")
-declared = []
-
 
 def library(name):
-    """The library, or a skip.
-
-    Beside a torch of another build torchvision's C++ operators are missing, and its import ends where it refers to them. No
-    classifier runs them, so that their names are declared is enough.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            pytest.skip(f"{error.name} is not installed")
-        except (RuntimeError, AttributeError, OSError):
-            if not declared:
-                fragment = torch.library.Library("torchvision", "FRAGMENT")
-                for operator in (*OPERATORS, *(f"_{known}_backward" for known in OPERATORS)):
-                    fragment.define(f"{operator}(Tensor x) -> Tensor")
-                declared.append(fragment)
-            return importlib.import_module(name)
+    """The library, or a skip."""
+    try:
+        return import_beside_torch(name)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{error.name} is not installed")
 
 
 def build(source, name):

@@ -3,24 +3,20 @@
 arXiv 2310.17163 differentiates y = lse(z) by every parameter; the engine takes the last layer, where the gradient is a product
 of two vectors. Here is the slow and exact other side for networks small enough to hold a gradient a sample: per-sample gradients
 by torch.func, `none` and `nfk` normalisation, PCA and class averages, written from the paper's formulas and not from the
-engine's code. Anchors, the samples the heads are fitted on, and the heads are the same on both sides. Values are computed in
-fp64; time and memory of a batch are measured in fp32.
+engine's code. Anchors, the samples the heads are fitted on, and the heads are the same on both sides; all values are in fp64.
 
-Before anything is compared, the reference restricted to the parameters of the last layer is held to the closed form; exits with
-1 where its coordinates are further off than 1e-9 of the largest.
+The reference restricted to the parameters of the last layer is compared with the closed form too; exits with 1 where its
+coordinates are further off than 1e-9 of the largest.
 
-    python benchmarks/all_parameters.py [--json]
+    python examples/all_parameters.py [--quick] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeAlias
@@ -29,17 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "kernels")]
-
-from ood_engine.bench import measure  # noqa: E402
-
-from ood_engine.demo import SmallCNN  # noqa: E402
-from ood_engine.demo import run as demo  # noqa: E402
-from ood_engine.detectors.heads import KNearestNeighbours, LinearProbe, Mahalanobis  # noqa: E402
-from ood_engine.evaluation.metrics import auroc, fpr_at_tpr  # noqa: E402
-from ood_engine.images.dataset import ImageDataset, open_dataset  # noqa: E402
-from ood_engine.subspace import Basis, ClassAverageBasis, DualBasis, ExplicitBasis  # noqa: E402
-from ood_engine.subspace.samples import count_components, fix_signs  # noqa: E402
+from ood_engine.demo import SmallCNN
+from ood_engine.demo import run as demo
+from ood_engine.detectors.heads import KNearestNeighbours, LinearProbe, Mahalanobis
+from ood_engine.evaluation.metrics import auroc, fpr_at_tpr
+from ood_engine.images.dataset import ImageDataset, open_dataset
+from ood_engine.subspace import Basis, ClassAverageBasis, DualBasis, ExplicitBasis
+from ood_engine.subspace.samples import count_components, fix_signs
 
 ALL, LAST = "all parameters", "last layer"
 LAST_LAYER = ("head.weight", "head.bias")
@@ -48,8 +40,6 @@ TOLERANCE = 1e-9
 ID_TEST, OTHERS = "test", "others"
 Row: TypeAlias = dict[str, Any]
 LABELS = {"scope": "gradient of", "subspace": "subspace", "normalisation": "normalised", "components": "K"}
-SPEED = {"ms_per_sample": "ms a sample", "times_forward": "× forward"}
-MEMORY = {"basis_mib": "basis MiB", "peak_extra_mib": "peak extra MiB"}
 
 
 class Way(NamedTuple):
@@ -170,7 +160,7 @@ def prepare(seed: int, options: argparse.Namespace) -> Digits:
         images = Path(folder) / "images"
         demo.write_images(images, seed, options.quick)
         fit_data = open_dataset(images / "fit", demo.PREPROCESS)
-        model = demo._train(fit_data, seed, options.epochs, torch.device("cpu"), False).double()
+        model = demo.train(fit_data, seed, options.epochs, torch.device("cpu"), False).double()
         paths = {ID_TEST: ID_TEST, **demo.FOLDERS}
         sets = {name: read_images(open_dataset(images / path, demo.PREPROCESS)) for name, path in paths.items()}
         samples, labels = read_images(fit_data), torch.as_tensor(fit_data.labels)
@@ -195,8 +185,8 @@ def describe(scope: str, way: Way, components: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def compare(digits: Digits, ways: Sequence[Way], seed: int, options: argparse.Namespace) -> tuple[list[Row], list[Row]]:
-    """(quality rows, cost rows) of both sides for one network."""
+def compare(digits: Digits, ways: Sequence[Way], seed: int) -> tuple[list[Row], float]:
+    """The rows of both sides for one network, and how far apart both are on the last layer."""
     model, (images, labels) = digits.model, digits.anchors
     inputs = {OTHERS: digits.others[0], **digits.sets}
     signals = {name: forward(model, some) for name, some in inputs.items()}
@@ -215,7 +205,7 @@ def compare(digits: Digits, ways: Sequence[Way], seed: int, options: argparse.Na
             score = judge(head, sets[OTHERS], digits.others[1], model.head.out_features, seed)
             found = figures({name: score(sets[name]) for name in digits.sets})
             rows.append({**describe(scope, way, sets[OTHERS].shape[1]), "head": head, **found})
-    return rows, cost(digits, pairs, options.rounds)
+    return rows, max(error_of(pair.closed_form, digits, way) for way, pair in pairs.items())
 
 
 @torch.no_grad()
@@ -225,28 +215,6 @@ def error_of(closed_form: Basis, digits: Digits, way: Way) -> float:
     g, g_test = (torch.cat(list(gradients(digits.model, some, LAST_LAYER))) for some in (digits.anchors[0], test))
     expected = fit(g, digits.anchors[1], way).project(g_test)
     return float((closed_form.project(*forward(digits.model, test)) - expected).abs().max() / expected.abs().max())
-
-
-def cost(digits: Digits, pairs: Mapping[Way, Pair], rounds: int) -> list[Row]:
-    """Rows of time and memory from a batch of images to coordinates, in fp32; the forward pass alone comes first."""
-    model, batch = copy.deepcopy(digits.model).float(), digits.sets[ID_TEST][: demo.BATCH].float()
-    calls: list[Callable[[], object]] = [partial(forward, model, batch)]
-    rows: list[Row] = [{"scope": "forward alone", "max_error": None}]
-    for way, pair in pairs.items():
-        reference = Subspace(*(tensor.float() for tensor in pair.reference))
-        basis, size = copy.deepcopy(pair.closed_form).float(), sum(tensor.nbytes for tensor in reference) / measure.MIB
-        calls.append(lambda s=reference: [s.project(part) for part in gradients(model, batch)])  # type: ignore[misc]
-        rows.append({**describe(ALL, way, len(reference.vectors)), "basis_mib": size, "max_error": None})
-        error, size = error_of(pair.closed_form, digits, way), basis.bytes / measure.MIB
-        calls.append(lambda b=basis: b.project(*forward(model, batch)))  # type: ignore[misc]
-        rows.append({**describe(LAST, way, basis.n_components), "basis_mib": size, "max_error": error})
-    timings = list(measure.interleave({str(i): call for i, call in enumerate(calls)}, rounds).values())
-    alone = statistics.median(timings[0])
-    for row, call, times in zip(rows, calls, timings, strict=True):
-        middle = statistics.median(times)
-        row |= {**measure.timing_fields(times), "ms_per_sample": middle / len(batch), "times_forward": middle / alone}
-        row["peak_extra_mib"] = measure.peak_allocated_mib(call)
-    return rows
 
 
 def average(runs: Sequence[Sequence[Row]]) -> list[Row]:
@@ -267,31 +235,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--components", type=json.loads, nargs="+", default=[0.99, 32], help="of PCA: K, or a share")
     parser.add_argument("--epochs", type=int, default=demo.EPOCHS, help="of training")
     parser.add_argument("--quick", action="store_true", help="fewer images; the figures mean little")
-    parser.add_argument("--rounds", type=int, default=7, help="times that every subject has its turn")
-    path = measure.default_results_path("all_parameters")
-    parser.add_argument("--json", type=Path, nargs="?", const=path, help="write the rows")
+    parser.add_argument("--json", type=Path, help="write the rows")
     return parser.parse_args(argv)
 
 
+def print_table(rows: Sequence[Row]) -> None:
+    titles = {key: key for key in rows[0] if key.startswith(("AUROC", "FPR95")) and not key.endswith("by seed")}
+    for row in [LABELS | {"head": "head"} | titles, *rows]:
+        values = (row.get(key, "") for key in (*LABELS, "head", *titles))
+        print("  ".join(f"{value:.1f}" if isinstance(value, float) else str(value) for value in values))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    options, machine = parse(argv), measure.machine_facts()
+    options = parse(argv)
     wanted = [*(("pca", each) for each in options.components), ("class average", None)]
     ways = [Way(*each, normalisation) for each in wanted for normalisation in ("none", "nfk")]
     digits = {seed: prepare(seed, options) for seed in options.seeds}
-    runs, costs = zip(*(compare(digits[seed], ways, seed, options) for seed in digits), strict=True)
-    model, *samples, _ = digits[options.seeds[0]]
-    anchors, others = (len(labels) for _, labels in samples)
-    shape = f"n={anchors} others={others} P={sum(p.numel() for p in model.parameters())}"
-    titles = {key: key for key in runs[0][0] if key.startswith(("AUROC", "FPR95"))}
-    measure.print_table(average(runs), LABELS | {"head": "head"} | titles)
-    measure.print_table(costs[-1], LABELS | SPEED | MEMORY | {"max_error": "max error"})
-    worst = max(row["max_error"] or 0 for rows in costs for row in rows)
-    print(f"{shape}; restricted to the last layer, the reference is {worst:.1e} from the closed form")
+    runs, errors = zip(*(compare(digits[seed], ways, seed) for seed in digits), strict=True)
+    rows = average(runs)
+    print_table(rows)
+    print(f"restricted to the last layer, the reference is {max(errors):.1e} from the closed form")
     if options.json:
-        common = {"provider": "torch", "shape": shape}
-        timed = [{"subject": row["scope"], **common, "dtype": "float32", **row} for row in costs[-1]]
-        measure.write_results(options.json, machine, timed, quality=average(runs), seeds=options.seeds)
-    return 0 if worst <= TOLERANCE else 1
+        options.json.write_text(json.dumps({"seeds": options.seeds, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return 0 if max(errors) <= TOLERANCE else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""Result files, {"machine": ..., "rows": [...]}, one a machine; and what is slower in one than in another."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["FOLDER", "RESULTS", "key_of", "machine_facts", "name_of", "read", "slower", "write"]
+
+Row = Mapping[str, Any]
+FOLDER = Path(__file__).resolve().parent
+RESULTS = FOLDER / "results"
+
+LEAST_CHANGE, SPREADS = 1.25, 3.0
+"""A ratio has grown where it did by this factor, and by more than so many spreads of both runs."""
+
+
+def machine_facts() -> dict[str, Any]:
+    """What a reader needs to judge the figures."""
+    facts: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": os.environ.get("OOD_BENCH_COMMIT") or _commit(),
+    }
+    if torch.cuda.is_available():
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda or torch.version.hip}
+        facts["triton"] = metadata.version("triton")
+    return facts
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str | None:
+    """Commit of the checkout, with "+" where it has changes of its own."""
+    try:
+        head, status = (
+            subprocess.run(["git", *arguments], cwd=FOLDER, capture_output=True, text=True, check=True).stdout.strip()
+            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + "+" * bool(status)
+
+
+def name_of(machine: Mapping[str, Any]) -> str:
+    """File name of a machine's results: its GPU, else its CPU and number of cores."""
+    words = machine.get("gpu") or f"{machine['cpu']} {machine['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", words.lower())).strip("-") + ".json"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file."""
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
+def write(path: Path, machine: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Write a result file, a row a line; a killed process leaves the file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    part = path.with_suffix(".part")
+    part.write_text(f'{{"machine": {json.dumps(machine)},\n "rows": [\n  {lines}\n]}}\n', encoding="utf-8")
+    os.replace(part, path)
+
+
+def key_of(row: Row) -> tuple[Any, ...]:
+    """What makes two rows of two runs the same measurement."""
+    return tuple(row.get(name) for name in ("subject", "workload", "shape", "dtype", "layout", "provider", "samples"))
+
+
+def slower(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
+    """One line for every row whose ratio to the reference row of its own run has grown beyond the spread of both runs."""
+    known = {key_of(row): row for row in old if "ratio" in row}
+    lines = []
+    for row in new:
+        before = known.get(key_of(row))
+        if before is None or "ratio" not in row:
+            continue
+        grown = row["ratio"] - before["ratio"]
+        noise = SPREADS * (row["ratio_spread"] + before["ratio_spread"])
+        if row["ratio"] > LEAST_CHANGE * before["ratio"] and grown > noise:
+            words = ", ".join(str(part) for part in key_of(row) if part is not None)
+            lines.append(f"{words}: {before['ratio']:.3g} → {row['ratio']:.3g} × the reference row of its run")
+    return lines
