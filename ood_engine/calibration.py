@@ -1,4 +1,4 @@
-"""From scores to decisions: conformal p-values and thresholds from fresh ID data alone."""
+"""Conformal p-values and thresholds from held-out ID data alone."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ __all__ = ["Calibration"]
 
 
 class Calibration(FittedModule):
-    """Sorted calibration scores of one detector, and the decision they give.
+    """Sorted calibration scores of one detector, and the decision rule they define.
 
-    The p-value of a score s is p = (1 + #{calibration ≤ s}) / (n + 1), and s is out-of-distribution iff p ≤ α. On fresh ID data
-    that flags a share of at most α, in expectation over calibration sets, whatever the distribution.
+    The p-value of a score s is p = (1 + #{calibration ≤ s}) / (n + 1), and s is out-of-distribution iff p ≤ α. The expected
+    false-alarm rate on new ID data is at most α for any distribution.
 
     Args:
-        false_alarm_rate: α, the share of ID inputs that may be flagged, in (0, 1).
+        false_alarm_rate: α, in (0, 1).
 
     Raises:
         CalibrationError: α out of range.
+
+    Example:
+        >>> calibration = Calibration(0.25).fit(torch.arange(1.0, 8.0), "energy")
+        >>> calibration.p_values(torch.tensor([1.0, 4.0]))
+        tensor([0.2500, 0.6250])
+        >>> calibration.is_out_of_distribution(torch.tensor([1.0, 4.0]))
+        tensor([ True, False])
     """
 
     def __init__(self, false_alarm_rate: float = 0.05) -> None:
@@ -33,39 +40,39 @@ class Calibration(FittedModule):
         self.false_alarm_rate = false_alarm_rate
 
     def fit(self, scores: Tensor, name: str) -> Calibration:
-        """Keep the ID scores [n] of detector `name`. Returns self.
+        """Store the ID scores [n] of detector `name`. Returns self.
 
         Raises:
-            CalibrationError: NaN or infinite scores, or n < 1/α - 1, with which no score could ever be flagged.
+            CalibrationError: NaN or infinite scores, or n < 1/α - 1, too few to flag any score.
         """
         bad = int((~torch.isfinite(scores)).sum())
         if bad:
             raise CalibrationError(
-                f"{bad} of {len(scores)} calibration scores of {name!r} are NaN or infinite: expected sound ID images"
+                f"{bad} of {len(scores)} calibration scores of {name!r} are NaN or infinite: expected finite ID images"
             )
         needed = math.ceil(1 / self.false_alarm_rate - 1 - 1e-9)
         if len(scores) < needed:
             raise CalibrationError(
-                f"{len(scores)} calibration samples for false_alarm_rate={self.false_alarm_rate}: expected at least {needed}; give"
-                " more fresh ID images or accept a higher rate"
+                f"{len(scores)} calibration samples for false_alarm_rate={self.false_alarm_rate}: expected at least {needed}; use"
+                " more fresh ID images or a higher rate"
             )
         self.set_fitted(scores=scores.float().sort().values)
         return self
 
     @property
     def threshold(self) -> Tensor:
-        """0-d: a score is out-of-distribution iff it lies below; the ⌊α(n + 1)⌋-th smallest calibration score."""
+        """0-d: the ⌊α(n + 1)⌋-th smallest calibration score; any score below it is out-of-distribution."""
         scores = self.fitted("scores")
-        # The tolerance is for products such as 0.05 · 20 that fall a rounding short of a whole number.
+        # The tolerance covers products such as 0.05 · 20 that round to just below an integer.
         return scores[math.floor(self.false_alarm_rate * (len(scores) + 1) + 1e-9) - 1]
 
     def p_values(self, scores: Tensor) -> Tensor:
-        """Conformal p-values fp32 [N], NaN for a NaN score; few = unlike the calibration data."""
+        """Conformal p-values fp32 [N], NaN for a NaN score; small = unlike the calibration data."""
         calibration = self.fitted("scores").to(scores.device)
         at_most = torch.searchsorted(calibration, scores.float().contiguous(), right=True)
         p_values = (1 + at_most) / (len(calibration) + 1)
         return torch.where(torch.isnan(scores), torch.nan, p_values)
 
     def is_out_of_distribution(self, scores: Tensor) -> Tensor:
-        """Bool [N]; a NaN score is flagged, for nothing vouches for its input."""
+        """Bool [N], True = out-of-distribution; NaN scores are flagged."""
         return ~(scores >= self.threshold.to(scores.device))

@@ -39,30 +39,45 @@ DEFAULT_DETECTORS = ("nap_energy", "opnp", "low_dim_gradient")
 
 
 class Engine:
-    """Out-of-distribution scores for a classifier from its last feature map and its last layer.
+    """Out-of-distribution scores for a classifier, from its last feature map and its last layer.
 
-    The model is left as it is: no hooks, no changed mode. Scoring is thread-safe; fitting, tuning and loading are not.
+    The model stays unchanged: no hooks, no change of mode. Scoring is thread-safe; fitting, tuning and loading are not. Methods
+    raise NotFittedError before `fit` or `load`; `predict` and `p_values` also before `calibrate`. `progress` shows a progress bar.
 
     Args:
-        model: the classifier; it should be trained, and end in an `nn.Linear` (or the softmax of one).
-        detectors: names, see `available_detectors`. None takes `DEFAULT_DETECTORS` as far as the model supports them.
-        settings: detector name → settings that differ from its defaults, such as {"nap_energy": {"w": 0.4}}.
-        head: name of the head, where it is not to be found by proof.
-        feature_map: name of the module whose output is the map, where it is not to be found by proof.
-        rectify: let NAP see ReLU(map), for models whose map has negative values.
-        seed: of everything drawn while fitting.
-        runtime: precision, backend and CUDA graphs of all that is computed; see `Runtime`.
+        model: a trained classifier that ends in an `nn.Linear` (or its softmax).
+        detectors: names, see `available_detectors`; by default those of `DEFAULT_DETECTORS` that the model supports.
+        settings: detector name → settings other than its defaults, such as {"nap_energy": {"w": 0.4}}.
+        head: name of the head; found and verified automatically by default.
+        feature_map: name of the module that outputs the feature map; found and verified automatically by default.
+        rectify: compute NAP on ReLU(map), for maps with negative values.
+        seed: seed of every random choice in fitting.
+        runtime: precision, backend and CUDA graphs of every computation.
 
     Attributes:
-        scorer: what fitting, calibration and scores compute through.
-        cache: the feature cache of `fit`; None after `load`.
-        unavailable: default detectors that this model cannot have → why.
+        scorer: the scoring pipeline behind this interface.
+        cache: feature cache of `fit`; None after `load`.
+        unavailable: default detector → why this model does not support it.
         tuning: rows of the last `tune`: detector, settings, auroc.
-        information: facts kept in the state file; JSON values.
+        information: user metadata kept in the state file; JSON values.
 
     Raises:
-        TapError: a model without a linear head, an unknown layer, or weights that are not finite.
+        TapError: no linear head, an unknown layer, or non-finite weights.
         InputError: an unknown detector or setting.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from ood_engine.demo import small_cnn
+        >>> images = torch.rand(256, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> engine = Engine(small_cnn(), ["nap_energy"]).fit([images[:128]]).calibrate([images[128:]])
+        >>> engine.score(images[:4])["nap_energy"].shape
+        torch.Size([4])
+        >>> engine.predict(torch.zeros(1, 1, 8, 8))
+        {'nap_energy': tensor([True])}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     engine.save(f"{folder}/state.safetensors")
+        ...     engine = Engine.load(f"{folder}/state.safetensors", small_cnn())
     """
 
     def __init__(
@@ -109,22 +124,22 @@ class Engine:
 
     @property
     def head(self) -> ok.Head:
-        """The unpruned head: weight [C, D] and bias, as they are in the model now."""
+        """The unpruned head: current weight [C, D] and bias of the model."""
         return self.scorer.head
 
     @property
     def plan(self) -> TapPlan:
-        """Which head and feature map were found, and whether the map is proven."""
+        """The head and feature map found, and whether the map is verified."""
         return self.scorer.tap.plan
 
     @property
     def image_shape(self) -> tuple[int, ...] | None:
-        """(C, H, W) of the images of `fit`, which all others must have; None where they varied."""
+        """(C, H, W) of the images of `fit`, required of all later images; None if they varied."""
         return self.scorer.image_shape
 
     @property
     def runtime(self) -> Runtime:
-        """Precision, backend and CUDA graphs; set it to change them. Thresholds follow where their features are in memory."""
+        """Precision, backend and CUDA graphs; assigning another recalibrates if the calibration features are in memory."""
         return self.scorer.runtime
 
     @runtime.setter
@@ -140,23 +155,19 @@ class Engine:
         cache_directory: str | Path | None = None,
         cache_dtype: torch.dtype | None = None,
     ) -> Engine:
-        """Run the model once over ID data, keep its features, and fit every detector from them.
+        """Run the model once over ID data, cache its features, and fit every detector on them. Returns the engine.
 
         Args:
-            loader: yields images [n, C, H, W], or (images, labels), preprocessed as in training.
-            progress: show a bar.
-            cache_limit_bytes: size beyond which the feature cache is kept in memory-mapped files.
-            cache_directory: where those files go, in a folder that is removed with the engine; None takes the system's.
-            cache_dtype: what features are kept in: torch.float16 halves the room, and rounds what detectors are fitted from to
-                5e-4 of each value. None keeps them as the kernels give them.
-
-        Returns:
-            The engine itself.
+            loader: yields images [n, C, H, W] or (images, labels), preprocessed as in training.
+            cache_limit_bytes: largest feature cache kept in memory; beyond it, memory-mapped files.
+            cache_directory: parent of their folder, which is removed with the engine; None: the system's temporary directory.
+            cache_dtype: dtype of the cached features; None keeps that of the kernels. torch.float16 halves the size and
+                rounds each value to 5e-4.
 
         Raises:
-            InputError: no or too few images, images the model rejects, NaN or Inf, labels out of range.
-            TapError: head or map not found, or not proven by the recomputed logits.
-            DetectorUnavailableError: a detector was named that this model cannot have.
+            InputError: no or too few images, images the model rejects, NaN or Inf, or labels out of range.
+            TapError: head or map not found, or recomputed logits that differ from the model's.
+            DetectorUnavailableError: a detector named explicitly that this model does not support.
         """
         with torch.inference_mode(False), torch.no_grad():
             writer = CacheWriter(cache_limit_bytes, cache_directory, cache_dtype)
@@ -172,18 +183,14 @@ class Engine:
         return self
 
     def fit_features(self, cache: FeatureCache, images: Tensor, *, progress: bool = False) -> Engine:
-        """Fit every detector from features that are there already, such as those of a file; see `FeatureCache.from_features`.
+        """Fit every detector on precomputed features, such as those of a file. Returns the engine.
 
         Args:
-            cache: ID samples, as this model and head see them.
-            images: one batch [n, C, H, W], on which the model is run to find its head and map.
-            progress: show a bar.
-
-        Returns:
-            The engine itself.
+            cache: ID features from this model, see `FeatureCache.from_features`.
+            images: one batch [n, C, H, W], to find head and map.
 
         Raises:
-            InputError: features of another width than the head's, too few of them, NaN or Inf; or as `fit`.
+            InputError: a feature width other than the head's, too few samples, NaN or Inf; or as `fit`.
             TapError, DetectorUnavailableError: as `fit`.
         """
         with torch.inference_mode(False), torch.no_grad():
@@ -193,35 +200,31 @@ class Engine:
             width, needing = self.head.weight.shape[1], [name for name, one in self.detectors.items() if one.needs_map]
             if cache.rows.features.shape[1] != width:
                 raise InputError(
-                    f"cache of {cache.rows.features.shape[1]} features a sample: expected {width}, what the head takes"
+                    f"cache of {cache.rows.features.shape[1]} features per sample: expected {width}, the width of the head"
                 )
             if needing and not cache.has_map:
                 raise InputError(
-                    f"{', '.join(needing)}: expected a cache with the maximum of each channel; give maximum=..., or leave the"
-                    " detector out"
+                    f"{', '.join(needing)}: expected a cache with the maximum of each channel; pass maximum=..., or omit the"
+                    " detector"
                 )
             self._fit_anew(cache, progress)
         self.scorer.image_shape = tuple(images.shape[1:])
         return self
 
     def refit(self, **parameters: Any) -> Engine:
-        """Fit again from the cache with other settings; the model is not run.
+        """Refit from the cache with other settings, without running the model, and recalibrate. Returns the engine.
 
         Args:
-            **parameters: either detector name → dict of its settings, or the name of a setting, which then goes to every
-                detector that has it: `refit(eps=0.5)`, `refit(opnp={"weight_range": (0.2, 1.0)})`. Calibration is redone from the
-                calibration features.
-
-        Returns:
-            The engine itself.
+            **parameters: detector=dict of its settings, or setting=value for every detector that has it:
+                `refit(opnp={"weight_range": (0.2, 1.0)})`, `refit(eps=0.5)`.
 
         Raises:
-            NotFittedError: there is no cache, because `fit` has not run or the engine was loaded from a file.
+            NotFittedError: no cache: before `fit`, or after `load`.
             InputError: an unknown name or a value out of range.
         """
         if self.cache is None:
             raise NotFittedError(
-                "refit needs the feature cache of fit(loader), which a state file does not hold: call fit(loader)"
+                "refit needs the feature cache of fit(loader), which state files do not contain: call fit(loader)"
             )
         settings = changed_settings(self.detectors, parameters)
         with torch.inference_mode(False), torch.no_grad():
@@ -233,30 +236,26 @@ class Engine:
     def calibrate(
         self, loader: Loader, false_alarm_rate: float = 0.05, *, overlap: str = "refuse", progress: bool = False
     ) -> Engine:
-        """Set thresholds from fresh ID data: `predict` then flags a share `false_alarm_rate` of ID inputs.
+        """Set the thresholds on held-out ID data for a given false-alarm rate in `predict`. Returns the engine.
 
         Args:
-            loader: yields ID images (labels are ignored) that `fit` has not seen.
+            loader: yields held-out ID images; labels are ignored.
             false_alarm_rate: share of ID inputs to flag, in (0, 1).
-            overlap: "refuse" samples that were used in `fit`, or "drop" them.
-            progress: show a bar.
-
-        Returns:
-            The engine itself.
+            overlap: "refuse" or "drop" samples used in `fit`.
 
         Raises:
-            CalibrationError: samples used in `fit`, too few samples for the rate, or scores that are not finite.
+            CalibrationError: samples used in `fit`, too few samples for the rate, or non-finite scores.
             InputError: images the model rejects.
         """
         self.scorer.require_fitted()
         if overlap not in ("refuse", "drop"):
             raise InputError(f"overlap={overlap!r}: expected 'refuse' or 'drop'")
-        Calibration(false_alarm_rate)  # refuses a rate out of range before the model runs
+        Calibration(false_alarm_rate)  # reject a rate out of range before running the model
         cache = self.scorer.extract(loader, "calibrating", progress)
         used = torch.isin(cache.rows.fingerprints, self._fit_fingerprints)
         if used.any() and overlap == "refuse":
             raise CalibrationError(
-                f"{int(used.sum())} of {len(cache)} calibration images were used in fit (the first is number"
+                f"{int(used.sum())} of {len(cache)} calibration images were used in fit (the first at index"
                 f" {int(used.nonzero()[0])}): expected fresh ID images; hold some out, or pass overlap='drop'"
             )
         if used.all():
@@ -280,15 +279,11 @@ class Engine:
         detectors: Sequence[str] | None = None,
         progress: bool = False,
     ) -> Engine:
-        """Choose settings such as NAP's w and OPNP's ranges on pseudo-OOD data; see `ood_engine.evaluation.tune.tune`.
-
-        Returns:
-            The engine itself; the rows of the search are in `tuning`.
+        """Select settings such as NAP's w and OPNP's ranges on pseudo-OOD data, see `ood_engine.evaluation.tune.tune`.
 
         Raises:
-            NotFittedError: before `fit` or `load`.
-            InputError: nothing to tune, images outside [0, 1] once mean and std are undone, or scores that are not finite;
-                every setting is then as it was.
+            InputError: nothing to tune, images outside [0, 1] once mean and std are undone, or non-finite scores; the
+                settings stay unchanged.
         """
         self.scorer.require_fitted()
         self.tuning = tune(
@@ -305,10 +300,9 @@ class Engine:
         return self
 
     def extract(self, loader: Loader, *, progress: bool = False) -> FeatureCache:
-        """The features of everything a loader yields, in memory, such as for `fit_features` or a sweep.
+        """In-memory features of all images of a loader, for `fit_features` or a sweep.
 
         Raises:
-            NotFittedError: before `fit` or `load`.
             InputError: no images, or images the model rejects.
         """
         self.scorer.require_fitted()
@@ -317,36 +311,34 @@ class Engine:
     def score(self, images: Tensor) -> Scores:
         """Scores of one batch of images [N, C, H, W]: detector → float32 [N], higher = more in-distribution.
 
-        Nothing waits for the device: an input with NaN or Inf gets NaN, counted in `Scores.bad_rows`.
+        Does not synchronise with the device: an input with NaN or Inf scores NaN and counts in `Scores.bad_rows`.
 
         Raises:
-            NotFittedError: before `fit` or `load`.
-            InputError: not a batch of floating point images, an empty batch, or images the model rejects.
+            InputError: not a floating-point batch, an empty batch, or images the model rejects.
         """
         self.scorer.require_fitted()
         with torch.no_grad():
             return self.scorer.score(images)
 
     def score_features(self, feature_map: Tensor | None, features: Tensor | None = None) -> Scores:
-        """Scores from what the model computed already; no model is run.
+        """Scores from precomputed activations, without running the model.
 
         Args:
-            feature_map: [N, D, H, W], for a proven map all that is needed; None for a model without one.
-            features: [N, D] what the head received; needed where the map is absent or unproven.
+            feature_map: [N, D, H, W], sufficient if verified; None for a model without one.
+            features: head input [N, D], required if the map is absent or unverified.
 
         Raises:
-            NotFittedError: before `fit` or `load`.
-            InputError: neither is enough, or shapes that do not fit the head.
+            InputError: missing inputs, or shapes that do not match the head.
         """
         self.scorer.require_fitted()
         with torch.no_grad():
             return self.scorer.score_features(feature_map, features)
 
     def score_loader(self, loader: Loader, *, progress: bool = False) -> Scores:
-        """Scores of everything a loader yields, on the CPU, in its order; warns about inputs without a sound score.
+        """Scores of all images of a loader, in its order, on the CPU; warns of non-finite scores.
 
         Raises:
-            InputError: the loader is empty, or see `score`.
+            InputError: an empty loader; or as `score`.
         """
         parts = [self.score(images).cpu() for images, _ in image_batches(loader, "scoring", progress)]
         if not parts:
@@ -356,34 +348,25 @@ class Engine:
         return scores
 
     def predict(self, images: Tensor) -> dict[str, Tensor]:
-        """Detector → bool [N], True = out-of-distribution; an input without a sound score is flagged.
-
-        Raises:
-            NotFittedError: before `calibrate`; otherwise as `score`.
-        """
+        """Detector → bool [N], True = out-of-distribution; an input without a finite score is flagged."""
         self._require_calibrated()
         return {
             name: self.calibrations[name].is_out_of_distribution(score) for name, score in self.score(images).items()
         }
 
     def p_values(self, images: Tensor) -> dict[str, Tensor]:
-        """Detector → conformal p-values float32 [N] from the calibration scores; NaN for an input without a sound score.
-
-        Raises:
-            NotFittedError: before `calibrate`; otherwise as `score`.
-        """
+        """Detector → conformal p-values float32 [N]; NaN for an input without a finite score."""
         self._require_calibrated()
         return {name: self.calibrations[name].p_values(score) for name, score in self.score(images).items()}
 
     def save(self, path: str | Path) -> None:
-        """Write everything fitted to a safetensors file; see `ood_engine.state`.
+        """Write the fitted state to a safetensors file, see `ood_engine.state`.
 
         Raises:
-            NotFittedError: before `fit` or `load`.
             OodEngineError: the file cannot be written.
         """
         self.scorer.require_fitted()
-        # Not from the calibration features: one of them is each threshold itself, where the last bit changes the decision.
+        # Not from the calibration features: one of them equals each threshold, where the last bit flips the decision.
         rows = None if self._canary is None else self._canary.rows
         if self.cache is not None:
             rows = Canary.choose(self.cache)
@@ -408,16 +391,11 @@ class Engine:
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, *, runtime: Runtime | None = None) -> Engine:
-        """An engine from a state file, for the model it was fitted to.
-
-        Args:
-            path: of the state file.
-            model: the classifier.
-            runtime: precision, backend and CUDA graphs; warns where its arithmetic is not that of the calibration.
+        """An engine from a state file and the model it was fitted to; warns if `runtime` differs from that of the calibration.
 
         Raises:
-            StateError: the file is damaged, of another version, or was fitted to another head.
-            TapError: the model's layers are others than those that were fitted.
+            StateError: a damaged file, another format version, or a state fitted to another head.
+            TapError: layers that differ from those of the fit.
         """
         state = states.read(Path(path))
         named_map = None if state.plan.proven else state.plan.feature_map
@@ -444,14 +422,14 @@ class Engine:
         if drift:
             warnings.warn(
                 f"the loaded state drifts on this machine ({scorer.tap.device}, {scorer.head.weight.dtype}): {'; '.join(drift)};"
-                " fit again here, or load with the device and dtype it was fitted on",
+                " refit here, or load on the device and in the dtype of the fit",
                 StateDriftWarning,
                 stacklevel=2,
             )
         return engine
 
     def _leave_out_unavailable(self, images: Tensor) -> None:
-        """Drop default detectors that need a map the model does not offer; refuse those that were named."""
+        """Drop default detectors without the map they need; raise for detectors named explicitly."""
         feature_map = self.scorer.run(images[:32]).feature_map
         reason = self.plan.reason if feature_map is None else self.scorer.check_map(feature_map)
         lacking = [name for name, detector in self.detectors.items() if detector.needs_map]
@@ -468,7 +446,7 @@ class Engine:
         detectors = {name: create_detector(name, **old.settings) for name, old in self.detectors.items()}
         self.scorer.fit(cache, detectors, self.seed, progress)
         self.cache, self._fit_fingerprints = cache, cache.rows.fingerprints.clone()
-        # The model may be another one by now, and with it the features that thresholds were set from.
+        # The weights may have changed since calibration, and the calibration features with them.
         self.scorer.calibrations, self.scorer.calibration_cache = {}, None
 
     def _require_calibrated(self) -> None:

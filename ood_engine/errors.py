@@ -1,4 +1,4 @@
-"""Every error the engine raises on purpose: each says what was expected, what came and what to do."""
+"""Exceptions and warnings of the engine; every message states what was expected, what was received and a remedy."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ class InputError(OodEngineError):
 
 
 class TapError(OodEngineError):
-    """The head or the feature map was not found in the model, or did not prove itself."""
+    """Head or feature map were not found in the model, or could not be verified."""
 
 
 class DetectorUnavailableError(OodEngineError):
-    """A detector was asked for that this model or this data cannot support."""
+    """This model or data does not support the requested detector."""
 
 
 class NotFittedError(OodEngineError):
-    """Something fitted is needed and `fit` or `calibrate` has not run."""
+    """A call requires `fit` or `calibrate` first."""
 
 
 class CalibrationError(OodEngineError):
-    """The calibration data is too small, not fresh, or not finite."""
+    """The calibration data is too small, not held out, or not finite."""
 
 
 class DataError(OodEngineError):
-    """A file or folder of images cannot be read as data."""
+    """A file or folder of images cannot be read."""
 
 
 class StateError(OodEngineError):
-    """A state file is damaged, of another version, or was fitted to another head."""
+    """A state file is damaged, has another version, or was fitted to another head."""
 
 
 class OodEngineWarning(UserWarning):
-    """Something was left out or replaced, and the run goes on."""
+    """Something was omitted or substituted; the run continues."""
 
 
 class StateDriftWarning(OodEngineWarning):
@@ -58,11 +58,11 @@ class StateDriftWarning(OodEngineWarning):
 
 
 def one_line(error: BaseException, *, with_type: bool = False) -> str:
-    """The message of an error as one line of at most 300 characters that can be encoded; its type where it has none.
+    """The message of an error as one encodable line of at most 300 characters; its type if it has no message.
 
     Args:
         error: any exception.
-        with_type: put the name of the type before the message.
+        with_type: prefix the message with the type name.
     """
     text = " ".join(str(error).encode("utf-8", "backslashreplace").decode().split())[:300]
     name = type(error).__name__

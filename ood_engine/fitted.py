@@ -13,14 +13,14 @@ from .errors import NotFittedError
 __all__ = ["FittedModule", "aligned"]
 
 _ALIGNMENT = 64
-"""Bytes: a cache line, and what torch's CPU allocator keeps to."""
+"""Bytes: a cache line, and the alignment of torch's CPU allocator."""
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, row-major and on an address that is a multiple of 64 bytes: itself where it is so, else a copy.
+    """The tensor row-major at a 64-byte aligned address, copied only if necessary.
 
-    BLAS takes other paths, which round differently, for column-major or unaligned operands, and a tensor out of a file starts
-    where the file's header ends.
+    BLAS takes other paths, which round differently, for column-major or unaligned operands; a tensor read from a file starts
+    right after the header.
     """
     contiguous = tensor.contiguous()
     return contiguous.clone() if contiguous.data_ptr() % _ALIGNMENT else contiguous
@@ -29,9 +29,9 @@ def aligned(tensor: Tensor) -> Tensor:
 class FittedModule(nn.Module):
     """An nn.Module with buffers that are empty until fitted.
 
-    They move with `.to(device)`, keep their dtype under `.half()`, `.to(dtype)` and the like (a fitted mask or covariance in half
-    precision would be another one), and `load_state_dict` fills them in a module that was never fitted. Fitted or loaded, they lie
-    row-major and aligned, so that both score alike to the last bit.
+    They move with `.to(device)` but keep their dtype under `.half()`, `.to(dtype)` and the like, since half precision would alter
+    a fitted mask or covariance. `load_state_dict` also fills an unfitted module. Fitted or loaded, buffers are row-major and
+    aligned, for bitwise equal scores.
     """
 
     _place: Tensor
@@ -39,19 +39,19 @@ class FittedModule(nn.Module):
     def __init__(self, *fitted: str) -> None:
         super().__init__()
         self._fitted_names = fitted
-        # Remembers the device of a module that has no other buffer yet.
+        # Tracks the device of a module without other buffers.
         self.register_buffer("_place", torch.empty(0), persistent=False)
         for name in fitted:
             self.register_buffer(name, None)
 
     @property
     def is_fitted(self) -> bool:
-        """Whether every fitted buffer, here and in parts that are fitted modules themselves, is there."""
+        """Whether all fitted buffers are set, here and in fitted submodules."""
         own = all(self._buffers[name] is not None for name in self._fitted_names)
         return own and all(child.is_fitted for child in self.children() if isinstance(child, FittedModule))
 
     def set_fitted(self, **values: Tensor) -> None:
-        """Set fitted buffers, detached, on this module's device, as `aligned`."""
+        """Set fitted buffers, detached, `aligned` and on this module's device."""
         for name, value in values.items():
             self._buffers[name] = aligned(value.detach().to(self._place.device))
 

@@ -1,4 +1,4 @@
-"""CUDA graphs of the way from a feature map to the scores, for batches so small that starting kernels costs more than they do."""
+"""CUDA graphs of scoring from the feature map on, for small batches dominated by kernel launch overhead."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .scores import Scores
 __all__ = ["LARGEST_BUCKET", "ScoringGraphs"]
 
 LARGEST_BUCKET = 64
-"""Larger batches keep the GPU busy without a graph."""
+"""Larger batches saturate the GPU without a graph."""
 
 Inputs = tuple[Tensor | None, Tensor | None, Tensor]
-"""(feature map, what the head received, which images are finite)."""
+"""(feature map, head input, mask of finite images)."""
 
 Score = Callable[[Inputs], Scores]
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
@@ -32,14 +32,14 @@ class _Graph(NamedTuple):
 
 
 class ScoringGraphs:
-    """One captured graph for each batch bucket (the next power of two) and kind of input, with inputs of its own.
+    """One captured graph with static inputs per batch bucket (the next power of two) and kind of input.
 
-    A batch is copied in, the rest of the bucket filled with NaN, and the outputs are cloned, so that nothing handed out changes
-    later. One lock serves all threads, for the buffers are shared.
+    A batch is copied into the static inputs, the rest of the bucket is filled with NaN, and outputs are cloned, so that returned
+    scores never change. A lock guards the shared buffers.
 
     Args:
-        score: from inputs to scores, without waiting for the device.
-        capture: records a function without arguments; returns how to run it again, and the tensor it then fills.
+        score: inputs → scores, without device synchronisation.
+        capture: records a nullary function; returns its replay and the tensor that the replay fills.
     """
 
     def __init__(self, score: Score, capture: Capture | None = None) -> None:
@@ -50,7 +50,7 @@ class ScoringGraphs:
         self._fitted: Hashable = None
 
     def __call__(self, inputs: Inputs, fitted: Hashable) -> Scores:
-        """Scores of a batch of up to `LARGEST_BUCKET`; `fitted` changes with whatever the graphs have taken in."""
+        """Scores of a batch of up to `LARGEST_BUCKET`; a new `fitted` key invalidates all graphs."""
         samples = len(inputs[2])
         bucket = 1 << (samples - 1).bit_length()
         key = (bucket, *(_kind(tensor) for tensor in inputs))
@@ -80,7 +80,7 @@ class ScoringGraphs:
             scores = self._score(static)
             names[:] = [tuple(scores), tuple(scores.clamped)]
             counts = [count.expand(bucket) for count in scores.clamped.values()]
-            # fp64 holds scores and counts exactly.
+            # fp64 represents scores and counts exactly.
             return torch.stack([row.double() for row in (*scores.values(), *counts)])
 
         replay, outputs = self._capture(run)
@@ -88,7 +88,7 @@ class ScoringGraphs:
 
 
 def capture_cuda_graph(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Record a function on the current CUDA device after warming it up."""
+    """Capture a function on the current CUDA device after a warm-up."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -96,21 +96,21 @@ def capture_cuda_graph(function: Callable[[], Tensor]) -> tuple[Callable[[], Non
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Other threads may go on using the device meanwhile.
+    # Other threads may use the device during capture.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = function()
     return graph.replay, outputs
 
 
 def _kind(tensor: Tensor | None) -> Hashable:
-    """What a graph is recorded for: everything about a tensor but its first size and its address."""
+    """Graph key of a tensor: everything except its batch size and address."""
     if tensor is None:
         return None
     return tensor.shape[1:], tensor.dtype, tensor.device, tensor.stride()[1:]
 
 
 def _static(tensor: Tensor | None, bucket: int) -> Tensor | None:
-    """A buffer for `bucket` rows like those of the tensor, in its memory format."""
+    """A buffer of `bucket` rows in the tensor's shape, dtype and memory format."""
     if tensor is None:
         return None
     buffer = torch.zeros((bucket, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)

@@ -1,4 +1,4 @@
-"""The arithmetic of an engine: kernels or plain torch, precision, CUDA graphs."""
+"""The arithmetic of an engine: backend, precision, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -24,16 +24,26 @@ _LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Runtime:
-    """Precision, backend and CUDA graphs of everything an engine computes: fitting, calibration, tuning and scores.
+    """Precision, backend and CUDA graphs of fitting, calibration, tuning and scoring.
 
-    A state file holds precision and backend of its calibration and no more; loading it under others warns.
+    A state file records only the precision and backend of its calibration; loading it under others warns.
 
     Attributes:
-        precision: what the GPU kernels round the operands of matrix products to: "ieee", "tf32x3", "tf32", "bf16" or "fp16",
-            see `ood_kernels.score`. With the last two the subspace is also kept in half precision, half the bytes to read.
-        backend: "triton", "reference", or None for what the device and OOD_ENGINE_BACKEND say.
-        cuda_graph: on a GPU, replay the way from the feature map to the scores as one CUDA graph for batches of up to 64, for
-            the lowest latency. Without a GPU it changes nothing.
+        precision: operand precision of matrix products in GPU kernels: "ieee", "tf32x3", "tf32", "bf16" or "fp16", see
+            `ood_kernels.score`. The last two also store the subspace in half precision, at half the memory traffic.
+        backend: "triton", "reference", or None: chosen by the device and OOD_ENGINE_BACKEND.
+        cuda_graph: on a GPU, replay scoring from the feature map on as one CUDA graph for batches of up to 64, for the lowest
+            latency. No effect without a GPU.
+
+    Raises:
+        InputError: an unknown precision or backend.
+
+    Example:
+        >>> from ood_engine import Engine
+        >>> from ood_engine.demo import small_cnn
+        >>> engine = Engine(small_cnn(), runtime=Runtime(precision="tf32", cuda_graph=True))
+        >>> engine.runtime
+        Runtime(precision='tf32', backend=None, cuda_graph=True)
     """
 
     precision: str = "ieee"
@@ -48,14 +58,14 @@ class Runtime:
 
     @property
     def arithmetic(self) -> dict[str, str | None]:
-        """What rounds a score: precision and backend."""
+        """The settings that affect rounding: precision and backend."""
         return {"precision": self.precision, "backend": self.backend}
 
 
 class Kernels:
-    """The functions of `ood_kernels` as one engine calls them.
+    """The operators of `ood_kernels` under one runtime.
 
-    For a GPU it keeps masks packed to bits and bases in half precision, made once for each fitted tensor.
+    On a GPU, bit-packed masks and half-precision bases are cached per fitted tensor.
 
     Args:
         runtime: backend and precision.
@@ -68,7 +78,7 @@ class Kernels:
         self._bases = WeakIdKeyDictionary()
 
     def __reduce__(self) -> tuple[type[Kernels], tuple[Runtime]]:
-        # A copy, here or in another process, prepares its own tensors.
+        # A copy rebuilds its own cache.
         return Kernels, (self.runtime,)
 
     def pool_nap(self, feature_map: Tensor, eps: float, rectify: bool) -> tuple[Tensor, ...]:
@@ -96,7 +106,7 @@ class Kernels:
         eps: float,
         rectify: bool,
     ) -> ok.ScoreOutputs:
-        """Everything in one pass over the map."""
+        """All scores in one pass over the map."""
         pruned = ok.Head(head.weight, head.bias, *self._prepare_masks(masks))
         tensors = None if basis is None else self._prepare_basis(basis)
         return ok.score(feature_map, pruned, tensors, eps, rectify=rectify, **self._options)
@@ -130,10 +140,10 @@ class Kernels:
 
 
 def _version(tensor: Tensor) -> int:
-    """Counts changes in place; inference tensors do not count."""
+    """In-place modification count; 0 for inference tensors, which have none."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def full_precision(device: torch.device) -> torch.autocast:
-    """No autocast, which is for the model: detectors would run in half precision behind the caller's back."""
+    """A context without autocast, which is meant for the model: detectors would silently run in half precision."""
     return torch.autocast(device.type, enabled=False)

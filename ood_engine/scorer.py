@@ -1,4 +1,4 @@
-"""From images, feature maps or cached features to scores: one forward of the model, one read of the map, every detector."""
+"""Scoring of images, feature maps and cached features: one forward pass, one read of the map, every detector."""
 
 from __future__ import annotations
 
@@ -28,22 +28,20 @@ __all__ = ["Scorer"]
 
 
 class Scorer:
-    """A tap on a model, the detectors that read what it catches, their thresholds, and the arithmetic of all of it.
-
-    Fitting, calibration, tuning and scores all compute through `kernels`.
+    """A tapped model, its detectors, their thresholds, and one set of kernels for fitting, calibration, tuning and scoring.
 
     Args:
-        tap: finds and catches what the detectors read.
+        tap: source of the detectors' inputs.
         detectors: name → detector, fitted or not.
         runtime: precision, backend and CUDA graphs.
-        rectify: let NAP see ReLU(map).
+        rectify: compute NAP on ReLU(map).
 
     Attributes:
-        image_shape: (C, H, W) that images must have; None where they may vary.
-        is_fitted: whether the detectors are.
+        image_shape: required (C, H, W) of images; None if they may vary.
+        is_fitted: whether the detectors are fitted.
         calibrations: name → calibration; empty before `calibrate`.
-        calibration_cache: what the thresholds were set from; None after loading.
-        calibrated_under: precision and backend that the thresholds were set under.
+        calibration_cache: features of the calibration samples; None after loading.
+        calibrated_under: precision and backend of the calibration.
     """
 
     def __init__(self, tap: Tap, detectors: dict[str, Detector], runtime: Runtime, *, rectify: bool = False) -> None:
@@ -59,7 +57,7 @@ class Scorer:
 
     @property
     def runtime(self) -> Runtime:
-        """Precision, backend and CUDA graphs; setting another arithmetic sets the thresholds again, from their features."""
+        """Precision, backend and CUDA graphs; assigning another arithmetic recalibrates from the cached features."""
         return self.kernels.runtime
 
     @runtime.setter
@@ -70,7 +68,7 @@ class Scorer:
         self.warn_of_arithmetic()
 
     def warn_of_arithmetic(self) -> None:
-        """Warn where the thresholds were set under another precision or backend than scores are computed in."""
+        """Warn if precision or backend differ between calibration and scoring."""
         if self.calibrations and self.calibrated_under != self.runtime.arithmetic:
             then, now = (
                 f"precision={one['precision']!r}, backend={one['backend']!r}"
@@ -78,14 +76,14 @@ class Scorer:
             )
             warnings.warn(
                 f"the thresholds were calibrated under {then}, scores are computed under {now}: expected the same arithmetic;"
-                " call calibrate(loader) with fresh ID images, or take the runtime of the calibration",
+                " call calibrate(loader) with fresh ID images, or use the runtime of the calibration",
                 OodEngineWarning,
                 stacklevel=3,
             )
 
     @property
     def head(self) -> ok.Head:
-        """The unpruned head: weight [C, D] and bias, as they are in the model now."""
+        """The unpruned head: current weight [C, D] and bias of the model."""
         layer = self.tap.head
         return ok.Head(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
 
@@ -102,11 +100,10 @@ class Scorer:
             )
 
     def run(self, images: Tensor) -> Captured:
-        """One forward of the model.
+        """One forward pass of the model.
 
         Raises:
-            InputError: not a batch of floating point images, an empty batch, images of another size than those of `fit`, or
-                images the model rejects.
+            InputError: not a floating-point batch, an empty batch, a shape other than in `fit`, or images the model rejects.
         """
         if isinstance(images, Tensor) and images.ndim > 1 and images.is_floating_point():
             if images.shape[:1] == (0,):
@@ -114,17 +111,17 @@ class Scorer:
             if self.image_shape is not None and images.shape[1:] != self.image_shape:
                 fitted = ", ".join(map(str, self.image_shape))
                 raise InputError(
-                    f"images {list(images.shape)}: expected [N, {fitted}], the channels and size of fit; preprocess them alike, or"
-                    " fit on this size"
+                    f"images {list(images.shape)}: expected [N, {fitted}], the channels and size of fit; use the same"
+                    " preprocessing, or refit on this size"
                 )
         return self.tap(images)
 
     def check_map(self, feature_map: Tensor) -> str | None:
-        """Why NAP cannot read this map; None where it can."""
+        """Why NAP is undefined on this map; None if it is defined."""
         if self.rectify:
             return None
         negative = feature_map[feature_map < 0]
-        negative = negative[torch.isfinite(negative)]  # a bad image is refused for what it is
+        negative = negative[torch.isfinite(negative)]  # non-finite inputs are reported elsewhere
         if not len(negative):
             return None
         return (
@@ -133,7 +130,7 @@ class Scorer:
         )
 
     def extract(self, loader: Loader, what: str, progress: bool = False) -> FeatureCache:
-        """The features of everything a loader yields, in memory."""
+        """In-memory features of all images of a loader."""
         writer = CacheWriter()
         with torch.inference_mode(False), torch.no_grad():
             for images, labels in image_batches(loader, what, progress):
@@ -141,10 +138,10 @@ class Scorer:
         return writer.finish()
 
     def extract_batch(self, images: Tensor, labels: Tensor) -> CacheRows:
-        """The cache rows of one batch; an image with NaN or Inf has NaN features.
+        """Cache rows of one batch; features of an image with NaN or Inf are NaN.
 
         Raises:
-            DetectorUnavailableError: a detector reads the map, and it has negative values without `rectify`.
+            DetectorUnavailableError: a detector needs the map, which has negative values, without `rectify`.
         """
         captured = self.run(images)
         features = wide(captured.head_input)
@@ -159,7 +156,7 @@ class Scorer:
             maximum = statistics.maximum
             if plan.proven:
                 features = wide(self.tap.features(statistics.h))
-            # Kept only where NAP does not pool what the head reads.
+            # Stored only if NAP pools something other than the head input.
             is_pooled = plan.proven and plan.tail is None and not self.rectify
             nap_mean = nothing if is_pooled else statistics.nap_mean
         valid = finite_rows(images).to(features.device)
@@ -171,34 +168,34 @@ class Scorer:
         return self.score_captured(images, self.run(images))
 
     def score_captured(self, images: Tensor, captured: Captured) -> Scores:
-        """Scores of images that the model has been run on."""
+        """Scores of images from the captured activations of their forward pass."""
         valid = finite_rows(images).to(captured.head_input.device)
         return self.score_inputs((captured.feature_map if self.reads_map else None, captured.head_input, valid))
 
     def score_features(self, feature_map: Tensor | None, features: Tensor | None) -> Scores:
-        """Scores from what the model computed already.
+        """Scores from precomputed activations.
 
         Raises:
-            InputError: neither is enough, or shapes that do not fit the head.
+            InputError: missing inputs, or shapes that do not match the head.
         """
         width = self.head.weight.shape[1]
         if feature_map is not None:
             is_map = feature_map.ndim == 4 and 0 not in feature_map.shape[1:]
             if not is_map or not feature_map.is_floating_point():
                 raise InputError(
-                    f"feature_map: expected a floating point [N, D, H, W], got {feature_map.dtype} {list(feature_map.shape)}"
+                    f"feature_map: expected a floating-point [N, D, H, W], got {feature_map.dtype} {list(feature_map.shape)}"
                 )
         if features is None and (feature_map is None or not self.tap.plan.proven or feature_map.shape[1] != width):
             came = "none" if feature_map is None else str(list(feature_map.shape))
             raise InputError(
-                f"feature_map {came}: expected [N, {width}, H, W] of a proven map; for others pass features [N, {width}] as well"
+                f"feature_map {came}: expected [N, {width}, H, W] of a verified map; otherwise pass features [N, {width}] too"
             )
         if features is not None:
             rows = "N" if feature_map is None else feature_map.shape[0]
             fits = features.ndim == 2 and features.shape[1] == width and rows in ("N", features.shape[0])
             if not fits or not features.is_floating_point():
                 raise InputError(
-                    f"features: expected a floating point [{rows}, {width}] as the head receives them, got {features.dtype}"
+                    f"features: expected floating-point head input [{rows}, {width}], got {features.dtype}"
                     f" {list(features.shape)}"
                 )
         given = feature_map if features is None else features
@@ -207,7 +204,7 @@ class Scorer:
         return self.score_inputs((feature_map, features, valid))
 
     def score_inputs(self, inputs: Inputs) -> Scores:
-        """Scores from a map and what the head received, replayed as a CUDA graph where the runtime says so."""
+        """Scores from a feature map and head input, by CUDA graph replay if the runtime enables it."""
         valid = inputs[2]
         if self.kernels.runtime.cuda_graph and valid.is_cuda and 0 < len(valid) <= LARGEST_BUCKET:
             fitted = tuple((id(detector), detector.revision) for detector in self.detectors.values())
@@ -228,13 +225,13 @@ class Scorer:
             return Scores.concatenate([self._score_signals(signals).cpu() for signals in self.cached_signals(cache)])
 
     def cached_signals(self, cache: FeatureCache) -> Iterator[Signals]:
-        """What the detectors read of cached samples, in batches."""
+        """Detector inputs of cached samples, in batches."""
         head = self.head
         for rows in cache.batches():
             yield signals_from_rows(rows, head, self.kernels)
 
     def signals(self, feature_map: Tensor | None, head_input: Tensor | None) -> Signals:
-        """What the detectors read: from one read of the map, or none where no detector needs it and the head's input is there."""
+        """Detector inputs from one read of the map, or none if no detector needs it and the head input is given."""
         head, kernels, plan = self.head, self.kernels, self.tap.plan
         constants, pruner, basis = self._needs()
         if feature_map is None or not (constants or head_input is None):
@@ -266,7 +263,7 @@ class Scorer:
         return Signals(wide(features), head, kernels, statistics=statistics, nap=nap, pruner=pruner)
 
     def _needs(self) -> tuple[set[float], Detector | None, HasBasisTensors | None]:
-        """NAP's constants, the first detector that prunes the head, and the first basis: what one pass can give."""
+        """NAP constants, the first pruning detector and the first basis: what one fused pass can compute."""
         constants: set[float] = set()
         pruner: Detector | None = None
         basis: HasBasisTensors | None = None
@@ -280,22 +277,22 @@ class Scorer:
         return constants, pruner, basis
 
     def _score_signals(self, signals: Signals, valid: Tensor | None = None) -> Scores:
-        """Every detector's score; NaN in rows that are not sound."""
-        sound = torch.isfinite(signals.features).all(1)
+        """Every detector's score; NaN in rows with a non-finite input or score."""
+        finite = torch.isfinite(signals.features).all(1)
         if valid is not None:
-            sound &= valid
+            finite &= valid
         scores = {}
         with full_precision(signals.features.device):
             for name, detector in self.detectors.items():
                 score = detector(signals).float()
-                scores[name] = torch.where(sound & torch.isfinite(score), score, torch.nan)
+                scores[name] = torch.where(finite & torch.isfinite(score), score, torch.nan)
         return Scores(scores, signals.clamped)
 
     def fit(self, cache: FeatureCache, detectors: dict[str, Detector], seed: int, progress: bool = False) -> None:
-        """Fit detectors from the features of ID samples, and score with them from now on.
+        """Fit detectors on cached ID features, and replace the current ones.
 
         Raises:
-            InputError: samples that are too few or not finite, or labels out of range; the detectors are then as before.
+            InputError: too few or non-finite samples, or labels out of range; the current detectors then stay.
         """
         data = FitData(cache, self.head, self.kernels, seed, progress)
         with full_precision(self.tap.device):
@@ -305,10 +302,10 @@ class Scorer:
         self.detectors, self.is_fitted = detectors, True
 
     def calibrate(self, cache: FeatureCache, false_alarm_rate: float) -> None:
-        """Set thresholds from the features of fresh ID samples.
+        """Set the thresholds from cached features of held-out ID samples.
 
         Raises:
-            CalibrationError: too few samples for the rate, or scores that are not finite.
+            CalibrationError: too few samples for the rate, or non-finite scores.
         """
         scores = self.score_cache(cache)
         self.calibrations = {
@@ -317,7 +314,7 @@ class Scorer:
         self.calibration_cache, self.calibrated_under = cache, self.runtime.arithmetic
 
     def recalibrate(self) -> None:
-        """Set thresholds again after settings changed; without the features they were set from there are none any more."""
+        """Recompute the thresholds after a change of settings; drop them if the calibration features are not in memory."""
         rates = {calibration.false_alarm_rate for calibration in self.calibrations.values()}
         self.calibrations = {}
         if self.calibration_cache is not None and rates:

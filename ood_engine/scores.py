@@ -1,4 +1,4 @@
-"""What the engine hands back: scores by detector, and counts of what was not sound."""
+"""The result of scoring: scores by detector, with counts of non-finite and clamped ones."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ __all__ = ["Scores"]
 
 
 class Scores(dict[str, Tensor]):
-    """Detector name → float32 [N], higher = more in-distribution; NaN for an input that gives no sound score.
+    """Detector name → float32 [N], higher = more in-distribution; NaN for an input without a finite score.
 
     Attributes:
-        bad_rows: 0-d int64 on the device of the scores: rows with a NaN in any score.
-        clamped: detector name → 0-d int64: rows whose base score was not positive and was clamped (see `detectors.nap`).
+        bad_rows: 0-d int64, on the device of the scores: number of rows with NaN in any score.
+        clamped: detector name → 0-d int64: number of rows with a non-positive, clamped base score (see `detectors.nap`).
+
+    Example:
+        >>> scores = Scores({"msp": torch.tensor([0.9, torch.nan]), "energy": torch.tensor([4.0, 1.0])})
+        >>> scores["msp"], int(scores.bad_rows)
+        (tensor([0.9000,    nan]), 1)
     """
 
     def __init__(self, scores: dict[str, Tensor], clamped: dict[str, Tensor] | None = None) -> None:
@@ -28,23 +33,23 @@ class Scores(dict[str, Tensor]):
 
     @classmethod
     def concatenate(cls, parts: list[Scores]) -> Scores:
-        """The scores of several batches as one."""
+        """Concatenated scores of several batches."""
         names = parts[0].keys()
         clamped = {name: torch.stack([part.clamped[name] for part in parts]).sum() for name in parts[0].clamped}
         return cls({name: torch.cat([part[name] for part in parts]) for name in names}, clamped)
 
     def cpu(self) -> Scores:
-        """The same on the host."""
+        """A copy on the CPU."""
         clamped = {name: count.cpu() for name, count in self.clamped.items()}
         return Scores({name: score.cpu() for name, score in self.items()}, clamped)
 
     def report(self) -> None:
-        """Warn, once the scores are on the host, about rows without a score and about clamped ones."""
+        """Warn of rows without a score and of clamped ones; synchronises with the device."""
         total = len(next(iter(self.values()))) if self else 0
         if int(self.bad_rows):
             warnings.warn(
-                f"{int(self.bad_rows)} of {total} inputs have no score (NaN): their pixels or activations are NaN or infinite; look"
-                " at those images",
+                f"{int(self.bad_rows)} of {total} inputs have no score (NaN): their pixels or activations are NaN or infinite;"
+                " check those images",
                 OodEngineWarning,
                 stacklevel=3,
             )

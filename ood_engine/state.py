@@ -1,8 +1,8 @@
-"""State files: safetensors with a JSON header; nothing is ever unpickled.
+"""State files: safetensors with a JSON header, without pickle.
 
-The header holds the format and package versions, what was tapped, a digest of the head, every detector's settings and a digest
-of all tensors; the tensors are the detectors' buffers, the calibration scores, the fingerprints of the fitted samples and the
-canary. Tensors that several detectors share are stored once.
+The header holds the format and package versions, the tap plan, a digest of the head, every detector's settings and a digest of
+all tensors; the tensors are the detectors' buffers, the calibration scores, the fingerprints of the fit samples and the canary.
+Tensors shared by several detectors are stored once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _DIGEST_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class HeadDigest(NamedTuple):
-    """By which a head is told from others: its sizes, and SHA-256 of its values in each dtype the model may be cast to."""
+    """Identity of a head: its sizes, and the SHA-256 of its values in every dtype the model may be cast to."""
 
     classes: int
     features: int
@@ -62,15 +62,15 @@ class HeadDigest(NamedTuple):
         return cls(classes, features, head.bias is not None, _name(head.weight.dtype), digests)
 
     def check(self, other: HeadDigest, path: Path) -> None:
-        """Raise StateError unless `other`, of the model at hand, is the same head."""
+        """Raise StateError unless `other`, the head of the given model, is the same."""
         if self[:3] != other[:3]:
             raise StateError(
-                f"{path}: fitted to a head of {self._words()}, this model's has {other._words()}; load the model that was fitted,"
-                " or fit again"
+                f"{path}: fitted to a head of {self._words()}, this model's has {other._words()}; load the model of the fit,"
+                " or refit"
             )
         if self.digests[other.dtype] != other.digests[other.dtype]:
             raise StateError(
-                f"{path}: fitted to another head: shapes agree, weights do not; load the checkpoint that was fitted, or fit again"
+                f"{path}: fitted to another head: shapes agree, weights do not; load the checkpoint of the fit, or refit"
             )
 
     def _words(self) -> str:
@@ -79,22 +79,22 @@ class HeadDigest(NamedTuple):
 
 @dataclass
 class State:
-    """Everything of an engine that outlives the process.
+    """The persistent state of an engine.
 
     Attributes:
-        plan: which head and feature map were found.
-        head: digest of the head it was fitted to.
-        rectify: whether NAP sees ReLU(map).
-        image_shape: (C, H, W) of the images of `fit`; None where they varied.
-        seed: of everything drawn while fitting.
+        plan: the head and feature map found.
+        head: digest of the head.
+        rectify: whether NAP is computed on ReLU(map).
+        image_shape: (C, H, W) of the images of `fit`; None if they varied.
+        seed: seed of every random choice in fitting.
         detectors: name → fitted detector.
         calibrations: name → calibration; empty before `calibrate`.
         calibrated_under: precision and backend of the calibration; None before it.
-        fit_fingerprints: int64 [n] of the samples of `fit`.
-        canary: ID samples with the scores they had.
-        unavailable: default detectors that the model cannot have → why.
+        fit_fingerprints: int64 [n] fingerprints of the samples of `fit`.
+        canary: ID samples with their scores.
+        unavailable: default detector → why this model does not support it.
         tuning: rows of the last tuning.
-        information: the user's facts; JSON values.
+        information: user metadata; JSON values.
     """
 
     plan: TapPlan
@@ -112,11 +112,11 @@ class State:
     information: dict[str, Any]
 
     def to(self, device: torch.device) -> None:
-        """Move everything fitted; a tensor that several detectors share stays one."""
+        """Move all fitted tensors; shared tensors stay shared."""
         moved: dict[int, tuple[Tensor, Tensor]] = {}
 
         def once(tensor: Tensor) -> Tensor:
-            # The original is kept beside its copy, for an id is only unique among the living.
+            # Keeps the original alive next to its copy, since an id is unique only among live objects.
             return moved.setdefault(id(tensor), (tensor, tensor.to(device)))[1]
 
         for module in (*self.detectors.values(), *self.calibrations.values()):
@@ -124,23 +124,23 @@ class State:
 
 
 def write(state: State, path: Path) -> None:
-    """Write a state file, whole or not at all.
+    """Write a state file atomically.
 
     Raises:
-        OodEngineError: the disk is full, or the place cannot be written.
+        OodEngineError: a full disk, or a path that cannot be written.
     """
     tensors, aliases = _share(_tensors(state))
     header = _header(state) | {"aliases": aliases, "tensors_digest": _tensors_digest(tensors)}
     text = json.dumps(header, sort_keys=True)
     metadata = {_KEY: text, "digest": hashlib.sha256(text.encode()).hexdigest()}
     try:
-        # safetensors' own writer makes files that only their owner may read.
+        # The writer of safetensors creates files readable by their owner alone.
         with atomic_file(path) as file:
             file.write(to_bytes(tensors, metadata))
     except OSError as error:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         raise OodEngineError(
-            f"{path}: could not be written ({error}); {size / 2**20:.1f} MiB are needed; free some space or name another place"
+            f"{path}: could not be written ({error}); {size / 2**20:.1f} MiB are needed; free some space or choose another path"
         ) from error
 
 
@@ -148,7 +148,7 @@ def read_header(path: Path) -> dict[str, Any]:
     """The header of a state file, without its tensors and without a model.
 
     Raises:
-        StateError: no such file, not a state file, damaged, altered, or of another format version.
+        StateError: no such file, not a state file, damaged, altered, or another format version.
     """
     return _open(path, with_tensors=False)[0]
 
@@ -205,7 +205,7 @@ def _tensors(state: State) -> dict[str, Tensor]:
 
 
 def _share(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(each distinct tensor once, contiguous on the CPU; key → key that holds the same tensor)."""
+    """(distinct tensors, contiguous on the CPU; duplicate key → key of the same tensor)."""
     first: dict[tuple[Any, ...], str] = {}
     aliases = {}
     distinct = {}
@@ -239,7 +239,7 @@ def _header(state: State) -> dict[str, Any]:
 
 
 def _by_basis(detectors: Iterable[Detector]) -> list[list[Any]]:
-    """The detectors with a subspace of gradient space, those together that share its tensors."""
+    """The detectors with a gradient subspace, grouped by shared tensors."""
     found: dict[int, list[Any]] = {}
     for detector in detectors:
         basis = getattr(detector, "basis", None)
@@ -249,7 +249,7 @@ def _by_basis(detectors: Iterable[Detector]) -> list[list[Any]]:
 
 
 def _subspace(detectors: list[Any]) -> dict[str, Any]:
-    """A subspace, which detectors read it, and what its basis and others cost for a batch of 64."""
+    """A subspace, its detectors, and the cost of its basis and the alternatives for a batch of 64."""
     basis: Basis = detectors[0].basis
     plan = basis.plan(samples=64)
     return {
@@ -270,24 +270,20 @@ def _open(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, 
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()} if with_tensors else {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise StateError(
-            f"{path}: truncated, or not a safetensors file ({error}); copy it again or fit anew"
-        ) from error
+        raise StateError(f"{path}: truncated, or not a safetensors file ({error}); copy it again or refit") from error
     text = metadata.get(_KEY)
     if text is None:
-        raise StateError(
-            f"{path}: a safetensors file, but not an ood-engine state; give the file that engine.save wrote"
-        )
+        raise StateError(f"{path}: a safetensors file, but not an ood-engine state; pass a file written by engine.save")
     if hashlib.sha256(text.encode()).hexdigest() != metadata.get("digest"):
-        raise StateError(f"{path}: its header was altered since it was written; copy it again or fit anew")
+        raise StateError(f"{path}: its header was altered since it was written; copy it again or refit")
     header: dict[str, Any] = json.loads(text)
     if header.get("format") != FORMAT:
         raise StateError(
             f"{path}: format version {header.get('format')}, written by ood-engine {header.get('package')}: expected version"
-            f" {FORMAT}; fit again with this version, or install the one that wrote it"
+            f" {FORMAT}; refit with this version, or install the one that wrote it"
         )
     if with_tensors and _tensors_digest(tensors) != header["tensors_digest"]:
-        raise StateError(f"{path}: its tensors were altered since it was written; copy it again or fit anew")
+        raise StateError(f"{path}: its tensors were altered since it was written; copy it again or refit")
     return header, tensors
 
 

@@ -1,4 +1,4 @@
-"""The version of the package, as it was installed; a plain checkout is the development version."""
+"""The installed package version; a source checkout has a development version."""
 
 from __future__ import annotations
 

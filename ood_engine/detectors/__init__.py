@@ -1,4 +1,4 @@
-"""One file a paper. Every module here is imported, so a new file with `@register("name")` is a new detector."""
+"""Detectors, one file per paper. All modules here are imported: a file with `@register("name")` adds a detector."""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -1,4 +1,4 @@
-"""What a detector is, and the names under which detectors are found."""
+"""The detector interface and the registry of detectors by name."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["Detector", "available_detectors", "changed_settings", "create_detect
 
 
 class Detector(FittedModule):
-    """One score: `forward(signals)` gives [N], higher = more in-distribution; the fitted state is its buffers.
+    """One score: `forward(signals)` returns [N], higher = more in-distribution; the fitted state is its buffers.
 
     Attributes:
-        name: the registered name it was made under.
-        settings: every constructor argument with its value, enough to make it again.
-        needs_map: whether it reads the feature map; a model without one cannot have it.
-        prunes: whether it scores a pruned head, whose `masks` it then has.
-        revision: how often its settings were changed since it was made.
+        name: registered name.
+        settings: all constructor arguments, sufficient to recreate it.
+        needs_map: whether it requires the feature map.
+        prunes: whether it scores a head pruned by its `masks`.
+        revision: number of changes of settings since creation.
     """
 
     needs_map: ClassVar[bool] = False
@@ -40,7 +40,7 @@ class Detector(FittedModule):
         self.revision = 0
 
     def fit(self, data: FitData) -> None:
-        """Fit the buffers from cached ID samples; a detector without any needs nothing."""
+        """Fit the buffers on cached ID samples; by default there are none."""
 
     def forward(self, signals: Signals) -> Tensor:
         """Score [N], higher = more in-distribution."""
@@ -48,25 +48,25 @@ class Detector(FittedModule):
 
     @property
     def eps(self) -> float | None:
-        """The NAP constant that its score needs; None where it reads no map."""
+        """Its NAP constant; None without NAP."""
         return None
 
     @property
     def masks(self) -> Masks | None:
-        """The masks of the pruned head that its score needs; None where it prunes nothing."""
+        """Masks of its pruned head; None without pruning."""
         return None
 
     @property
     def gradient_basis(self) -> HasBasisTensors | None:
-        """The subspace whose coordinates its score needs; None where it needs none."""
+        """Subspace of the gradient coordinates it reads; None if it reads none."""
         return None
 
     def grid(self) -> Sequence[dict[str, Any]]:
-        """Settings worth trying on pseudo-OOD data that `configure` takes without a refit; empty where there are none."""
+        """Candidate settings for tuning on pseudo-OOD data, applied by `configure` without a refit."""
         return ()
 
     def configure(self, **settings: Any) -> None:
-        """Change settings that need no refit."""
+        """Change settings that do not require a refit."""
         self.settings.update(settings)
         self.revision += 1
 
@@ -76,7 +76,7 @@ _REGISTRY: dict[str, tuple[type[Detector], dict[str, Any], tuple[str, ...]]] = {
 
 
 def register(name: str, *, fixed: tuple[str, ...] = (), **defaults: Any) -> Callable[[_DetectorType], _DetectorType]:
-    """Class decorator: make the detector available as `name`, with defaults of its own; those in `fixed` are what it is."""
+    """Class decorator: register a detector as `name`, with its own `defaults`; settings in `fixed` cannot be changed."""
 
     def add(detector: _DetectorType) -> _DetectorType:
         _REGISTRY[name] = (detector, defaults, fixed)
@@ -86,7 +86,7 @@ def register(name: str, *, fixed: tuple[str, ...] = (), **defaults: Any) -> Call
 
 
 def available_detectors() -> tuple[str, ...]:
-    """The names that `Engine(detectors=...)` accepts."""
+    """The names accepted by `Engine(detectors=...)`."""
     return tuple(sorted(_REGISTRY))
 
 
@@ -107,7 +107,7 @@ def create_detector(name: str, **settings: Any) -> Detector:
     """A new, unfitted detector.
 
     Raises:
-        InputError: no detector of that name, or a setting it does not have, that its name fixes or that is out of range.
+        InputError: no detector of that name, or a setting that is unknown, fixed by the name or out of range.
     """
     defaults = default_settings(name)
     unknown = sorted(set(settings) - set(defaults))
@@ -127,7 +127,7 @@ def create_detector(name: str, **settings: Any) -> Detector:
 def changed_settings(detectors: Mapping[str, Detector], parameters: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The settings of every detector after `Engine.refit(**parameters)`.
 
-    A key is either a detector's name, with a dict of its settings, or the name of a setting, which goes to all that have it.
+    A key is a detector's name, with a dict of its settings, or a setting, applied to every detector that has it.
 
     Raises:
         InputError: a key that is neither.
@@ -142,6 +142,6 @@ def changed_settings(detectors: Mapping[str, Detector], parameters: Mapping[str,
                 changed[name][key] = value
         else:
             raise InputError(
-                f"refit({key}=...): expected a detector ({', '.join(changed)}) or a setting that one of them has"
+                f"refit({key}=...): expected a detector ({', '.join(changed)}) or a setting of one of them"
             )
     return changed

@@ -12,7 +12,16 @@ __all__ = ["MSP", "Energy", "MaxLogit"]
 
 @register("energy")
 class Energy(Detector):
-    """S = log Σ_c exp(z_c), the negative free energy at temperature 1."""
+    """S = log Σ_c exp(z_c), the negative free energy at temperature 1.
+
+    Example:
+        >>> import torch
+        >>> from ood_engine import Engine
+        >>> from ood_engine.demo import small_cnn
+        >>> engine = Engine(small_cnn(), ["energy"]).fit([torch.rand(64, 1, 8, 8)])
+        >>> engine.score(torch.rand(2, 1, 8, 8))["energy"].shape
+        torch.Size([2])
+    """
 
     def forward(self, signals: Signals) -> Tensor:
         """[N] logsumexp of the logits."""
@@ -21,7 +30,17 @@ class Energy(Detector):
 
 @register("msp")
 class MSP(Detector):
-    """S = max_c p_c, the maximum softmax probability."""
+    """S = max_c p_c, the maximum softmax probability.
+
+    Example:
+        >>> import torch
+        >>> from ood_engine import Engine
+        >>> from ood_engine.demo import small_cnn
+        >>> engine = Engine(small_cnn(), ["msp"]).fit([torch.rand(64, 1, 8, 8)])
+        >>> score = engine.score(torch.rand(2, 1, 8, 8))["msp"]
+        >>> bool((score > 1 / 8).all() and (score < 1).all())
+        True
+    """
 
     def forward(self, signals: Signals) -> Tensor:
         """[N] largest probability, in (0, 1]."""
@@ -30,8 +49,17 @@ class MSP(Detector):
 
 @register("max_logit")
 class MaxLogit(Detector):
-    """S = max_c z_c."""
+    """S = max_c z_c, the largest logit.
+
+    Example:
+        >>> import torch
+        >>> from ood_engine import Engine
+        >>> from ood_engine.demo import small_cnn
+        >>> engine = Engine(small_cnn(), ["max_logit"]).fit([torch.rand(64, 1, 8, 8)])
+        >>> engine.score(torch.rand(2, 1, 8, 8))["max_logit"].shape
+        torch.Size([2])
+    """
 
     def forward(self, signals: Signals) -> Tensor:
-        """[N] largest logit, from z_max = lse + log p_max: p_max is at least 1/C, so only lse is rounded."""
+        """[N] largest logit as lse + log p_max, which is well conditioned since p_max ≥ 1/C."""
         return signals.lse + signals.probabilities.amax(1).log()

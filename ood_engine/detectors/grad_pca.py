@@ -1,4 +1,4 @@
-"""GradPCA (arXiv 2505.16017): how much of a last-layer gradient lies in the subspace of the classes' mean gradients."""
+"""GradPCA (arXiv 2505.16017): share of a last-layer gradient within the subspace of the class-mean gradients."""
 
 from __future__ import annotations
 
@@ -31,18 +31,30 @@ _SUBSPACE = ("components", "anchor_cotangents", "anchor_features", "coefficients
 class GradPCA(Detector):
     """S = ‖Uᵀ(G - M)‖ / ‖G - M‖ in [0, 1]: U an orthonormal basis of the class-mean gradients Ḡ_c, centred by their mean M.
 
-    U has the leading eigenvectors of the K x K Gram matrix of Ḡ_c - M over the K classes that are present, every class alike
-    (our reading), and ‖G - M‖² = ‖a‖²‖h̃‖² - 2 aᵀ M h̃ + ‖M‖² in fp64. Classes are the labels, or predicted where there are none. A
-    gradient that equals M lies in every subspace, so its score is 1.
+    U holds the leading eigenvectors of the K x K Gram matrix of Ḡ_c - M over the K classes present, with equal weights (our
+    reading), and ‖G - M‖² = ‖a‖²‖h̃‖² - 2 aᵀ M h̃ + ‖M‖² in fp64. Unlabelled samples count for their predicted class. A gradient
+    equal to M lies in every subspace and scores 1.
 
-    For `sum_logits` it is PCA of class-mean features. Class means are taken over all samples for `sum_logits`, and for the other
-    cotangents while they fit 2 GiB (ours); beyond, over the `anchors_per_class` samples of each class with the smallest
+    With `sum_logits` this is PCA of class-mean features, over all samples. For other cotangents, class means are over all samples
+    up to 2 GiB (our default; the paper gives none), beyond that over the `anchors_per_class` samples with the smallest
     fingerprints.
 
     Args:
-        cotangent: the scalar that is differentiated, see `ood_kernels.reference.cotangent`.
-        explained: share of the trace of the Gram matrix that U explains; 0.99 is the paper's.
-        anchors_per_class: most samples of a class where class means do not fit memory; 10 is ours.
+        cotangent: the differentiated scalar, see `ood_kernels.reference.cotangent`.
+        explained: explained share of the trace of the Gram matrix; 0.99 is the paper's.
+        anchors_per_class: samples per class if the class means exceed memory; 10 is our default; the paper gives none.
+
+    Raises:
+        InputError: an unknown cotangent, or a setting out of range.
+
+    Example:
+        >>> import torch
+        >>> from ood_engine import Engine
+        >>> from ood_engine.demo import small_cnn
+        >>> engine = Engine(small_cnn(), ["grad_pca"]).fit([(torch.rand(64, 1, 8, 8), torch.arange(64) % 8)])
+        >>> score = engine.score(torch.rand(2, 1, 8, 8))["grad_pca"]
+        >>> bool((score >= 0).all() and (score <= 1).all())
+        True
     """
 
     def __init__(self, *, cotangent: str = "sum_logits", explained: float = 0.99, anchors_per_class: int = 10) -> None:
@@ -58,10 +70,10 @@ class GradPCA(Detector):
             self.register_buffer(name, None)
 
     def fit(self, data: FitData) -> None:
-        """Find the class means and their principal components.
+        """Compute the class means and their principal components.
 
         Raises:
-            InputError: one class only, or class means that are all equal.
+            InputError: a single class, or equal class means.
         """
         for name in _SUBSPACE:
             self._buffers[name] = None
@@ -69,12 +81,12 @@ class GradPCA(Detector):
         classes, membership = data.labels(index).unique(return_inverse=True)
         if len(classes) < 2:
             raise InputError(
-                f"grad_pca: {len(data)} ID samples of {len(classes)} class: expected at least 2 classes, for it looks at how the"
-                " mean gradients of classes differ; fit on samples of more classes"
+                f"grad_pca: {len(data)} ID samples of {len(classes)} class: expected at least 2 classes, as the subspace"
+                " spans differences between their mean gradients; fit on samples of more classes"
             )
         n_classes, width = data.head.weight.shape
         if self._cotangent == "sum_logits":
-            # a is the same for all samples, so a class mean is the gradient of its mean feature.
+            # a is constant, so a class mean is the gradient at the class-mean feature.
             features = _class_features(data, index, membership, len(classes))
             ones = features.new_ones((len(classes), n_classes))
             self._fit_anchors(ones, features, torch.arange(len(classes), device=features.device), data)
@@ -105,7 +117,7 @@ class GradPCA(Detector):
         return means
 
     def _fit_class_means(self, means: Tensor, data: FitData) -> None:
-        """Components as vectors, from the class means themselves."""
+        """Explicit components from the class means."""
         dtype, mean = reference.compute_dtype(data.head.weight), means.mean(0)
         scale = means.square().sum((1, 2)).max()
         means -= mean
@@ -120,7 +132,7 @@ class GradPCA(Detector):
         )
 
     def _fit_anchors(self, a: Tensor, h: Tensor, membership: Tensor, data: FitData) -> None:
-        """Components over anchors a [n, C], h [n, D] in fp64, of which `membership` [n] says the class, 0 to K - 1."""
+        """Components over anchors a [n, C], h [n, D] in fp64, with class `membership` [n] in 0 … K - 1."""
         averages = F.one_hot(membership).double()
         averages /= averages.sum(0)
         weights = averages.mean(1)
@@ -142,11 +154,11 @@ class GradPCA(Detector):
         )
 
     def _principal(self, gram: Tensor, scale: Tensor) -> Tensor:
-        """[K, r] that combines the differences Ḡ_c - M to orthonormal components, from their Gram matrix [K, K].
+        """[K, r] coefficients of orthonormal components over the differences Ḡ_c - M.
 
         Args:
-            gram: of the differences.
-            scale: the largest ‖Ḡ_c‖², which sets the rounding of the differences.
+            gram: Gram matrix [K, K] of the differences.
+            scale: the largest ‖Ḡ_c‖², which determines the rounding error of the differences.
         """
         values, vectors = torch.linalg.eigh(gram)
         values, vectors = values.flip(0), vectors.flip(1)
@@ -183,7 +195,7 @@ class GradPCA(Detector):
 
     @property
     def gradient_basis(self) -> GradPCA:
-        """Itself: it holds the tensors of its subspace."""
+        """The detector itself, which holds the tensors of its subspace."""
         return self
 
     def forward(self, signals: Signals) -> Tensor:
@@ -193,7 +205,7 @@ class GradPCA(Detector):
         mean, square = self.fitted("mean"), a.square().sum(1) * (h.square().sum(1) + 1)
         along = ((a @ mean[:, :-1]) * h).sum(1) + a @ mean[:, -1]
         total = square - 2 * along + self.fitted("mean_square")
-        # What is left of G = M after rounding, in fp64 here and in the coordinates' dtype there, has no direction.
+        # The rounding residue of G = M, here in fp64 and in the coordinates in their dtype, has no meaningful direction.
         rounding = max(64 * _EPSILON, 8 * torch.finfo(signals.features.dtype).eps ** 2)
         is_mean = total <= rounding * square
         score = torch.where(is_mean, 1.0, inside / total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()).clamp(max=1)
@@ -207,7 +219,7 @@ class GradPCA(Detector):
 
 
 def _class_features(data: FitData, index: Tensor, membership: Tensor, count: int) -> Tensor:
-    """[K, D] mean feature of every class in fp64, over all samples."""
+    """[K, D] mean feature per class in fp64, over all samples."""
     sums = torch.zeros((count, data.head.weight.shape[1]), dtype=torch.float64, device=membership.device)
     start = 0
     for signals in data.signals(index):
@@ -218,13 +230,13 @@ def _class_features(data: FitData, index: Tensor, membership: Tensor, count: int
 
 
 def _first_of_each(membership: Tensor, count: int) -> Tensor:
-    """Ascending rows of the first `count` members of every class."""
+    """Ascending rows of the first `count` members of each class."""
     order = membership.argsort(stable=True)
     return torch.cat([rows[:count] for rows in order.split(membership.bincount().tolist())]).sort().values
 
 
 def _inner_products(coefficients: Tensor, a: Tensor, h: Tensor) -> Tensor:
-    """[K, K] inner products of Σ_i coefficients_ik a_i ⊗ h̃_i, a block of rows of the samples' Gram matrix at a time."""
+    """[K, K] inner products of Σ_i coefficients_ik a_i ⊗ h̃_i, in row blocks of the samples' Gram matrix."""
     blocks = zip(a.split(_GRAM_BLOCK), h.split(_GRAM_BLOCK), coefficients.split(_GRAM_BLOCK), strict=True)
     return torch.stack([part.T @ (((left @ a.T) * (right @ h.T)) @ coefficients) for left, right, part in blocks]).sum(
         0

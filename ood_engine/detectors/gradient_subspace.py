@@ -1,4 +1,4 @@
-"""How a detector's subspace of gradient space is chosen and found from the ID samples."""
+"""Settings and fit of a detector's gradient subspace."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _PLANNED_BATCH = 64
 
 
 class GradientSubspace(NamedTuple):
-    """The settings of a subspace; equal ones find the same, once for all detectors.
+    """Settings of a subspace; detectors with equal settings share one fit.
 
     Attributes:
-        basis: "auto", or one of `ood_engine.subspace.BASES`; "auto" is the cheaper of "dual" and "explicit" for batches of 64.
-        n_components: K as a number, or the share of gradient variance to explain.
-        cotangent: the scalar that is differentiated.
+        basis: one of `ood_engine.subspace.BASES`, or "auto": the cheaper of "dual" and "explicit" for batches of 64.
+        n_components: K, or the explained share of the gradient variance.
+        cotangent: the differentiated scalar.
         normalisation: "none", "nfk" or "nfk-separable".
-        max_anchors: most anchors.
-        anchors: how they are chosen, see `ood_engine.subspace.anchors.choose_anchors`.
+        max_anchors: maximum number of anchors.
+        anchors: selection method, see `ood_engine.subspace.anchors.choose_anchors`.
     """
 
     basis: str
@@ -51,7 +51,7 @@ class GradientSubspace(NamedTuple):
     anchors: str
 
     def check(self) -> None:
-        """Raise InputError for a setting that is unknown, out of range or does not go with the others."""
+        """Raise InputError for settings that are unknown, out of range or incompatible."""
         if self.basis not in _NORMALISATIONS:
             raise InputError(f"basis={self.basis!r}: expected one of {', '.join(_NORMALISATIONS)}")
         reads_gram = self.basis in ("auto", "dual", "explicit")
@@ -65,29 +65,29 @@ class GradientSubspace(NamedTuple):
         check_anchor_method(self.anchors)
         if self.anchors != "first" and self.basis not in ("auto", "dual"):
             raise InputError(
-                f"anchors={self.anchors!r} with basis={self.basis!r}: expected 'first'; others need the auto or dual basis"
+                f"anchors={self.anchors!r} with basis={self.basis!r}: expected 'first'; other methods require the auto or dual basis"
             )
 
     def unfitted(self, tensors: Collection[str] = ()) -> Basis:
-        """An empty basis of the kind that these settings find.
+        """An unfitted basis of the kind given by these settings.
 
         Args:
-            tensors: names of the stored tensors that it is to take: which of the two "auto" was shows in them.
+            tensors: names of the stored tensors, which identify the outcome of "auto".
         """
         automatic = ExplicitBasis if "components" in tensors else DualBasis
         return BASES.get(self.basis, automatic)(cotangent=self.cotangent)
 
     def candidates(self, data: FitData) -> int:
-        """Most samples that the basis may be found from; at most half are, see `FitData.split`."""
+        """Maximum number of samples for fitting the basis; at most half are used, see `FitData.split`."""
         if self.basis == "class_average" and _holds_class_means(data):
             return len(data)
         return self.max_anchors * (1 if self.anchors == "first" else _CANDIDATES_PER_ANCHOR)
 
     def fit(self, data: FitData, index: Tensor) -> Basis:
-        """The basis found from the samples at `index`, once for all detectors with these settings.
+        """The basis fitted on the samples at `index`, shared by all detectors with these settings.
 
         Raises:
-            InputError: fewer than two samples, or samples that have no such basis.
+            InputError: fewer than two samples, or samples that do not admit such a basis.
         """
         key: Hashable = ("basis", self)
         return data.shared(key, lambda: self._fit(data, index))
@@ -107,7 +107,7 @@ class GradientSubspace(NamedTuple):
             "max_anchors": self.max_anchors,
         }
         if self.basis == "class_average":
-            # nfk is exact over class means alone, and says so where they are too large.
+            # Exact nfk requires the class means, and raises if they are too large.
             needs_means = _holds_class_means(data) or self.normalisation == "nfk"
             options |= {"labels": data.labels(index).to(p.device), "max_bytes": MAX_BYTES if needs_means else 0}
             return ClassAverageBasis.fit(p, h, **options)
@@ -122,6 +122,6 @@ class GradientSubspace(NamedTuple):
 
 
 def _holds_class_means(data: FitData) -> bool:
-    """Whether C class means can be held; what is decided must not depend on how many classes the samples happen to show."""
+    """Whether C class means fit in memory, regardless of the number of classes present in the samples."""
     classes, features = data.head.weight.shape
     return class_means_bytes(classes, classes, features + 1, compute_dtype(data.head.weight)) <= MAX_BYTES

@@ -1,6 +1,6 @@
-"""Low-dimensional gradients (arXiv 2310.17163): the last-layer gradient, projected onto few directions, then judged.
+"""Low-dimensional gradients (arXiv 2310.17163): a head on the last-layer gradient projected onto a small subspace.
 
-The paper differentiates all parameters; here it is the last layer, where the gradient has a closed form (see `ood_kernels`).
+The paper uses the gradient of all parameters; here it is that of the last layer, in closed form (see `ood_kernels`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["HEADS", "LowDimGradient"]
 
 _RESIDUAL_HEADS = ("residual", "vim")
 HEADS = (*VECTOR_HEADS, *_RESIDUAL_HEADS, "projected_norm")
-"""How a gradient is judged: its coordinates by a head, what is left of it outside the subspace, or their norm."""
+"""Scores of a gradient: a head on its coordinates, its residual outside the subspace, or the norm of its coordinates."""
 
 
 @register("low_dim_gradient")
@@ -39,36 +39,47 @@ HEADS = (*VECTOR_HEADS, *_RESIDUAL_HEADS, "projected_norm")
 @register("low_dim_gradient_projected_norm", fixed=("head",), head="projected_norm")
 @register("low_dim_gradient_ensemble", head="probe_energy", a=1.0)
 class LowDimGradient(Detector):
-    """A detector on g_low = ⟨G - Ḡ, V_k⟩, plus, with `a` > 0, the same detector on the forward side: S = S_low + a · S_forward.
+    """A head on g_low = ⟨G - Ḡ, V_k⟩; with `a` > 0 an ensemble with the same head in forward space, S = S_low + a · S_forward.
 
-    The subspace is found from anchors, at most half of the ID samples; the head is fitted on the others (see `FitData.split`).
-    Heads, of which those not named as the paper's are ours or another paper's turned to gradients:
+    The subspace is fitted on anchors, at most half of the ID samples; the head on the others (see `FitData.split`). Heads:
 
-    - `probe_energy`, `probe_msp`, `probe_react`, `probe_bats`: a linear probe, see `LinearProbe`; forward side Energy (MSP) of the
+    - `probe_energy`, `probe_msp`, `probe_react`, `probe_bats`: a linear probe, see `LinearProbe`; forward: Energy (MSP) of the
       model's logits.
-    - `knn`, `mahalanobis`, `mahalanobis_pp` (of normalised coordinates, arXiv 2505.18032): forward side the same on the features.
-    - `residual`: -‖(I - VVᵀ)(G - Ḡ)‖, what lies outside the subspace; no forward side.
-    - `vim`: lse - α ‖(I - VVᵀ)(G - Ḡ)‖ with α = Σ max logit / Σ residual over ID samples, ViM (arXiv 2203.10807) with the
-      gradient's residual; no further forward side.
-    - `projected_norm`: ‖g_low‖, how much of the gradient lies within the subspace of ID gradients; no forward side.
+    - `knn`, `mahalanobis`, `mahalanobis_pp` (normalised coordinates, arXiv 2505.18032): forward: the same on the features.
+    - `residual`: -‖(I - VVᵀ)(G - Ḡ)‖, the part outside the subspace; no forward score.
+    - `vim`: lse - α ‖(I - VVᵀ)(G - Ḡ)‖ with α = Σ max logit / Σ residual over ID samples: ViM (arXiv 2203.10807) on the
+      gradient's residual; no further forward score.
+    - `projected_norm`: ‖g_low‖, the part within the subspace of ID gradients; no forward score.
 
     Args:
-        head: one of `HEADS`; that `low_dim_gradient` by itself takes mahalanobis is ours.
-        n_components: K as a number, or the share of gradient variance to explain. The paper takes 200 on CIFAR; 0.99 is ours.
-        cotangent: the scalar that is differentiated; "energy" is the paper's.
-        basis: how the subspace is written. "dual", "explicit" and "factored" are PCA, as the paper takes it on CIFAR, written over
-            anchors, as vectors, or inside a product of two smaller subspaces that loses at most 1 % of the variance; "auto" takes
-            the cheaper of the first two by `ood_engine.subspace.plan`, for batches of 64. "class_average", the paper's on ImageNet,
-            takes the mean gradient of every true class and no n_components.
-        normalisation: "none" (ours), "nfk" (the paper's, for "explicit" and "class_average") or "nfk-separable" (near it, for all).
-        max_anchors: most anchors, up to 8192 for "auto", "dual" and "explicit"; class averages, where they take at most 2 GiB,
-            are over half of all samples instead.
-        anchors: how they are chosen, see `ood_engine.subspace.anchors.choose_anchors`: "first" is a random choice, for any basis;
-            "class_balanced" and "pivoted" choose from 16 times as many samples, for "dual" and "auto". All are ours.
-        k: neighbour of the `knn` head; the paper's code takes 5 and 10.
-        epochs: of training the probe; the paper's code takes 10.
-        a: weight of the forward side; the paper's value is not known, 1 in `low_dim_gradient_ensemble` is ours.
-        react_from: first coordinate that `probe_react` clips; the paper's code takes 10 on CIFAR, 950 on ImageNet.
+        head: one of `HEADS`; mahalanobis is our default; the paper gives none.
+        n_components: K, or the explained share of the gradient variance. The paper uses 200 on CIFAR; 0.99 is our default.
+        cotangent: the differentiated scalar; "energy" is the paper's.
+        basis: form of the subspace. "dual", "explicit" and "factored" are PCA, as in the paper on CIFAR: over anchors, as explicit
+            vectors, or in a product of two smaller subspaces that loses at most 1 % of the variance; "auto" is the cheaper of the
+            first two for batches of 64, see `ood_engine.subspace.plan`. "class_average", as in the paper on ImageNet, is the mean
+            gradient of each true class, and ignores n_components.
+        normalisation: "none" (our default), "nfk" (the paper's, for "explicit" and "class_average") or "nfk-separable" (its
+            separable approximation, for all).
+        max_anchors: maximum number of anchors, up to 8192 for "auto", "dual" and "explicit"; class averages up to 2 GiB are over
+            half of all samples instead.
+        anchors: selection method, see `ood_engine.subspace.anchors.choose_anchors`: "first" is a random choice, for any basis;
+            "class_balanced" and "pivoted" choose among 16 times as many samples, for "dual" and "auto". The paper gives none.
+        k: neighbour of the `knn` head; the paper's code uses 5 and 10.
+        epochs: training epochs of the probe; the paper's code uses 10.
+        a: weight of the forward score; 1 in `low_dim_gradient_ensemble` is our default; the paper gives none.
+        react_from: first coordinate clipped by `probe_react`; the paper's code uses 10 on CIFAR, 950 on ImageNet.
+
+    Raises:
+        InputError: settings that are unknown, out of range or incompatible.
+
+    Example:
+        >>> import torch
+        >>> from ood_engine import Engine
+        >>> from ood_engine.demo import small_cnn
+        >>> engine = Engine(small_cnn(), ["low_dim_gradient"]).fit([(torch.rand(64, 1, 8, 8), torch.arange(64) % 8)])
+        >>> engine.score(torch.rand(2, 1, 8, 8))["low_dim_gradient"].shape
+        torch.Size([2])
     """
 
     def __init__(
@@ -100,21 +111,21 @@ class LowDimGradient(Detector):
 
     @property
     def head(self) -> str:
-        """How the coordinates are judged."""
+        """Name of the head."""
         return self._head
 
     @property
     def _kind(self) -> HeadKind | None:
-        """What judges the coordinates; None where it is no head of vectors."""
+        """The head on the coordinates; None for a residual or norm."""
         return VECTOR_HEADS.get(self._head)
 
     @property
     def _judges_features(self) -> bool:
-        """Whether the forward side is the same head on the features."""
+        """Whether the forward score is the same head on the features."""
         return self._kind is not None and self._kind.forward_score is None
 
     def fit(self, data: FitData) -> None:
-        """Find the subspace from the anchors and fit the heads on the other samples."""
+        """Fit the subspace on the anchors, and the heads on the other samples."""
         candidates = self._subspace.candidates(data)
         anchors, others = data.split(candidates)
         self.basis = self._subspace.fit(data, anchors).to(self._place.device)
@@ -136,12 +147,12 @@ class LowDimGradient(Detector):
             residuals = residuals + self._residual(signals).sum().cpu()
         if not residuals > 0:
             raise InputError(
-                "the vim head: the subspace holds all of the gradients, so there is no residual; ask for fewer components"
+                "the vim head: the subspace contains all gradients, so there is no residual; use fewer components"
             )
         return logits / residuals
 
     def _residual(self, signals: Signals) -> Tensor:
-        """[N] in fp64, once for all detectors over the same subspace."""
+        """[N] residual norm in fp64, shared by all detectors on the same subspace."""
         key = ("residual norm", self.basis)
         return signals.shared(key, lambda: self.basis.residual_norm(signals.probabilities, signals.features))
 
@@ -153,11 +164,11 @@ class LowDimGradient(Detector):
 
     @property
     def gradient_basis(self) -> Basis | None:
-        """The subspace; None for the heads that look at what lies outside it."""
+        """The subspace; None for heads on the residual."""
         return None if self._head in _RESIDUAL_HEADS else self.basis
 
     def forward(self, signals: Signals) -> Tensor:
-        """[N] score on the coordinates, plus a times that of the forward side."""
+        """[N] score of the gradient, plus a times the forward score."""
         if self._head == "residual":
             return -self._residual(signals)
         if self._head == "vim":
@@ -178,11 +189,11 @@ class LowDimGradient(Detector):
         return score
 
     def grid(self) -> Sequence[dict[str, Any]]:
-        """The weight of the forward side, where there is one: 0.1 to 10 in steps of about 3; ours."""
+        """Weights of the forward score, if any: 0.1 to 10 in steps of about 3 (chosen here; the paper gives none)."""
         return [{"a": a} for a in (0.1, 0.3, 1.0, 3.0, 10.0)] if self._a != 0 else ()
 
     def configure(self, **settings: Any) -> None:
-        """Change the weight of the forward side."""
+        """Change the weight of the forward score."""
         if settings["a"] > 0 and self._judges_features and self.forward_side is None:
             raise InputError(f"a={settings['a']!r}: the forward side was not fitted; use refit(a=...) instead")
         self._set_a(settings["a"])

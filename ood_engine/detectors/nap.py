@@ -1,4 +1,4 @@
-"""NAP, the neural activation prior (arXiv 2402.18162): in-distribution inputs excite a channel at few places, strongly."""
+"""NAP, the neural activation prior (arXiv 2402.18162): ID inputs activate a channel strongly at few positions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,18 @@ class NAP(Detector):
     """S = (1/D) Σ_j (max_HW A_j / (mean_HW A_j + eps))².
 
     Args:
-        eps: the paper's 1.0; part of the method, not a numerical guard.
+        eps: 1.0 in the paper; part of the method, not a numerical safeguard.
+
+    Raises:
+        InputError: an eps that is not positive.
+
+    Example:
+        >>> import torch
+        >>> from ood_engine import Engine
+        >>> from ood_engine.demo import small_cnn
+        >>> engine = Engine(small_cnn(), ["nap"]).fit([torch.rand(64, 1, 8, 8)])
+        >>> engine.score(torch.rand(2, 1, 8, 8))["nap"].shape
+        torch.Size([2])
     """
 
     needs_map = True
@@ -33,7 +44,7 @@ class NAP(Detector):
 
     @property
     def eps(self) -> float:
-        """The constant in the ratio."""
+        """The constant in the denominator."""
         return self._eps
 
     def forward(self, signals: Signals) -> Tensor:
@@ -65,7 +76,7 @@ class _Combined(Detector):
         return combine(self.base(signals), signals.nap(self._eps), self._w, signals, self.name)
 
     def grid(self) -> Sequence[dict[str, Any]]:
-        """W in steps of 0.1, our reading of the paper's search."""
+        """Weights from 0 to 1 in steps of 0.1, our reading of the paper's search."""
         return W_GRID
 
     def configure(self, **settings: Any) -> None:
@@ -76,12 +87,23 @@ class _Combined(Detector):
 
 @register("nap_energy")
 class NAPEnergy(_Combined):
-    """NAP with Energy: B = lse.
+    """NAP with Energy: S = B^w · S_NAP^(1-w) with B = lse.
 
     Args:
-        eps: the paper's 1.0.
-        w: weight of the energy; the paper's 0.4 for CIFAR and 0.6 for ImageNet, chosen on pseudo-OOD data (`Engine.tune`);
-            the default 0.5 is ours.
+        eps: 1.0 in the paper.
+        w: weight of the energy; 0.4 for CIFAR and 0.6 for ImageNet in the paper, selected on pseudo-OOD data (`Engine.tune`);
+            0.5 is our default.
+
+    Raises:
+        InputError: an eps that is not positive, or w outside [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from ood_engine import Engine
+        >>> from ood_engine.demo import small_cnn
+        >>> engine = Engine(small_cnn(), ["nap_energy"]).fit([torch.rand(64, 1, 8, 8)])
+        >>> engine.score(torch.rand(2, 1, 8, 8))["nap_energy"].shape
+        torch.Size([2])
     """
 
     def __init__(self, *, eps: float = 1.0, w: float = 0.5) -> None:
@@ -94,11 +116,22 @@ class NAPEnergy(_Combined):
 
 @register("nap_msp")
 class NAPMSP(_Combined):
-    """NAP with MSP: B = max p, our reading of the paper.
+    """NAP with MSP: S = B^w · S_NAP^(1-w) with B = max p, our reading of the paper.
 
     Args:
-        eps: the paper's 1.0.
-        w: weight of MSP; the paper's 0.5 for CIFAR-10, 0.3 for CIFAR-100 and ImageNet; the default 0.3 follows the latter.
+        eps: 1.0 in the paper.
+        w: weight of MSP; 0.5 for CIFAR-10, 0.3 for CIFAR-100 and ImageNet in the paper; the default follows the latter.
+
+    Raises:
+        InputError: an eps that is not positive, or w outside [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from ood_engine import Engine
+        >>> from ood_engine.demo import small_cnn
+        >>> engine = Engine(small_cnn(), ["nap_msp"]).fit([torch.rand(64, 1, 8, 8)])
+        >>> engine.score(torch.rand(2, 1, 8, 8))["nap_msp"].shape
+        torch.Size([2])
     """
 
     def __init__(self, *, eps: float = 1.0, w: float = 0.3) -> None:
@@ -115,11 +148,10 @@ W_GRID: tuple[dict[str, Any], ...] = tuple({"w": step / 10} for step in range(11
 def combine(base: Tensor, nap: Tensor, w: float, signals: Signals, name: str) -> Tensor:
     """B^w · NAP^(1-w), [N].
 
-    A base of 0 or less, which the paper does not cover, is clamped to 1e-6 and counted; w = 1 is the base itself, so there
-    nothing is clamped.
+    A base ≤ 0, not covered by the paper, is clamped to 1e-6 and counted; w = 1 is the base itself, without clamping.
     """
     if w == 1:
-        # 0 · NAP keeps the NaN of a bad row, which NAP^0 = 1 would lose.
+        # 0 · NAP propagates NaN, which NAP^0 = 1 would not.
         return base + 0 * nap
     if w == 0:
         return nap + 0 * base

@@ -1,4 +1,4 @@
-"""OPNP, optimal parameter and neuron pruning (arXiv 2402.10062): energy of a head without its extreme weights and neurons."""
+"""OPNP, optimal parameter and neuron pruning (arXiv 2402.10062): energy of a head pruned of its extreme weights and neurons."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def sensitivity(data: FitData) -> Tensor:
 
 
 def sensitivity_ranks(values: Tensor) -> Tensor:
-    """How many entries are strictly smaller, int32, same shape: with it any quantile range becomes a mask without a quantile."""
+    """Number of strictly smaller entries, int32, same shape: any quantile range becomes a comparison of ranks."""
     flat = values.flatten().contiguous()
     return torch.searchsorted(flat.sort().values, flat).to(torch.int32).view(values.shape)
 
 
 def keep_mask(ranks: Tensor, keep: Range) -> Tensor:
-    """True where the ranked value lies within its quantiles: Q(ρ_min) ≤ M ≤ Q(ρ_max), linear quantiles over all entries.
+    """True where Q(ρ_min) ≤ M ≤ Q(ρ_max), with linear quantiles over all entries.
 
-    With ρ_min > 0 entries equal to Q(ρ_min) are pruned too: dead neurons give many equal zeros, which are to go. In ranks:
-    the value exceeds Q(ρ) exactly where more than floor(ρ(m - 1)) entries are smaller.
+    With ρ_min > 0 entries equal to Q(ρ_min) are pruned too, such as the many equal zeros of dead neurons. In ranks: a value
+    exceeds Q(ρ) iff more than floor(ρ(m - 1)) entries are smaller.
     """
     low, high = keep
     last = ranks.numel() - 1
@@ -73,7 +73,7 @@ class _Pruned(Detector):
         return self.fitted("weight_mask"), self.fitted("neuron_mask")
 
     def fit(self, data: FitData) -> None:
-        """Rank the sensitivities of the unpruned head, and derive the masks."""
+        """Rank the sensitivities of the unpruned head and derive the masks."""
         weight_ranks, neuron_ranks = data.shared("sensitivity ranks", lambda: _ranks(data))
         self.set_fitted(weight_ranks=weight_ranks, neuron_ranks=neuron_ranks)
         self._update_masks()
@@ -102,64 +102,109 @@ class _Pruned(Detector):
 class OPNP(_Pruned):
     """S = lse of the head with both weights and neurons pruned.
 
-    The sensitivity of a weight is M_cj = E|∂E/∂W_cj|, that of a neuron the mean of its weights'. Those outside their quantile
-    range are zeroed; the bias stays and nothing is rescaled (our reading). Class predictions stay those of the unpruned head.
+    The sensitivity of a weight is M_cj = E|∂E/∂W_cj|, that of a neuron the mean over its weights. Entries outside their quantile
+    range are zeroed, without change of bias or rescaling (our reading). Class predictions remain those of the unpruned head.
 
     Args:
-        weight_range: (ρ_min, ρ_max), fractions in [0, 1], of weights to keep. The paper grid-searches it (`Engine.tune`) and
-            its values are not known to us; the default is ours.
+        weight_range: (ρ_min, ρ_max) in [0, 1], quantile range of weights to keep. The paper selects it by grid search
+            (`Engine.tune`); our default; the paper gives no values.
         neuron_range: likewise for neurons.
+
+    Raises:
+        InputError: a range other than 0 ≤ ρ_min < ρ_max ≤ 1.
+
+    Example:
+        >>> import torch
+        >>> from ood_engine import Engine
+        >>> from ood_engine.demo import small_cnn
+        >>> engine = Engine(small_cnn(), ["opnp"]).fit([torch.rand(64, 1, 8, 8)])
+        >>> weight_mask, neuron_mask = engine.detectors["opnp"].masks
+        >>> weight_mask.shape, neuron_mask.shape
+        (torch.Size([8, 64]), torch.Size([64]))
     """
 
     def __init__(self, *, weight_range: Range = (0.1, 0.995), neuron_range: Range = (0.05, 0.995)) -> None:
         super().__init__(weight_range, neuron_range)
 
     def grid(self) -> Sequence[dict[str, Any]]:
-        """Lower fractions 0 to 0.3 and upper 0.99 to 1, the same for weights and neurons; ours."""
+        """Lower ends 0 to 0.3 and upper ends 0.99 to 1, equal for weights and neurons (chosen here; the paper gives none)."""
         return [{"weight_range": keep, "neuron_range": keep} for keep in product(_LOWER, _UPPER)]
 
 
 @register("opp")
 class OPP(_Pruned):
-    """OPNP with weights pruned only.
+    """OPNP with weight pruning only.
 
     Args:
-        weight_range: (ρ_min, ρ_max), fractions in [0, 1], of weights to keep; the default is ours.
+        weight_range: see `OPNP`.
+
+    Raises:
+        InputError: as `OPNP`.
+
+    Example:
+        >>> import torch
+        >>> from ood_engine import Engine
+        >>> from ood_engine.demo import small_cnn
+        >>> engine = Engine(small_cnn(), ["opp"]).fit([torch.rand(64, 1, 8, 8)])
+        >>> engine.score(torch.rand(2, 1, 8, 8))["opp"].shape
+        torch.Size([2])
     """
 
     def __init__(self, *, weight_range: Range = (0.1, 0.995)) -> None:
         super().__init__(weight_range, _EVERYTHING)
 
     def grid(self) -> Sequence[dict[str, Any]]:
-        """Lower fractions 0 to 0.3 and upper 0.99 to 1; ours."""
+        """Lower ends 0 to 0.3 and upper ends 0.99 to 1 (chosen here; the paper gives none)."""
         return [{"weight_range": keep} for keep in product(_LOWER, _UPPER)]
 
 
 @register("onp")
 class ONP(_Pruned):
-    """OPNP with neurons pruned only.
+    """OPNP with neuron pruning only.
 
     Args:
-        neuron_range: (ρ_min, ρ_max), fractions in [0, 1], of neurons to keep; the default is ours.
+        neuron_range: see `OPNP`.
+
+    Raises:
+        InputError: as `OPNP`.
+
+    Example:
+        >>> import torch
+        >>> from ood_engine import Engine
+        >>> from ood_engine.demo import small_cnn
+        >>> engine = Engine(small_cnn(), ["onp"]).fit([torch.rand(64, 1, 8, 8)])
+        >>> engine.score(torch.rand(2, 1, 8, 8))["onp"].shape
+        torch.Size([2])
     """
 
     def __init__(self, *, neuron_range: Range = (0.05, 0.995)) -> None:
         super().__init__(_EVERYTHING, neuron_range)
 
     def grid(self) -> Sequence[dict[str, Any]]:
-        """Lower fractions 0 to 0.3 and upper 0.99 to 1; ours."""
+        """Lower ends 0 to 0.3 and upper ends 0.99 to 1 (chosen here; the paper gives none)."""
         return [{"neuron_range": keep} for keep in product(_LOWER, _UPPER)]
 
 
 @register("nap_opnp")
 class NAPOPNP(OPNP):
-    """NAP with OPNP: B = lse of the pruned head; ours, in the way NAP combines with other energies.
+    """NAP with OPNP: S = B^w · S_NAP^(1-w) with B = lse of the pruned head; a combination proposed here, in neither paper.
 
     Args:
         weight_range: see `OPNP`.
         neuron_range: see `OPNP`.
-        eps: of NAP, the paper's 1.0.
-        w: weight of the pruned energy; the default 0.5 is ours.
+        eps: NAP constant, 1.0 in the paper.
+        w: weight of the pruned energy; 0.5 is our default.
+
+    Raises:
+        InputError: as `OPNP` and `NAPEnergy`.
+
+    Example:
+        >>> import torch
+        >>> from ood_engine import Engine
+        >>> from ood_engine.demo import small_cnn
+        >>> engine = Engine(small_cnn(), ["nap_opnp"]).fit([torch.rand(64, 1, 8, 8)])
+        >>> engine.score(torch.rand(2, 1, 8, 8))["nap_opnp"].shape
+        torch.Size([2])
     """
 
     needs_map = True
@@ -186,7 +231,7 @@ class NAPOPNP(OPNP):
         return combine(signals.pruned_lse(self), signals.nap(self._eps), self._w, signals, self.name)
 
     def grid(self) -> Sequence[dict[str, Any]]:
-        """W in steps of 0.1, with the ranges as they are."""
+        """Weights from 0 to 1 in steps of 0.1, at the current ranges."""
         return W_GRID
 
     def configure(self, **settings: Any) -> None:

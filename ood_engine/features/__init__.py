@@ -1,1 +1,1 @@
-"""ID features: how they are read, kept and handed to what is fitted."""
+"""Features: loading, caching, and the inputs of detectors and their fits."""

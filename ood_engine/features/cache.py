@@ -1,6 +1,6 @@
-"""The feature cache: what one pass over the ID data leaves behind, and all that fitting ever reads.
+"""The feature cache: the result of one pass over the ID data, and the only input of fitting.
 
-In memory while it is small; beyond a size the user sets, in raw files that are memory-mapped.
+In memory up to a configurable size, beyond it in memory-mapped raw files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..errors import InputError, OodEngineError
 __all__ = ["NO_LABEL", "CacheRows", "CacheWriter", "FeatureCache", "fingerprint"]
 
 NO_LABEL = -1
-"""Label of a sample that came without one."""
+"""Label of an unlabelled sample."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -31,11 +31,11 @@ class CacheRows(NamedTuple):
     """Rows of the cache: some samples, or all.
 
     Attributes:
-        features: [n, D] penultimate features, fp32 (fp64 for an fp64 model) or as the cache was asked to keep them.
+        features: [n, D] penultimate features, fp32 (fp64 for an fp64 model) or the configured cache dtype.
         fingerprints: int64 [n] content hash of each input image, see `fingerprint`.
-        labels: int64 [n], `NO_LABEL` where there was none.
+        labels: int64 [n], `NO_LABEL` if unlabelled.
         maximum: [n, D] per-channel maximum of the feature map; [n, 0] for a model without a map.
-        nap_mean: [n, D] mean of the map that NAP looks at, where it is not `features`; else [n, 0].
+        nap_mean: [n, D] per-channel mean of NAP's map if it differs from `features`; else [n, 0].
     """
 
     features: Tensor
@@ -50,17 +50,17 @@ class CacheRows(NamedTuple):
 
 
 class FeatureCache:
-    """The finished cache: columns as CPU tensors, in memory or mapped from files.
+    """The finished cache: columns as CPU tensors, in memory or memory-mapped.
 
     Attributes:
-        rows: every column, see `CacheRows`.
-        directory: folder for files that are mapped; None where everything is in memory.
+        rows: all columns.
+        directory: folder of memory-mapped files; None if everything is in memory.
     """
 
     def __init__(self, rows: CacheRows, directory: Path | None = None, _keep: Any = None) -> None:
         self.rows = rows
         self.directory = directory
-        # The writer, whose folder lives exactly as long as the cache that is mapped from it.
+        # Ties the lifetime of the writer's folder to the cache mapped from it.
         self._keep = _keep
 
     def __len__(self) -> int:
@@ -76,20 +76,25 @@ class FeatureCache:
         fingerprints: Tensor | None = None,
         directory: str | Path | None = None,
     ) -> FeatureCache:
-        """A cache of features that are there already; nothing is copied.
+        """A cache of precomputed features, without copies.
 
-        A file is mapped by `torch.from_numpy(np.load("features.npy", mmap_mode="c"))`.
+        To memory-map a file: `torch.from_numpy(np.load("features.npy", mmap_mode="c"))`.
 
         Args:
             features: [n, D] penultimate features of ID samples, fp16, bf16, fp32 or fp64.
-            labels: [n] whole numbers; None without any.
-            maximum: [n, D] per-channel maximum of the feature map, which NAP needs; None without.
-            fingerprints: int64 [n]; None takes content hashes of the features, by which `Engine.calibrate` then cannot tell images
-                that it has seen.
-            directory: where fitting may put what it collects of all samples, in files without a name; None keeps it in memory.
+            labels: [n] integers, if any.
+            maximum: [n, D] per-channel maximum of the feature map, required by NAP.
+            fingerprints: int64 [n] hashes of the images, see `fingerprint`. By default those of the features, with which
+                `Engine.calibrate` cannot detect images used in the fit.
+            directory: folder for intermediate results of fitting, in unnamed files; None keeps them in memory.
 
         Raises:
             InputError: other shapes or dtypes, or no sample.
+
+        Example:
+            >>> cache = FeatureCache.from_features(torch.rand(100, 64), torch.arange(100) % 8)
+            >>> len(cache), cache.has_map
+            (100, False)
         """
         if features.ndim != 2 or not features.is_floating_point() or 0 in features.shape:
             raise InputError(
@@ -117,18 +122,18 @@ class FeatureCache:
         return cls(rows, None if directory is None else Path(directory))
 
     def empty(self, shape: tuple[int, int], like: Tensor) -> Tensor:
-        """Room for `shape` numbers of like's dtype: in a file of the cache's folder where it has one, else on like's device."""
+        """An uninitialised tensor of like's dtype: mapped from a file in the cache's folder if it has one, else on like's device."""
         if self.directory is None or 0 in shape:
             return like.new_empty(shape)
         with tempfile.NamedTemporaryFile(dir=self.directory) as file:
-            # The file has no name any more once it is closed, and goes with the last tensor that is mapped from it.
+            # Closing unlinks the file; its space is freed with the last tensor mapped from it.
             file.truncate(shape[0] * shape[1] * like.element_size())
             mapped = torch.from_file(file.name, shared=True, size=shape[0] * shape[1], dtype=like.dtype)
         return mapped.view(shape)
 
     @property
     def has_map(self) -> bool:
-        """Whether the per-channel maximum is there, which NAP needs."""
+        """Whether the per-channel maximum, required by NAP, is available."""
         return self.rows.maximum.shape[1] > 0
 
     @property
@@ -137,7 +142,7 @@ class FeatureCache:
         return sum(column.numel() * column.element_size() for column in self.rows)
 
     def batches(self, index: Tensor | None = None, size: int = 4096) -> Iterator[CacheRows]:
-        """The rows at `index` (default: all), `size` at a time, so that a mapped cache never comes to memory whole."""
+        """The rows at `index` (default: all) in chunks of `size`, so that a mapped cache is never loaded whole."""
         count = len(self) if index is None else index.shape[0]
         for start in range(0, count, size):
             here = slice(start, min(start + size, count))
@@ -145,12 +150,15 @@ class FeatureCache:
 
 
 class CacheWriter:
-    """Appends batches of unknown number; moves to disk when `limit_bytes` is passed.
+    """Appends an unknown number of batches; spills to disk beyond `limit_bytes`.
 
     Args:
-        limit_bytes: largest size that is kept in memory.
-        directory: where a folder of its own is made beyond that, and removed with the cache; None takes the system's.
-        dtype: that features and maxima are kept in, such as float16 for half the room; None keeps them as they come.
+        limit_bytes: largest size in memory.
+        directory: parent of the spill folder, which is removed with the cache; None: the system's temporary directory.
+        dtype: dtype of features and maxima, such as float16 for half the size; None keeps theirs.
+
+    Raises:
+        InputError: a dtype that is not floating point.
     """
 
     def __init__(
@@ -170,11 +178,11 @@ class CacheWriter:
         self._count = 0
 
     def append(self, rows: CacheRows) -> None:
-        """Add a batch (moved to the CPU).
+        """Append a batch, moved to the CPU.
 
         Raises:
-            InputError: finite values that the dtype cannot hold.
-            OodEngineError: the disk is full.
+            InputError: finite values beyond the range of the dtype.
+            OodEngineError: a full disk.
         """
         rows = CacheRows(*(self._kept(column.detach()).cpu() for column in rows))
         self._bytes += sum(column.numel() * column.element_size() for column in rows)
@@ -190,15 +198,15 @@ class CacheWriter:
         if largest > torch.finfo(self._dtype).max:
             raise InputError(
                 f"features up to {float(largest):.3g} do not fit {self._dtype}: expected at most"
-                f" {torch.finfo(self._dtype).max:.3g}; keep the cache in float32 or bfloat16"
+                f" {torch.finfo(self._dtype).max:.3g}; use float32 or bfloat16 for the cache"
             )
         return column.to(self._dtype)
 
     def finish(self) -> FeatureCache:
-        """The cache of all that was appended.
+        """The cache of all appended batches.
 
         Raises:
-            InputError: nothing was appended.
+            InputError: no batch was appended.
         """
         if self._count == 0:
             raise InputError("the loader gave no images: expected at least one batch; check its path and filters")
@@ -210,7 +218,7 @@ class CacheWriter:
             if 0 in shape:
                 columns.append(column.new_empty(shape))
                 continue
-            # NumPy has no bfloat16: the bytes are mapped, and read as what they are.
+            # NumPy has no bfloat16: map bytes, and reinterpret them in torch.
             size = column.element_size()
             array = np.memmap(self._file(name), dtype=np.uint8, mode="r+", shape=(*shape[:-1], shape[-1] * size))
             columns.append(torch.from_numpy(array).view(column.dtype))
@@ -231,13 +239,13 @@ class CacheWriter:
                 raise
             raise OodEngineError(
                 f"no space left in {self._parent} for the feature cache ({self._bytes / 2**20:.0f} MiB so far): expected"
-                " room for n · 2D numbers; free some, or name another folder by cache_directory=..."
+                " room for n · 2D numbers; free some space, or choose another folder by cache_directory=..."
             ) from error
         self._template = self._batches[-1]
         self._batches = []
 
     def _make_directory(self) -> None:
-        # A folder of its own: files that another cache is still mapped from are never written over.
+        # A new folder, so that files mapped by another cache are never overwritten.
         self._parent.mkdir(parents=True, exist_ok=True)
         self._directory = Path(tempfile.mkdtemp(prefix="ood-engine-cache-", dir=self._parent))
         weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
@@ -248,11 +256,10 @@ class CacheWriter:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """A 64-bit content hash of each row of [N, ...], int64 [N], the same on every device and in every batch.
+    """A 64-bit content hash per row of [N, ...], int64 [N], identical on every device and in every batch.
 
-    h = mix(Σ_i mix(bits_i + (i + 1)·φ)) in wrapping 64-bit integers, so neither the order of summation nor the batch
-    matters. Equal inputs have equal fingerprints; the anchors of a gradient basis are those with the smallest ones, which
-    makes the choice independent of the order of the data.
+    h = mix(Σ_i mix(bits_i + (i + 1)·φ)) in wrapping 64-bit integers, independent of summation order and batch. The anchors of a
+    gradient basis are the samples with the smallest fingerprints, a choice independent of the order of the data.
     """
     rows = tensor.detach().flatten(1)
     kind = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[rows.element_size()]

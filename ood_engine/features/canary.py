@@ -1,4 +1,4 @@
-"""A few ID samples kept with their scores, to be compared wherever a state is loaded."""
+"""A few ID samples stored with their scores, to detect numerical drift when a state is loaded."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _TOLERANCE = 0.01
 
 @dataclass
 class Canary:
-    """Cached rows of a few ID samples and the scores they had when the state was saved."""
+    """Cached rows of a few ID samples and their scores at the time of saving."""
 
     rows: CacheRows
     scores: Mapping[str, Tensor]
 
     @staticmethod
     def choose(cache: FeatureCache) -> CacheRows:
-        """The samples with the largest fingerprints; anchors of a basis are those with the smallest."""
+        """The samples with the largest fingerprints; the anchors of a basis have the smallest."""
         return cache.rows.select(torch.argsort(cache.rows.fingerprints, descending=True)[:_SAMPLES])
 
     def drift(self, now: Mapping[str, Tensor], calibrations: Mapping[str, Calibration]) -> list[str]:
-        """How the scores of today differ: by more than 1 % of the canaries' own spread, or in a decision."""
+        """One line per detector whose scores moved by more than 1 % of the canaries' spread, or whose decisions changed."""
         reports = []
         for name, before in self.scores.items():
             difference = float((now[name] - before).abs().max())

@@ -1,4 +1,4 @@
-"""What detectors are fitted from: the feature cache in an order of its own, split into anchors and the rest."""
+"""The input of fitting: the feature cache in canonical order, split into anchors and the rest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SHORT = 65536
 
 
 def signals_from_rows(rows: CacheRows, head: ok.Head, kernels: Kernels) -> Signals:
-    """Signals of cached samples, on the device of the head; no model is run."""
+    """Signals of cached samples, on the device of the head, without running the model."""
     features, maximum, nap_mean = (
         aligned(wide(column.to(head.weight.device))) for column in (rows.features, rows.maximum, rows.nap_mean)
     )
@@ -36,17 +36,17 @@ def signals_from_rows(rows: CacheRows, head: ok.Head, kernels: Kernels) -> Signa
 
 
 class FitData:
-    """ID samples in the order of their fingerprints, so that nothing fitted depends on the order of the loader.
+    """ID samples in order of their fingerprints, so that fits do not depend on the order of the loader.
 
     Args:
         cache: the ID samples.
         head: the unpruned head.
-        kernels: the functions that compute, those of the scores to come.
-        seed: of everything that is drawn while fitting.
-        progress: show a bar for every pass over a cache of more than 65 536 samples.
+        kernels: operators, the same as for scoring.
+        seed: seed of every random choice in fitting.
+        progress: show a progress bar for every pass over a cache of more than 65 536 samples.
 
     Raises:
-        InputError: samples that are not finite, or labels out of the head's range.
+        InputError: non-finite samples, or labels out of the head's range.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class FitData:
             if bad.any():
                 first = start + int(bad.nonzero()[0])
                 raise InputError(
-                    f"sample {first} of {count} gives NaN or infinite features: expected finite ID images; look at that image,"
+                    f"sample {first} of {count} has NaN or infinite features: expected finite ID images; check that image,"
                     " or leave it out"
                 )
             start += rows.features.shape[0]
@@ -78,8 +78,8 @@ class FitData:
         if wrong.any():
             first = int(wrong.nonzero()[0])
             raise InputError(
-                f"label {int(labels[first])} of sample {first} is out of range: expected 0 to {classes - 1}, for the head has"
-                f" {classes} classes; map the labels to the model's own"
+                f"label {int(labels[first])} of sample {first} is out of range: expected 0 to {classes - 1}, as the head has"
+                f" {classes} classes; map the labels to those of the model"
             )
 
     def __len__(self) -> int:
@@ -87,22 +87,21 @@ class FitData:
 
     @property
     def distinct(self) -> int:
-        """How many of the samples differ."""
+        """Number of distinct samples."""
         return int(self.cache.rows.fingerprints.unique().numel())
 
     def shared(self, key: Hashable, build: Callable[[], T]) -> T:
-        """What `build` returns, built once for all detectors that ask by the same key."""
+        """The result of `build`, built once per key for all detectors."""
         if key not in self._shared:
             self._shared[key] = build()
         value: T = self._shared[key]
         return value
 
     def split(self, max_anchors: int) -> tuple[Tensor, Tensor]:
-        """(anchors, others): indices of the samples a subspace is found from, and of those its detectors are fitted on.
+        """(anchors, others): indices of the samples that define a subspace, and of those its detectors are fitted on.
 
         Anchors are the samples with the smallest fingerprints, at most `max_anchors` and at most half; equal images stay on one
-        side.
-        An anchor's own coordinates are optimistic, so nothing is fitted or calibrated on them.
+        side. Coordinates of anchors are biased optimistically, so no detector is fitted on them.
         """
         wanted = min(max_anchors, len(self) // 2)
         ordered = self.cache.rows.fingerprints[self._order]
@@ -110,16 +109,16 @@ class FitData:
         return self._order[:cut], self._order[cut:]
 
     def signals(self, index: Tensor | None = None, size: int = 4096) -> Iterator[Signals]:
-        """Signals of the samples at `index` (default: all, in canonical order), `size` at a time."""
+        """Signals of the samples at `index` (default: all, in canonical order), in chunks of `size`."""
         index = self._order if index is None else index
         batches = self.cache.batches(index, size)
         for rows in with_progress(batches, "reading features", self._progress, total=-(-len(index) // size)):
             yield signals_from_rows(rows, self.head, self.kernels)
 
     def collect(self, key: Hashable, index: Tensor, of: Callable[[Signals], Tensor]) -> Tensor:
-        """[m, K] what `of` gives for the samples at `index`, collected once for all detectors that ask by the same key.
+        """[m, K] values of `of` on the samples at `index`, collected once per key for all detectors.
 
-        On the head's device, or, where the cache is mapped from files, in one more mapped file beside them.
+        On the head's device, or in a memory-mapped file next to those of a mapped cache.
         """
         return self.shared(("collected", key), lambda: self._collect(index, of))
 
@@ -134,7 +133,7 @@ class FitData:
         return collected
 
     def labels(self, index: Tensor) -> Tensor:
-        """int64 labels of the samples at `index`, on the head's device; the predicted class where none came with the data."""
+        """int64 labels of the samples at `index`, on the head's device; predicted classes for unlabelled samples."""
         labels = self.cache.rows.labels[index].to(self.head.weight.device)
         missing = labels == NO_LABEL
         if missing.any():
@@ -146,7 +145,7 @@ class FitData:
 
 def _warn_missing(count: int) -> None:
     warnings.warn(
-        f"{count} samples have no label, so their predicted classes stand in; give a loader of (images, labels) for true ones",
+        f"{count} samples have no label, so their predicted classes are used; pass a loader of (images, labels) for true ones",
         OodEngineWarning,
         stacklevel=2,
     )

@@ -1,4 +1,4 @@
-"""What a loader yields, taken apart and checked."""
+"""Unpacking and validation of loader batches."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Loader = Iterable[Any]
 
 
 def image_batches(loader: Loader, what: str, progress: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images, int64 labels) of every batch that is not empty; `NO_LABEL` where there are none.
+    """(images, int64 labels) of every non-empty batch; labels are `NO_LABEL` if missing.
 
     Raises:
-        InputError: a batch of another kind, or labels that are not one whole number an image.
+        InputError: a batch of another kind, or labels that are not one integer per image.
     """
     for number, batch in enumerate(with_progress(loader, what, progress)):
         images, labels = (
@@ -43,12 +43,12 @@ def _checked_labels(labels: Any, count: int, number: int) -> Tensor:
         labels = torch.as_tensor(labels).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"labels of batch {number}: expected whole numbers [{count}], one an image, got a {type(labels).__name__} that is no"
+            f"labels of batch {number}: expected whole numbers [{count}], one per image, got a {type(labels).__name__} that is no"
             " array of numbers"
         ) from error
     if labels.shape != (count,) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise InputError(
-            f"labels of batch {number}: expected whole numbers [{count}], one an image, got {labels.dtype} {list(labels.shape)}"
+            f"labels of batch {number}: expected whole numbers [{count}], one per image, got {labels.dtype} {list(labels.shape)}"
         )
     return labels.to(torch.int64)
 
@@ -56,17 +56,17 @@ def _checked_labels(labels: Any, count: int, number: int) -> Tensor:
 def with_progress(
     loader: Loader, what: str, progress: bool, total: int | None = None, unit: str = "batch"
 ) -> Iterable[Any]:
-    """The loader behind a progress bar with rate and remaining time; silent where standard error is not a terminal.
+    """The loader with a progress bar of rate and remaining time; silent unless standard error is a terminal.
 
     Raises:
-        InputError: a bar is wanted and tqdm is not installed.
+        InputError: `progress` without tqdm installed.
     """
     if not progress:
         return loader
     try:
         from tqdm import tqdm
     except ImportError as error:
-        raise InputError("progress=True needs tqdm: pip install 'ood-engine[cli]', or leave progress out") from error
+        raise InputError("progress=True needs tqdm: pip install 'ood-engine[cli]', or omit progress") from error
     if total is None and isinstance(loader, Sized):
         total = len(loader)
     bar: Iterable[Any] = tqdm(loader, desc=what, total=total, unit=unit, disable=None)

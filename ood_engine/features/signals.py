@@ -1,4 +1,4 @@
-"""What detectors read for one batch; each quantity is computed once, when first asked for."""
+"""Detector inputs for one batch, each computed once on first use."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Energies = tuple[Tensor, Tensor, Tensor]
 
 
 class Pruner(Protocol):
-    """What prunes the head, such as an OPNP detector."""
+    """A source of pruning masks for the head, such as an OPNP detector."""
 
     @property
     def masks(self) -> Masks | None:
-        """Its weight and neuron mask; None where it prunes nothing."""
+        """Weight and neuron mask; None without pruning."""
         ...
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """fp32 unless it is fp64."""
+    """The tensor in fp32, or unchanged if fp64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -42,12 +42,12 @@ class Signals:
     Args:
         features: [N, D] penultimate features h, fp32 or fp64.
         head: the unpruned head.
-        kernels: the functions that compute.
+        kernels: operators.
         statistics: per-channel statistics of the feature map; None without a map.
-        nap: NAP [N] by eps, where a pass over the map already gave it.
-        energies: likewise, with the pruned head of `pruner`.
-        coordinates: likewise, [N, K] by basis.
-        pruner: whose pruned head shares one pass with the plain one.
+        nap: precomputed NAP [N] by eps.
+        energies: precomputed energies, with the pruned head of `pruner`.
+        coordinates: precomputed coordinates [N, K] by basis.
+        pruner: source of the masks of the head computed in one pass with the unpruned one.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Signals:
         """NAP [N] of the feature map.
 
         Raises:
-            DetectorUnavailableError: there is no map.
+            DetectorUnavailableError: no map.
         """
         if eps not in self._nap:
             if self._statistics is None:
@@ -109,14 +109,14 @@ class Signals:
         return self._coordinates[basis]
 
     def shared(self, key: Hashable, build: Callable[[], T]) -> T:
-        """What `build` returns, built once a batch for all detectors that ask by the same key."""
+        """The result of `build`, built once per batch and key for all detectors."""
         if key not in self._shared:
             self._shared[key] = build()
         value: T = self._shared[key]
         return value
 
     def count_clamped(self, name: str, rows: Tensor) -> None:
-        """Note on the device, without waiting for it, how many rows a detector had to clamp."""
+        """Record how many rows a detector clamped, without device synchronisation."""
         self.clamped[name] = rows.sum()
 
     def _compute_energies(self) -> Energies:

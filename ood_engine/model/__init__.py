@@ -1,1 +1,1 @@
-"""The user's model: its head and feature map, what they see in a forward pass, and models by name."""
+"""The classifier: discovery of head and feature map, capture of their activations, and loading by name."""

@@ -1,4 +1,4 @@
-"""Which layer is the head and which output is the feature map: decided by what one batch does, not by names."""
+"""Discovery of the head and the feature map from the activations of one batch, independent of layer names."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "NHWC": lambda output: output.permute(0, 3, 1, 2),
     "NTD": lambda output: output.transpose(1, 2).unsqueeze(3),
 }
-"""How a module's output becomes [N, D, H, W]: always a view."""
+"""Module output → [N, D, H, W], always a view."""
 
-# A mean is rounded once to the model's dtype; logits are sums of many rounded terms.
+# A mean is rounded once to the model's dtype; logits sum many rounded terms.
 _MEAN_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _LOGITS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
 class TapPlan:
-    """What was found, in names that fit into a state file.
+    """Head and feature map of a model, in serialisable names.
 
     Attributes:
-        head: name of the `nn.Linear` that makes the logits.
-        feature_map: name of the module whose output is the map; None where there is none.
-        call: which call of that module within one forward pass (a shared ReLU is called many times).
-        layout: "NCHW", "NHWC" or "NTD" (tokens): how that output is laid out.
-        relu: whether the map is the ReLU of that output, applied by the model as a function.
-        tail: name of the one module between pooling and head, such as a norm; None where the head acts on the mean itself.
-        tail_shape: shape of one sample where it enters the tail.
-        proven: whether the spatial mean of the map was seen to be what the head received.
-        reason: how it was proven, or why it was not, or why there is no map.
-        head_call: which call of the head within one forward pass made the logits.
+        head: name of the `nn.Linear` that outputs the logits.
+        feature_map: name of the module that outputs the map; None without a map.
+        call: index of that module's call within one forward pass (a shared ReLU is called many times).
+        layout: layout of that output: "NCHW", "NHWC" or "NTD" (tokens).
+        relu: whether the map is the ReLU of that output, applied functionally by the model.
+        tail: name of the single module between pooling and head, such as a norm; None if the head acts on the mean itself.
+        tail_shape: per-sample input shape of the tail.
+        proven: whether the map is verified: its spatial mean (through the tail) equals the head input.
+        reason: how the map was verified, why it is unverified, or why there is none.
+        head_call: index of the head call that outputs the logits within one forward pass.
     """
 
     head: str
@@ -64,7 +64,7 @@ class _Head(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """One way to read a module's output as a feature map, and its spatial mean [N, D]."""
+    """One reading of a module's output as a feature map, with its spatial mean [N, D]."""
 
     name: str
     call: int
@@ -75,7 +75,7 @@ class _Candidate(NamedTuple):
 
 
 class _Passage(NamedTuple):
-    """A module that turned one vector a sample into another of the same length."""
+    """A module from one vector per sample to another of the same length."""
 
     name: str
     before: Tensor
@@ -84,7 +84,7 @@ class _Passage(NamedTuple):
 
 
 class _Recorder:
-    """What `discover` needs to know of one forward pass, in the order in which modules returned."""
+    """Record of one forward pass for `discover`, in order of module return."""
 
     def __init__(self) -> None:
         self.candidates: list[_Candidate] = []
@@ -99,7 +99,7 @@ class _Recorder:
             self._calls[name] = call + 1
             if not isinstance(output, Tensor) or not output.is_floating_point():
                 return
-            # Copies, because a later in-place operation of the model may change what is seen here.
+            # Copies, because the model may modify the tensor in place afterwards.
             output = output.detach().clone()
             self.shapes[name] = list(output.shape)
             if output.ndim in (3, 4):
@@ -113,7 +113,7 @@ class _Recorder:
     def _add_candidates(self, name: str, call: int, output: Tensor) -> None:
         for layout in ("NHWC", "NCHW") if output.ndim == 4 else ("NTD",):
             feature_map = LAYOUTS[layout](output)
-            # Of one channel is a pooled [N, D, 1, 1] in the other layout.
+            # A single channel is a pooled [N, D, 1, 1] in the other layout.
             if feature_map.shape[1] > 1 and feature_map.shape[2] * feature_map.shape[3] > 1:
                 dtype = torch.promote_types(feature_map.dtype, torch.float32)
                 for relu in (True, False):
@@ -132,10 +132,10 @@ class _Recorder:
 def discover(
     modules: dict[str, nn.Module], run: Callable[[], Tensor], wanted_head: str | None, wanted_map: str | None
 ) -> TapPlan:
-    """Run the model once by `run` with hooks on all its `modules` and find head and map.
+    """Find head and map in one forward pass `run` with hooks on all `modules`.
 
     Raises:
-        TapError: no nn.Linear makes the output, the output is not finite, or the map named by hand is not one.
+        TapError: no nn.Linear outputs the logits, a non-finite output, or an explicitly named map that is none.
     """
     recorder = _Recorder()
     handles = [module.register_forward_hook(recorder.hook(name), with_kwargs=True) for name, module in modules.items()]
@@ -154,7 +154,7 @@ def discover(
         return _find_map(recorder, head, recorder.candidates)
     if wanted_map not in recorder.shapes:
         raise TapError(
-            f"feature_map={wanted_map!r}: the module was not called, or its output is not a floating point tensor"
+            f"feature_map={wanted_map!r}: the module was not called, or its output is not a floating-point tensor"
         )
     candidates = [
         candidate
@@ -169,9 +169,9 @@ def discover(
     plan = _find_map(recorder, head, candidates)
     if plan.proven:
         return plan
-    # Of the ways to lay out one output, the one that has the head's number of channels, if any has.
+    # Among the layouts of one output, prefer that with the head's number of channels.
     last = [candidate for candidate in candidates if candidate.mean.shape == head.received.shape] or candidates
-    reason = f"named by hand, unproven: its spatial mean is not what {head.name!r} received"
+    reason = f"named by hand, unverified: its spatial mean differs from the input of {head.name!r}"
     return _plan(head, last[-1], reason=reason, proven=False)
 
 
@@ -198,23 +198,23 @@ def _find_head(recorder: _Recorder, logits: Tensor, wanted: str | None) -> _Head
 def _find_map(recorder: _Recorder, head: _Head, candidates: list[_Candidate]) -> TapPlan:
     received = head.received
     if not received.any():
-        return _plan(head, reason=f"{head.name!r} received only zeros, which prove nothing; fit on real images")
+        return _plan(head, reason=f"{head.name!r} received only zeros, which verify nothing; fit on real images")
     for candidate in reversed(candidates):
         if _is_close(candidate.mean, received, candidate.dtype):
-            return _plan(head, candidate, reason=f"proven: its spatial mean is what {head.name!r} received")
+            return _plan(head, candidate, reason=f"verified: its spatial mean is the input of {head.name!r}")
     for passage in recorder.passages:
         if not _is_close(passage.after, received, passage.after.dtype):
             continue
         for candidate in reversed(candidates):
             if _is_close(candidate.mean, passage.before, candidate.dtype):
-                reason = f"proven: its spatial mean through {passage.name!r} is what {head.name!r} received"
+                reason = f"verified: its spatial mean through {passage.name!r} is the input of {head.name!r}"
                 return _plan(head, candidate, passage, reason)
     differences = [(relative_difference(candidate.mean, received), candidate.name) for candidate in candidates]
     if not differences:
         return _plan(head, reason="no module of the model has an output with more than one position (H·W > 1)")
     closest, name = min(differences)
-    near = f"; the closest, {name!r}, is {closest:.2g} off relative to its size" if closest < 1 else ""
-    return _plan(head, reason=f"no module's output has the spatial mean that {head.name!r} received{near}")
+    near = f"; the closest, {name!r}, has a relative difference of {closest:.2g}" if closest < 1 else ""
+    return _plan(head, reason=f"no module's output has the input of {head.name!r} as its spatial mean{near}")
 
 
 def _plan(
@@ -229,43 +229,43 @@ def _plan(
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a module was called on, by position or by keyword; None where it was called on nothing."""
+    """The first argument of a module call, positional or keyword; None without arguments."""
     return next(iter((*args, *kwargs.values())), None)
 
 
 def _as_vectors(tensor: Tensor) -> Tensor | None:
-    """One vector a sample, [N, D], [N, D, 1, 1] or [N, 1, 1, D], as [N, D]; None for anything with more positions."""
+    """One vector per sample, [N, D], [N, D, 1, 1] or [N, 1, 1, D], as [N, D]; None for any other shape."""
     is_vector = tensor.ndim == 2 or (tensor.ndim == 4 and sorted(tensor.shape[1:])[:2] == [1, 1])
     return tensor.flatten(1) if is_vector else None
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference relative to the largest expected magnitude; infinite where shapes differ."""
+    """Largest absolute difference relative to the largest expected magnitude; infinite if shapes differ."""
     if found.shape != expected.shape or expected.numel() == 0:
         return float("inf")
     difference = (found.double() - expected.double()).abs().max()
-    # A zero-initialised head has all-zero logits, which only zeros equal.
+    # A zero-initialised head outputs all-zero logits, which only zeros match.
     return 0.0 if difference == 0 else float(difference / expected.abs().max().double())
 
 
 def _is_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether what was computed from a tensor of this dtype is what was expected."""
+    """Whether a value computed from a tensor of this dtype matches the expected one within rounding."""
     tolerance = max(_MEAN_TOLERANCE.get(each, 1e-4) for each in (dtype, expected.dtype))
     return relative_difference(found, expected) <= tolerance
 
 
 def agrees_with_logits(logits: Tensor, output: Tensor, *dtypes: torch.dtype) -> bool:
-    """Whether a model's output is these logits, or their softmax or log-softmax, as exactly as all dtypes on the way allow."""
+    """Whether a model's output equals these logits, their softmax or log-softmax within the rounding of all given dtypes."""
     tolerance = max(_LOGITS_TOLERANCE.get(each, 1e-4) for each in (logits.dtype, output.dtype, *dtypes))
     forms = (logits, logits.softmax(1), logits.log_softmax(1))
     return any(relative_difference(form, output) <= tolerance for form in forms)
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returned: a tensor, something with `logits`, or a tuple that starts with them.
+    """The logits in a model's output: a tensor, an object or dict with `logits`, or a tuple that starts with them.
 
     Raises:
-        TapError: nothing of shape [N, C] there.
+        TapError: no [N, C] tensor in these places.
     """
     if isinstance(output, dict) and "logits" in output:
         output = output["logits"]

@@ -1,4 +1,4 @@
-"""Models by name: the user's own factory with weights from a file."""
+"""Loading of models: a user-defined factory by name, and weights from a file."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from ..errors import InputError, one_line
 __all__ = ["load_model", "load_weights"]
 
 WRAPPERS = ("state_dict", "model")
-"""Keys under which training scripts keep the state_dict in a checkpoint."""
+"""Keys of the state_dict in the checkpoints of training scripts."""
 
 PREFIXES = ("module.", "_orig_mod.")
-"""What DataParallel and torch.compile put before every name."""
+"""Prefixes of DataParallel and torch.compile."""
 
 
 def load_model(spec: str, weights: str | Path | None = None) -> nn.Module:
-    """The model that a factory in the user's own code makes, in evaluation mode, on the CPU unless the factory says otherwise.
+    """The model built by a factory in user code, in evaluation mode, on the device chosen by the factory.
 
     Args:
-        spec: `package.module:factory`, found as Python finds it or below the working folder, or `path/file.py:factory`.
-            `factory()` returns an nn.Module; a class is a factory too.
-        weights: file that `load_weights` reads; None keeps what the factory made.
+        spec: `package.module:factory`, on the Python path or below the working directory, or `path/file.py:factory`.
+            `factory()` returns an nn.Module; a class works too.
+        weights: file for `load_weights`; None keeps the factory's weights.
 
     Raises:
-        InputError: no such module, file or factory, a factory that raises or returns something else, or weights that do not fit.
+        InputError: no such module, file or factory, a factory that raises or returns something else, or mismatched weights.
     """
     source, separator, name = spec.rpartition(":")
     if not separator or not source or not name:
@@ -64,13 +64,13 @@ def load_model(spec: str, weights: str | Path | None = None) -> nn.Module:
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """A state_dict from `.safetensors`, or from what `torch.save` wrote, read with weights_only=True: nothing is unpickled.
+    """A state_dict from a `.safetensors` or `torch.save` file, read with weights_only=True: no code is unpickled.
 
-    A checkpoint that keeps the state_dict under "state_dict" or "model" is unwrapped; the prefixes of DataParallel ("module.")
-    and torch.compile ("_orig_mod.") are taken off.
+    A state_dict under the key "state_dict" or "model" of a checkpoint is unwrapped; the prefixes of DataParallel ("module.") and
+    torch.compile ("_orig_mod.") are removed.
 
     Raises:
-        InputError: no such file, damaged, a pickled model, or something that is not a state_dict.
+        InputError: no such file, a damaged file, a pickled model, or no state_dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -81,7 +81,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
             found = found[key]
     if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise InputError(
-            f"weights {path}: holds no state_dict; expected names with a tensor each, as torch.save(model.state_dict(), ...) writes"
+            f"weights {path}: holds no state_dict; expected tensors by name, as written by torch.save(model.state_dict(), ...)"
         )
     state = dict(found)
     for prefix in PREFIXES:
@@ -102,11 +102,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters raises
+            warnings.simplefilter("ignore")  # real problems raise
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"weights {path}: not a plain state_dict, and nothing is unpickled here; save it by"
+            f"weights {path}: not a plain state_dict, and pickled code is never run; save it by"
             " torch.save(model.state_dict(), path) or as .safetensors"
         ) from error
     except Exception as error:  # torch raises RuntimeError, EOFError, ValueError, KeyError, … on damaged files
@@ -123,9 +123,9 @@ def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         came, expected = list(state[wrong[0]].shape), list(own[wrong[0]].shape)
         raise InputError(
             f"weights {path}: {wrong[0]!r} has shape {came}, the model expects {expected}{_more(wrong)};"
-            " give the weights of this model"
+            " pass the weights of this model"
         )
-    # load_state_dict knows which names a checkpoint of an older version may lack.
+    # load_state_dict knows the keys that checkpoints of older versions may lack.
     result = model.load_state_dict(state, strict=False)
     problems = [
         f"{kind} {names[0]!r}{_more(names)}"
@@ -133,7 +133,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         if names
     ]
     if problems:
-        raise InputError(f"weights {path}: {' and '.join(problems)}; give the weights of this model")
+        raise InputError(f"weights {path}: {' and '.join(problems)}; pass the weights of this model")
 
 
 def _more(names: list[str]) -> str:
@@ -167,6 +167,6 @@ def _import_file(path: Path) -> ModuleType:
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules[name] = module  # dataclasses look their module up by name
+    sys.modules[name] = module  # dataclasses look up their module by name
     module_spec.loader.exec_module(module)
     return module

@@ -1,8 +1,8 @@
-"""A shallow twin of a model: its own module objects and hooks over the same parameters and buffers.
+"""A shallow twin of a model: separate module objects and hooks over shared parameters and buffers.
 
-Hooks on the twin never fire for the user's own calls, and the twin is in evaluation mode whatever the user's mode is. Parameters
-and buffers are the very same dictionaries, so a later `load_state_dict` or `.to()` of the model is seen by the twin. Modules and
-hooks that are added or replaced later are not.
+Hooks on the twin never fire for calls of the model itself, and the twin is always in evaluation mode. Both share the dictionaries
+of parameters and buffers, so the twin follows a later `load_state_dict` or `.to()` of the model, but not modules or hooks added
+or replaced later.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _CALLABLES = (MethodType, FunctionType, partial)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module beneath torch.compile and (distributed) data parallelism.
+    """The module inside torch.compile and (distributed) data-parallel wrappers.
 
     Raises:
-        TapError: not an nn.Module, or a TorchScript module, whose inside cannot be hooked.
+        TapError: not an nn.Module, or a TorchScript module, which does not support hooks on its submodules.
     """
     if not isinstance(model, nn.Module):
         raise TapError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -38,19 +38,19 @@ def unwrap(model: nn.Module) -> nn.Module:
         )
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return unwrap(model.module)
-    # An OptimizedModule of torch.compile, told by its attribute, because importing its class takes seconds.
+    # An OptimizedModule of torch.compile, recognised by attribute because importing its class takes seconds.
     compiled = getattr(model, "_orig_mod", None)
     return model if compiled is None else unwrap(compiled)
 
 
 def shallow_twin(model: nn.Module) -> Any:
-    """Copy the module tree of `model` in evaluation mode, sharing parameters and buffers; the model itself is not changed.
+    """Copy the module tree of `model` in evaluation mode, with shared parameters and buffers; the model stays unchanged.
 
-    References to modules are led to their twins in attributes, lists, tuples, sets, dicts, bound methods, partials and the
-    closures of functions. A module that is reachable only through another kind of object stays the model's own.
+    References to modules in attributes, lists, tuples, sets, dicts, bound methods, partials and closures are redirected to their
+    twins. A module reachable only through another kind of object is shared with the model.
 
     Raises:
-        TapError: not an nn.Module, or one that is or holds a TorchScript module.
+        TapError: not an nn.Module, or one that is or contains a TorchScript module.
     """
     return _twin_of(model, {})
 
@@ -59,14 +59,14 @@ def _twin_of(module: nn.Module, known: dict[int, Any]) -> Any:
     module = unwrap(module)
     if id(module) in known:
         return known[id(module)]
-    # Not the class's own __new__, which may want arguments, or lose the forward, as that of a GraphModule does.
+    # Not the class's own __new__, which may require arguments, or drop the forward, as in GraphModule.
     twin = object.__new__(type(module))
     known[id(module)] = twin
     for name, value in vars(module).items():
         vars(twin)[name] = value if name in _SHARED else _translate(value, known)
-    # Not by eval(), which a class may override to change the shared weights, such as to merge its adapter into them.
+    # Not by eval(), which a class may override to modify the shared weights, such as merging an adapter.
     vars(twin)["training"] = False
-    # Compiled code would run past the twin's hooks.
+    # Compiled code would bypass the twin's hooks.
     eager = getattr(type(module).forward, "_torchdynamo_orig_callable", None)
     if eager is not None and "forward" not in vars(module):
         vars(twin)["forward"] = MethodType(eager, twin)
@@ -74,7 +74,7 @@ def _twin_of(module: nn.Module, known: dict[int, Any]) -> Any:
 
 
 def _translate(value: Any, known: dict[int, Any]) -> Any:
-    """Copy containers and callables, and lead the modules in them to their twins."""
+    """Copy containers and callables, with modules replaced by their twins."""
     if isinstance(value, nn.Module):
         return _twin_of(value, known)
     if id(value) in known:
@@ -102,7 +102,7 @@ def _translate(value: Any, known: dict[int, Any]) -> Any:
 
 
 def _captured(value: Any, known: dict[int, Any]) -> Any:
-    """What a closure holds: data, such as the list that a user's hook fills, stays the user's own."""
+    """The content of a closure: modules and callables as twins; data, such as the list filled by a user's hook, shared."""
     return _translate(value, known) if isinstance(value, (nn.Module, *_CALLABLES)) else value
 
 

@@ -1,4 +1,4 @@
-"""Runs a classifier and hands over its feature map and what its head received; the model itself is not touched."""
+"""Capture of a classifier's feature map and head input during inference, without changing the model."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from .shallow_copy import shallow_twin
 __all__ = ["Captured", "Tap", "TapPlan"]
 
 _PROOF_SAMPLES = 32
-# AcceleratorError is younger than the oldest torch that is supported.
+# The oldest supported torch has no AcceleratorError.
 _DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 
 class Captured(NamedTuple):
-    """What one forward pass left behind.
+    """Activations captured in one forward pass.
 
     Attributes:
-        feature_map: [N, D, H, W], a view of the model's own tensor where it is proven; None where the plan has no map.
-        head_input: [N, D] what the head received.
-        logits: [N, C] the model's own output.
+        feature_map: [N, D, H, W], a view of the model's tensor if verified; None if the plan has no map.
+        head_input: [N, D] input of the head.
+        logits: [N, C] output of the model.
     """
 
     feature_map: Tensor | None
@@ -45,25 +45,25 @@ class Captured(NamedTuple):
 
 
 class Tap:
-    """Finds head and feature map of a model by proof and captures both while the model runs.
+    """Finds and verifies head and feature map of a model, and captures them in every forward pass.
 
-    Hooks live on a shallow twin of the model and catch per thread, so the user's model stays as it was, several taps on one
-    model do not meet, and threads may call at the same time. Hooks that the user had set by then run on the twin too, because a
-    model may need them, as pruning does.
+    Hooks live on a shallow twin of the model with thread-local storage: the model stays unchanged, several taps on one model are
+    independent, and concurrent calls are safe. Hooks already on the model also run on the twin, since features such as pruning
+    depend on them.
 
     Args:
         model: the classifier; a compiled or data-parallel one is unwrapped.
-        head: name of the head where it is to be given by hand.
-        feature_map: name of the module whose output is the map, where it is to be given by hand.
+        head: name of the head; None: found automatically.
+        feature_map: name of the module that outputs the map; None: found automatically.
 
     Raises:
-        TapError: a scripted model, a name that is not in it, no `nn.Linear`, or weights that are not loaded or not finite.
+        TapError: a scripted model, an unknown name, no `nn.Linear`, or weights that are not loaded or not finite.
     """
 
     def __init__(self, model: nn.Module, *, head: str | None = None, feature_map: str | None = None) -> None:
         self._twin: nn.Module = shallow_twin(model)
         self._modules: dict[str, nn.Module] = dict(self._twin.named_modules(remove_duplicate=False))
-        # A module that is registered twice goes by its first name.
+        # A module registered twice goes by its first name.
         self._first_names = {module: name for name, module in self._twin.named_modules()}
         self._caught = threading.local()
         self._handles: list[Any] = []
@@ -73,8 +73,8 @@ class Tap:
         linears = [module for module in self._modules.values() if isinstance(module, nn.Linear)]
         if not linears:
             raise TapError(
-                f"{type(model).__name__} has no nn.Linear: expected a classifier whose logits come from one; a head that is a 1×1"
-                " convolution can be replaced by the equal nn.Linear"
+                f"{type(model).__name__} has no nn.Linear: expected a classifier whose logits come from one; a 1×1 convolution"
+                " as the head can be replaced by the equivalent nn.Linear"
             )
         self._last_linear = linears[-1] if head is None else self._linear(head, f"head={head!r}")
         self._check_finite()
@@ -105,24 +105,24 @@ class Tap:
                 continue
             bad = ~torch.isfinite(tensor)
             if name in buffers:
-                # An attention mask holds -inf where it blocks.
+                # Attention masks contain -inf.
                 bad &= ~torch.isneginf(tensor)
             if bad.any():
                 raise TapError(
                     f"the model's {name!r} has {int(bad.sum())} NaN or infinite values of {tensor.numel()}: expected finite"
-                    " weights; load a sound checkpoint"
+                    " weights; load an intact checkpoint"
                 )
 
     @property
     def plan(self) -> TapPlan:
-        """What was found. Raises NotFittedError before `find` or `adopt`."""
+        """Head and map in use. Raises NotFittedError before `find` or `adopt`."""
         if self._plan is None:
             raise NotFittedError("head and feature map are not known yet: call fit(loader) first")
         return self._plan
 
     @property
     def device(self) -> torch.device:
-        """Where the head is."""
+        """Device of the head."""
         return next(self.head.parameters()).device
 
     @property
@@ -132,23 +132,23 @@ class Tap:
 
     @property
     def head(self) -> nn.Linear:
-        """The twin's head, which shares weight and bias with the model's; before `find` the last nn.Linear of the model."""
+        """The twin's head, with weight and bias shared with the model; before `find` the last nn.Linear of the model."""
         module = self._last_linear if self._plan is None else self._modules[self._plan.head]
         assert isinstance(module, nn.Linear)
         return module
 
     def find(self, images: Tensor) -> TapPlan:
-        """Find head and map by running the first finite samples of a batch, prove them, and start capturing.
+        """Find and verify head and map on the first finite samples of a batch, and start capturing.
 
         Raises:
-            InputError: not a batch of floating point images, or none of them is finite.
-            TapError: no nn.Linear makes the model's output, or the logits recomputed from the map differ from the model's.
+            InputError: not a floating-point batch, or no finite image.
+            TapError: no nn.Linear outputs the logits, or the logits recomputed from the map differ from the model's.
         """
         _check_images(images)
         finite = images[torch.isfinite(images).flatten(1).all(1)][:_PROOF_SAMPLES]
         if not len(finite):
             raise InputError(
-                f"images {list(images.shape)}: none is free of NaN and infinite values; expected at least one sound image"
+                f"images {list(images.shape)}: none is free of NaN and infinite values; expected at least one finite image"
             )
         modules = {name: module for module, name in self._first_names.items()}
         self.adopt(discover(modules, lambda: self._run(finite), self._wanted_head, self._wanted_map))
@@ -170,20 +170,20 @@ class Tap:
         if not agrees_with_logits(logits, captured.logits, source.dtype):
             raise TapError(
                 f"logits recomputed from {self.plan.feature_map or 'the input'!r} and head {self.plan.head!r} differ from the"
-                f" model's own by up to {relative_difference(logits, captured.logits):.3g} relative to their size: expected them"
-                " equal; name the right layers by head=... and feature_map=..."
+                f" model's own by up to {relative_difference(logits, captured.logits):.3g} relative to their size: expected equal"
+                " logits; name the right layers by head=... and feature_map=..."
             )
 
     def adopt(self, plan: TapPlan) -> None:
-        """Capture by a plan that is already known, such as that of a state file.
+        """Capture by an existing plan, such as that of a state file.
 
         Raises:
-            TapError: a module of the plan is not in this model, or its head is not an nn.Linear of floating point weights.
+            TapError: a module of the plan missing from this model, or a head that is no nn.Linear with floating-point weights.
         """
         head = self._linear(plan.head, f"{plan.head!r} was fitted as the head")
         if not head.weight.is_floating_point():
             raise TapError(
-                f"the head {plan.head!r} has {head.weight.dtype} weights: expected floating point; leave it out of quantisation"
+                f"the head {plan.head!r} has {head.weight.dtype} weights: expected floating point; exclude it from quantisation"
             )
         for name in (plan.feature_map, plan.tail):
             if name is not None:
@@ -202,11 +202,11 @@ class Tap:
         self._handles, self._plan = [], None
 
     def __call__(self, images: Tensor) -> Captured:
-        """Run the model on a copy of images [N, ...] in its device and dtype, and return what was caught.
+        """Run the model on a copy of images [N, ...] in its device and dtype, and return the captured activations.
 
         Raises:
-            InputError: not a batch of floating point images, or images that the model rejects.
-            TapError: the model did not call the modules of the plan, or did not return one row of logits an image.
+            InputError: not a floating-point batch, or images the model rejects.
+            TapError: the model did not call the modules of the plan, or did not return one row of logits per image.
         """
         plan = self.plan
         caught: dict[str, Tensor] = {}
@@ -218,13 +218,13 @@ class Tap:
             del self._caught.tensors, self._caught.calls
         if "head_input" not in caught or (plan.feature_map is not None and "feature_map" not in caught):
             raise TapError(
-                f"the model ran past its modules {plan.head!r} and {plan.feature_map!r}: expected both to be called on every"
-                " forward; name others by head=... and feature_map=..."
+                f"the model bypassed its modules {plan.head!r} and {plan.feature_map!r}: expected both to be called in every"
+                " forward pass; name others by head=... and feature_map=..."
             )
         return Captured(caught.get("feature_map"), caught["head_input"], logits)
 
     def features(self, pooled: Tensor) -> Tensor:
-        """What the head receives for the spatial mean `pooled` [N, D] of a proven map: the mean itself, or the tail's output."""
+        """Head input for the spatial mean `pooled` [N, D] of a verified map: the mean itself, or the tail's output."""
         if self.plan.tail is None:
             return pooled
         tail = self._modules[self.plan.tail]
@@ -236,9 +236,9 @@ class Tap:
 
     def _run(self, images: Tensor) -> Tensor:
         _check_images(images)
-        # The first weight, because a model may hold its head in another dtype or on another device than its stem.
+        # The first weight, because stem and head may differ in dtype or device.
         stem = next((weight for weight in self._twin.parameters() if weight.is_floating_point()), self.head.weight)
-        # Inference tensors must not stay in what a model keeps between calls, and the copy is the model's to change in place.
+        # A model may cache tensors between calls, which must not be inference tensors, and may modify its input in place.
         with torch.inference_mode(False), torch.no_grad():
             try:
                 output = self._twin(images.detach().to(stem.device, stem.dtype, copy=True))
@@ -252,12 +252,12 @@ class Tap:
             logits = logits_of(output).detach()
         if len(logits) != len(images):
             raise TapError(
-                f"the model returned {len(logits)} rows of logits for {len(images)} images: expected one row an image"
+                f"the model returned {len(logits)} rows of logits for {len(images)} images: expected one row per image"
             )
         return logits
 
     def _next_call(self, what: str) -> int | None:
-        """Which call of the forward pass of this thread this is; None outside of one."""
+        """Index of this call within the current thread's forward pass; None outside one."""
         if getattr(self._caught, "tensors", None) is None:
             return None
         call: int = self._caught.calls[what]
@@ -266,7 +266,7 @@ class Tap:
 
     def _catch_head_input(self, plan: TapPlan, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self._next_call("head_input") == plan.head_call:
-            # A copy, which is small, because the model may change its features in place afterwards.
+            # A copy (small), because the model may modify its features in place afterwards.
             self._caught.tensors["head_input"] = first_argument(args, kwargs).detach().clone()
 
     def _catch_map(self, plan: TapPlan, module: nn.Module, args: Any, output: Tensor) -> None:
@@ -276,7 +276,7 @@ class Tap:
         if plan.relu:
             feature_map = feature_map.relu()
         elif not plan.proven:
-            # Nothing has shown that the model leaves it as it is: an in-place ReLU may follow.
+            # An unverified map may be modified in place later, such as by a ReLU.
             feature_map = feature_map.clone()
         self._caught.tensors["feature_map"] = feature_map
 
@@ -285,4 +285,4 @@ def _check_images(images: Any) -> None:
     if not isinstance(images, Tensor) or images.ndim < 2 or not images.is_floating_point():
         came = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         hint = "; convert as in training, such as images.float() / 255" if isinstance(images, Tensor) else ""
-        raise InputError(f"images: expected a floating point batch [N, C, H, W], got {came}{hint}")
+        raise InputError(f"images: expected a floating-point batch [N, C, H, W], got {came}{hint}")

@@ -1,4 +1,4 @@
-"""Heads: what judges a vector such as the gradient coordinates or the features, by name."""
+"""Heads by name: scores of vectors such as gradient coordinates or features."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["VECTOR_HEADS", "HeadKind", "HeadSettings", "KNearestNeighbours", "Li
 
 
 class HeadSettings(NamedTuple):
-    """What the heads can be told; each reads what it has.
+    """Settings of all heads; each uses its own. Values of the paper are those of the code of arXiv 2310.17163.
 
     Attributes:
-        k: neighbour of `knn`; the paper's code of arXiv 2310.17163 takes 5 and 10.
-        epochs: of training a probe; the paper's code takes 10.
-        react_from: first coordinate that `probe_react` clips; the paper's code takes 10 on CIFAR, 950 on ImageNet.
+        k: neighbour of `knn`; 5 and 10 in the paper.
+        epochs: training epochs of a probe; 10 in the paper.
+        react_from: first coordinate clipped by `probe_react`; 10 on CIFAR, 950 on ImageNet in the paper.
     """
 
     k: int = 10
@@ -35,8 +35,8 @@ class HeadKind(NamedTuple):
 
     Attributes:
         make: settings → unfitted head.
-        forward_score: signals → [N], the score of the model's own logits that stands beside it on the forward side; None where
-            the same head judges the features there.
+        forward_score: signals → [N], the matching score of the model's logits; None if the forward score is the same head on
+            the features.
     """
 
     make: Callable[[HeadSettings], VectorHead]
@@ -64,4 +64,4 @@ VECTOR_HEADS: dict[str, HeadKind] = {
     "mahalanobis": HeadKind(lambda settings: Mahalanobis()),
     "mahalanobis_pp": HeadKind(lambda settings: Mahalanobis(normalise=True)),
 }
-"""A new head is one file here and one line in this table."""
+"""A new head takes one file here and one line in this table."""

@@ -1,4 +1,4 @@
-"""What a head is: a judge of vectors [N, K], such as gradient coordinates or features."""
+"""The interface of heads: scores of vectors [N, K], such as gradient coordinates or features."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["VectorHead"]
 
 
 class VectorHead(FittedModule):
-    """One score of vectors: `forward(x)` gives [N], higher = more in-distribution; the fitted state is its buffers."""
+    """One score of vectors: `forward(x)` returns [N], higher = more in-distribution; the fitted state is its buffers."""
 
     def fit_samples(self, x: Tensor, data: FitData, index: Tensor) -> None:
-        """Fit on the vectors x [m, K] of the ID samples at `index`; labels are asked for only where they are read."""
+        """Fit on the vectors x [m, K] of the ID samples at `index`; their labels are loaded only if used."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:

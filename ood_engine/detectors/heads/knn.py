@@ -17,11 +17,14 @@ _BLOCK_ELEMENTS = 4 * 2**20
 class KNearestNeighbours(VectorHead):
     """Cosine similarity to the k-th nearest of a bank of ID vectors (arXiv 2204.06507).
 
-    On L2-normalised vectors it is 1 - r_k²/2 with r_k the distance to the k-th neighbour: the order of -r_k, and well
-    conditioned where r_k is small.
+    On L2-normalised vectors it equals 1 - r_k²/2 with r_k the distance to the k-th neighbour: the same ranking as -r_k, and well
+    conditioned for small r_k.
 
     Args:
-        k: which neighbour; the gradient paper's code uses 5 and 10.
+        k: rank of the neighbour; the code of arXiv 2310.17163 uses 5 and 10.
+
+    Raises:
+        InputError: a k below 1.
     """
 
     def __init__(self, k: int = 10) -> None:
@@ -31,7 +34,7 @@ class KNearestNeighbours(VectorHead):
         self.k = k
 
     def fit(self, x: Tensor) -> None:
-        """Keep the normalised vectors x [m, K].
+        """Store the normalised vectors x [m, K].
 
         Raises:
             InputError: fewer than k vectors.
@@ -43,7 +46,7 @@ class KNearestNeighbours(VectorHead):
         self.set_fitted(bank=F.normalize(x, dim=1))
 
     def fit_samples(self, x: Tensor, data: FitData, index: Tensor) -> None:
-        """Fit on the vectors x [m, K] of the ID samples at `index`; labels are not read."""
+        """Fit on the vectors x [m, K] of the ID samples at `index`, without labels."""
         self.fit(x)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A linear probe on vectors [N, K], trained as the code of arXiv 2310.17163 does, and what ReAct and BATS do before it."""
+"""A linear probe on vectors [N, K], trained as in the code of arXiv 2310.17163, with optional ReAct or BATS clamping."""
 
 from __future__ import annotations
 
@@ -20,24 +20,27 @@ _BLOCK_ROWS = 8192
 class LinearProbe(VectorHead):
     """BatchNorm → Linear classifier on vectors, scored by the Energy or MSP of its logits (arXiv 2310.17163).
 
-    Trained as the paper's code does: cross-entropy, SGD with momentum 0.9, weight decay 5e-4, learning rate 0.1, 10 epochs. The
-    batch of 128 is ours. Deterministic by the seed, on any device: it is trained on the CPU.
+    Trained as in the paper's code: cross-entropy, SGD with momentum 0.9, weight decay 5e-4, learning rate 0.1, 10 epochs. The
+    batch size of 128 is our default; the paper gives none. Trained on the CPU, hence deterministic for a given seed on any device.
 
-    After training, vectors may be clamped before the probe. "react" (arXiv 2111.12797) clips the late dimensions from above at
-    a quantile of their training values; "bats" (arXiv 2210.04200) clamps every dimension to mean ± width · standard deviation,
-    as the batch norm has them.
+    After training, inputs of the probe may be clamped. "react" (arXiv 2111.12797) clips the late dimensions from above at a
+    quantile of their training values; "bats" (arXiv 2210.04200) clamps every dimension to mean ± width · standard deviation of
+    the batch norm.
 
     Args:
         score: "energy" or "msp".
-        epochs: passes over the vectors.
+        epochs: training epochs.
         clamp: "none", "react" or "bats".
-        react_from: first dimension that ReAct clips; the paper's code takes 10 on CIFAR, 950 on ImageNet.
-        react_quantile: where it clips; the paper's code takes 0.9 and 0.7, of the test data, here of the training data (of the
-            first 2^27 values where there are more).
-        bats_width: of the interval in standard deviations; 1 is ours.
+        react_from: first dimension clipped by ReAct; the paper's code uses 10 on CIFAR, 950 on ImageNet.
+        react_quantile: clipping quantile; the paper's code uses 0.9 and 0.7 of the test data, here of the training data (at most
+            its first 2^27 values).
+        bats_width: half-width of the interval in standard deviations; 1 is our default; the paper gives none.
 
     Attributes:
-        accuracy: 0-d, of the trained probe on the vectors it was trained on; None before `fit`.
+        accuracy: 0-d training accuracy of the probe; None before `fit`.
+
+    Raises:
+        InputError: settings that are unknown or out of range.
     """
 
     accuracy: Tensor | None
@@ -78,16 +81,16 @@ class LinearProbe(VectorHead):
         """
         if x.shape[0] < 2:
             raise InputError(
-                f"a probe on {x.shape[0]} samples: expected at least 2 ID samples beside the anchors; fit on more"
+                f"a probe on {x.shape[0]} samples: expected at least 2 ID samples besides the anchors; fit on more"
             )
-        # What was made in inference mode cannot be trained on; anything else may be mapped from a file, and stays there.
+        # Inference tensors cannot be trained on; others are not copied, since they may be memory-mapped.
         x, labels = (part.clone() if part.is_inference() else part for part in (x.detach().float().cpu(), labels.cpu()))
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            # `torch.manual_seed` would seed the generators of all devices, which are not put back.
+            # `torch.manual_seed` would also seed the generators of other devices, which are not restored.
             torch.default_generator.manual_seed(seed)
             norm, linear = nn.BatchNorm1d(x.shape[1]), nn.Linear(x.shape[1], classes)
             accuracy = _train(nn.Sequential(norm, linear), x, labels, self.epochs)
-        # In evaluation the norm is an affine map, which folds into the linear layer.
+        # In evaluation mode the norm is affine, and folds into the linear layer.
         assert norm.running_var is not None
         assert norm.running_mean is not None
         deviation = (norm.running_var + norm.eps).sqrt()
@@ -102,14 +105,14 @@ class LinearProbe(VectorHead):
         )
 
     def _bounds(self, x: Tensor, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
-        """What the vectors are clamped to, [K] each."""
+        """Lower and upper clamping bounds, [K] each."""
         kind, react_from, react_quantile, bats_width = self._clamp
         if kind == "bats":
             return mean - bats_width * deviation, mean + bats_width * deviation
         lower, upper = torch.full_like(mean, -torch.inf), torch.full_like(mean, torch.inf)
         late = x[: max(1, _MOST_QUANTILE_VALUES // x.shape[1]), react_from:]
         if kind == "react" and late.numel():
-            # `torch.quantile` takes no more than 2^24 values.
+            # `torch.quantile` is limited to 2^24 values.
             upper[react_from:] = late.flatten().kthvalue(max(1, round(react_quantile * late.numel()))).values
         return lower, upper
 
@@ -118,7 +121,7 @@ class LinearProbe(VectorHead):
         self.fit(x, data.labels(index), data.head.weight.shape[0], data.seed)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N] lse or largest probability of the probe's logits."""
+        """[N] logsumexp or maximum softmax probability of the probe's logits."""
         weight = self.fitted("weight")
         x = torch.clamp(x.to(weight.dtype), self.fitted("lower"), self.fitted("upper"))
         logits = F.linear(x, weight, self.fitted("bias"))
@@ -126,7 +129,7 @@ class LinearProbe(VectorHead):
 
 
 def _train(probe: nn.Sequential, x: Tensor, labels: Tensor, epochs: int) -> float:
-    """Train in place; returns the accuracy."""
+    """Train in place. Returns the training accuracy."""
     optimiser = torch.optim.SGD(probe.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     for _ in range(epochs):
         probe.train()

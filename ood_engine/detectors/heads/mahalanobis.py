@@ -18,13 +18,13 @@ _BLOCK_ROWS = 8192
 
 
 class Mahalanobis(VectorHead):
-    """S = -min_c (x - μ_c)ᵀ Σ⁻¹ (x - μ_c), class means and one shared covariance (arXiv 1807.03888).
+    """S = -min_c (x - μ_c)ᵀ Σ⁻¹ (x - μ_c), with class means and one shared covariance (arXiv 1807.03888).
 
-    Σ is whitened once, in fp64. Directions with less than 1e-6 of the largest variance are given that much, so that fewer
-    samples than dimensions still give finite scores (ours).
+    Σ is whitened once, in fp64. Variances are floored at 1e-6 of the largest, for finite scores with fewer samples than
+    dimensions (our default; the paper gives none).
 
     Args:
-        normalise: L2-normalise the vectors first, which is Mahalanobis++ (arXiv 2505.18032).
+        normalise: L2-normalise the vectors first: Mahalanobis++ (arXiv 2505.18032).
     """
 
     def __init__(self, normalise: bool = False) -> None:
@@ -32,14 +32,14 @@ class Mahalanobis(VectorHead):
         self.normalise = normalise
 
     def fit(self, x: Tensor, labels: Tensor) -> None:
-        """Estimate from x [m, K] and labels [m].
+        """Estimate means and covariance from x [m, K] and labels [m].
 
         Raises:
-            InputError: fewer than two samples, or none that differs from its class mean by more than rounding.
+            InputError: fewer than two samples, or no variation within classes beyond rounding.
         """
         if x.shape[0] < 2:
             raise InputError(
-                f"a covariance of {x.shape[0]} samples: expected at least 2 ID samples beside the anchors; fit on more"
+                f"a covariance of {x.shape[0]} samples: expected at least 2 ID samples besides the anchors; fit on more"
             )
         classes, index = labels.to(x.device).unique(return_inverse=True)
         means, largest_value = self._class_means(x, index, len(classes))
@@ -53,7 +53,7 @@ class Mahalanobis(VectorHead):
         if not largest > rounding**2:
             raise InputError(
                 f"a covariance of {x.shape[0]} samples in {len(classes)} classes: expected some that differ within their class"
-                " beside the anchors; fit on more, and more varied, ID samples"
+                " besides the anchors; fit on more, and more varied, ID samples"
             )
         variances = variances.clamp_min(largest * 1e-6)
         whitening = directions / variances.sqrt()
@@ -79,7 +79,7 @@ class Mahalanobis(VectorHead):
         return sums / torch.bincount(index, minlength=classes)[:, None], largest
 
     def _blocks(self, x: Tensor, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """x, which may be mapped from a file larger than the memory, and the class of each row, some rows at a time."""
+        """x, which may be memory-mapped and larger than memory, and the class of each row, in chunks."""
         for start in range(0, x.shape[0], _BLOCK_ROWS):
             here = slice(start, start + _BLOCK_ROWS)
             yield self._prepare(x[here]), index[here]
