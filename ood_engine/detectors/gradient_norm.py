@@ -38,7 +38,7 @@ class GradNorm(Detector):
 
 @register("exgrad")
 class ExGrad(Detector):
-    """S = -E_{y ~ p} ‖∂(-log p_y) / ∂W‖₁ = -2 ‖h‖₁ · Σ_c p_c (1 - p_c), the negative expected norm over labels drawn from the softmax.
+    """S = -E_{y ~ p} ‖∂(-log p_y) / ∂W‖₁ = -2 ‖h‖₁ · Σ_c p_c (1 - p_c), the negative expected norm over labels drawn from p.
 
     The published score has the opposite sign: higher means out-of-distribution.
 

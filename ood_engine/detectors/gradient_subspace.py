@@ -65,7 +65,7 @@ class GradientSubspace(NamedTuple):
         check_anchor_method(self.anchors)
         if self.anchors != "first" and self.basis not in ("auto", "dual"):
             raise InputError(
-                f"anchors={self.anchors!r} with basis={self.basis!r}: expected 'first'; other methods require the auto or dual basis"
+                f"anchors={self.anchors!r} with basis={self.basis!r}: expected 'first'; other methods need the auto or dual basis"
             )
 
     def unfitted(self, tensors: Collection[str] = ()) -> Basis:

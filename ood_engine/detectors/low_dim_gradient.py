@@ -48,7 +48,7 @@ class LowDimGradient(Detector):
     - `knn`, `mahalanobis`, `mahalanobis_pp` (normalised coordinates, arXiv 2505.18032): forward: the same on the features.
     - `residual`: -‖(I - VVᵀ)(G - Ḡ)‖, the part outside the subspace; no forward score.
     - `vim`: lse - α ‖(I - VVᵀ)(G - Ḡ)‖ with α = Σ max logit / Σ residual over ID samples: ViM (arXiv 2203.10807) on the
-      gradient's residual; no further forward score.
+      gradient's residual; no separate forward score.
     - `projected_norm`: ‖g_low‖, the part within the subspace of ID gradients; no forward score.
 
     Args:

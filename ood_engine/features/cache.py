@@ -122,7 +122,7 @@ class FeatureCache:
         return cls(rows, None if directory is None else Path(directory))
 
     def empty(self, shape: tuple[int, int], like: Tensor) -> Tensor:
-        """An uninitialised tensor of like's dtype: mapped from a file in the cache's folder if it has one, else on like's device."""
+        """An uninitialised tensor of like's dtype, mapped from a file if the cache has a folder, else on like's device."""
         if self.directory is None or 0 in shape:
             return like.new_empty(shape)
         with tempfile.NamedTemporaryFile(dir=self.directory) as file:

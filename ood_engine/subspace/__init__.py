@@ -1,4 +1,4 @@
-"""Low-dimensional subspaces of last-layer gradient space (arXiv 2310.17163), found without forming a gradient.
+"""Low-dimensional subspaces of last-layer gradient space (arXiv 2310.17163), fitted without forming any gradient.
 
 The gradient of a scalar of the logits is G = a ⊗ h̃ (h̃ = [h; 1]), so every inner product of two gradients is
 ⟨G_i, G_j⟩ = (a_i·a_j)(h̃_i·h̃_j), and PCA of n anchor gradients is the eigenproblem of their centred n × n Gram matrix.
@@ -34,4 +34,4 @@ BASES: dict[str, type[DualBasis | ExplicitBasis | FactoredBasis | ClassAverageBa
     "factored": FactoredBasis,
     "class_average": ClassAverageBasis,
 }
-"""The bases by the names that detectors take."""
+"""The bases by their names in detector settings."""

@@ -1,4 +1,4 @@
-"""Which samples a subspace is written over, where there are more than it may hold; the ways to choose are ours."""
+"""Selection of the anchor samples of a subspace; the methods are chosen here, the paper gives none."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _BLOCK = 1024
 
 @dataclass(frozen=True)
 class Anchors:
-    """The samples that were chosen.
+    """The selected samples.
 
     Attributes:
-        index: [m] int64 rows, m the smaller of `count` and n; ascending, but in the order of choice for "pivoted".
-        residual: 0-d fp64 in [0, 1], Σ_i ‖G_i - its projection onto the span of the anchors' gradients‖² / Σ_i ‖G_i‖²; None where
+        index: [m] int64 rows, m = min(count, n); ascending, or in order of selection for "pivoted".
+        residual: 0-d fp64 in [0, 1], Σ_i ‖G_i - its projection onto the span of the anchors' gradients‖² / Σ_i ‖G_i‖²; None if
             every sample is an anchor.
     """
 
@@ -50,25 +50,25 @@ def choose_anchors(
     cotangent: str = "energy",
     bias: bool = True,
 ) -> Anchors:
-    """Choose `count` of n samples, the same ones whenever it is asked.
+    """Select `count` of n samples deterministically.
 
-    "first" takes those that come first: a random subset where samples are ordered by fingerprint. "class_balanced" takes equal
-    numbers of every class, the first of each; what a small class lacks goes to the others. "pivoted" is greedy: the sample whose
-    gradient is farthest from the span of those chosen so far, which is pivoted Cholesky of the Gram matrix
+    "first" selects the first samples: a random subset if they are ordered by fingerprint. "class_balanced" selects the first
+    samples of each class, in equal numbers; the shortfall of small classes goes to the others. "pivoted" is greedy: next is the
+    sample whose gradient is farthest from the span of those already selected, i.e. pivoted Cholesky of the Gram matrix
     K_ij = (a_i·a_j)(h̃_i·h̃_j) without forming it, in O(count·n·(C + D + count)) operations and 8·count·n bytes. Once the span
-    holds all gradients, it goes on with the first samples that are left.
+    contains all gradients, the first remaining samples follow.
 
     Args:
         p: softmax [n, C].
         h: features [n, D].
-        count: how many.
+        count: number of samples.
         method: one of `ANCHOR_METHODS`.
-        labels: classes [n] for "class_balanced", negative where there is none; predicted ones stand in for what is missing.
-        cotangent: the scalar that is differentiated, see `ood_kernels.reference.cotangent`.
-        bias: take the gradients of weight and bias together.
+        labels: classes [n] for "class_balanced"; negative or None: predicted classes.
+        cotangent: the differentiated scalar, see `ood_kernels.reference.cotangent`.
+        bias: use the gradients of weight and bias together.
 
     Raises:
-        InputError: samples that are not finite, labels that do not fit, a count below 1 or an unknown method.
+        InputError: non-finite samples, mismatched labels, a count below 1 or an unknown method.
     """
     check_anchor_method(method)
     check_samples(p, h)
@@ -86,7 +86,7 @@ def choose_anchors(
 
 
 def _class_balanced(p: Tensor, labels: Tensor | None, count: int) -> Tensor:
-    """One sample of every class in turn."""
+    """One sample per class, round-robin."""
     predicted = p.argmax(1)
     if labels is None:
         labels = predicted
@@ -127,10 +127,10 @@ def _pivoted(a: Tensor, h: Tensor, count: int) -> Anchors:
 
 
 def _residual_share(a: Tensor, h: Tensor, index: Tensor) -> Tensor:
-    """1 - tr(K_nm K_mm⁻¹ K_mn) / tr(K), a block of samples at a time."""
+    """1 - tr(K_nm K_mm⁻¹ K_mn) / tr(K), in chunks of samples."""
     anchor_a, anchor_h = a[index], h[index]
     gram = (anchor_a @ anchor_a.T) * (anchor_h @ anchor_h.T)
-    # Twice the rounding of the Gram matrix, so that its factor exists for anchors that depend on each other.
+    # A ridge of twice the rounding error, so that Cholesky succeeds for linearly dependent anchors.
     gram.diagonal().add_(2 * len(gram) * _EPSILON * gram.diagonal().max() + torch.finfo(gram.dtype).tiny)
     factor = torch.linalg.cholesky(gram)
     trace, captured = gram.new_zeros(()), gram.new_zeros(())

@@ -1,4 +1,4 @@
-"""What every basis of gradient space can do, and how it measures normalised gradients."""
+"""The interface of gradient bases, and the metric of normalised gradients."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _METRIC = ("inverse_deviation", "class_scale", "feature_scale", "separable_error
 
 
 class Basis(FittedModule):
-    """A basis of the normalised gradients g̃ = I ∘ (G - Ḡ), whose vectors V need not be orthonormal.
+    """A basis of the normalised gradients g̃ = I ∘ (G - Ḡ), with vectors V not necessarily orthonormal.
 
-    The scales are folded into what is stored, so that projecting reads G as it is: ⟨g̃, V_k⟩ = ⟨G - Ḡ, I ∘ V_k⟩. Norms are those
-    of g̃. Buffers that only some bases have decide what it is, so that a state says itself how it was normalised:
-    `inverse_deviation` I [C, D̃] (nfk); `class_scale` u [C], `feature_scale` v [D̃] with I = u ⊗ v, and `separable_error`, 0-d
-    (nfk-separable); `whitening` [K, r], by which coordinates along V become those along an orthonormal basis of its span.
+    The scales are folded into the stored tensors, so that projection applies to the plain G: ⟨g̃, V_k⟩ = ⟨G - Ḡ, I ∘ V_k⟩. Norms
+    refer to g̃. Optional buffers record the normalisation: `inverse_deviation` I [C, D̃] (nfk); `class_scale` u [C] and
+    `feature_scale` v [D̃] with I = u ⊗ v, and `separable_error`, 0-d (nfk-separable); `whitening` [K, r], from coordinates along V
+    to those along an orthonormal basis of its span.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Basis(FittedModule):
 
     constants: Tensor
     explained: Tensor
-    """[K] share of the anchors' total gradient variance along each component."""
+    """[K] share of the anchors' gradient variance along each component."""
     inverse_deviation: Tensor | None
     class_scale: Tensor | None
     feature_scale: Tensor | None
@@ -65,19 +65,19 @@ class Basis(FittedModule):
 
     @property
     def normalisation(self) -> str:
-        """What was done to the gradients: "none", "nfk" or "nfk-separable"."""
+        """Normalisation of the gradients: "none", "nfk" or "nfk-separable"."""
         if self.inverse_deviation is not None:
             return "nfk"
         return "none" if self.class_scale is None else "nfk-separable"
 
     @property
     def is_orthonormal(self) -> bool:
-        """Whether the vectors are orthonormal, in the space of the normalised gradients."""
+        """Whether the vectors are orthonormal in the space of normalised gradients."""
         return self.whitening is None
 
     @property
     def bytes(self) -> int:
-        """Bytes that a projection reads beside its inputs."""
+        """Bytes read by a projection, besides its inputs."""
         return sum(part.nbytes for part in self.tensors().parts() if part is not None)
 
     def flops(self, samples: int) -> int:
@@ -85,11 +85,11 @@ class Basis(FittedModule):
         raise NotImplementedError
 
     def plan(self, samples: int = 64) -> Plan:
-        """What this basis and the others of the same subspace cost for a batch, see `ood_engine.subspace.plan`."""
+        """Cost of this basis and its alternatives for a batch, see `ood_engine.subspace.plan`."""
         return plan_of(self, samples=samples)
 
     def tensors(self) -> ok.BasisTensors:
-        """The tensors that `ood_kernels.project_gradients` takes."""
+        """The tensors for `ood_kernels.project_gradients`."""
         raise NotImplementedError
 
     def project(self, p: Tensor, h: Tensor) -> Tensor:
@@ -101,35 +101,35 @@ class Basis(FittedModule):
         raise NotImplementedError
 
     def to_explicit(self) -> Basis:
-        """The same subspace as its vectors [K, C, D̃], an `ExplicitBasis`: 8 GB for ImageNet's ResNet-50 at K = 1000."""
+        """The same subspace as vectors [K, C, D̃], an `ExplicitBasis`: 8 GB for ResNet-50 on ImageNet at K = 1000."""
         raise NotImplementedError
 
     def to_factored(self, tolerance: float = 0.01) -> Basis:
-        """The same vectors inside a product of two smaller spaces, a `FactoredBasis`.
+        """The same vectors in a product of two smaller spaces, a `FactoredBasis`.
 
         Args:
-            tolerance: largest share of Σ_k explained_k ‖V_k‖² to lose, in [0, 1); 0.01 is ours.
+            tolerance: maximum loss as a share of Σ_k explained_k ‖V_k‖², in [0, 1); 0.01 is our default; the paper gives none.
 
         Raises:
-            InputError: the basis is normalised with "nfk", whose scales are no product.
+            InputError: a basis with "nfk" normalisation, whose scales do not factorise.
         """
         return to_factored(self, tolerance)
 
     def centred_norm(self, p: Tensor, h: Tensor) -> Tensor:
-        """‖g̃‖ [N] in fp64: ‖a‖²‖h̃‖² - 2 aᵀ Ḡ h̃ + ‖Ḡ‖² without normalisation, a difference of large numbers."""
+        """‖g̃‖ [N], in fp64 because of cancellation: without normalisation √(‖a‖²‖h̃‖² - 2 aᵀ Ḡ h̃ + ‖Ḡ‖²)."""
         return self._norms(p, h)[0].sqrt()
 
     def residual_norm(self, p: Tensor, h: Tensor) -> Tensor:
-        """Norm of the part of g̃ outside the span of V, [N] in fp64."""
+        """Norm of the component of g̃ orthogonal to the span of V, [N] in fp64."""
         total, inside = self._norms(p, h)
         return (total - inside).clamp_min(0).sqrt()
 
     def metric(self) -> dict[str, Tensor]:
-        """The buffers that say how gradients are measured, those that are there."""
+        """The metric buffers that are set."""
         return {name: value for name in _METRIC if (value := self._buffers[name]) is not None}
 
     def set_separable(self, found: Separable) -> None:
-        """Measure gradients scaled by u ⊗ v."""
+        """Set the metric to gradients scaled by u ⊗ v."""
         scales = {"class_scale": found.class_scale, "feature_scale": found.feature_scale}
         self.set_fitted(**scales, separable_error=found.error)
 
@@ -147,7 +147,7 @@ class Basis(FittedModule):
         return a * self.class_scale**power, h * self.feature_scale[: h.shape[1]] ** power
 
     def _norms(self, p: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """‖g̃‖² and the share of it inside the span of V, [N] each, in fp64."""
+        """‖g̃‖² and its part within the span of V, [N] each, in fp64."""
         a, h = reference.cotangent(p.double(), self.cotangent), h.double()
         along_mean, coordinates = self._inner_products(a, h)
         if self.whitening is not None:
@@ -202,7 +202,7 @@ def extend(h: Tensor, bias: bool) -> Tensor:
 
 
 def outer_sums(a: Tensor, h: Tensor, coefficients: Tensor) -> Tensor:
-    """Σ_i coefficients_ik a_i ⊗ h_i for every k, [K, C, D̃], one at a time."""
+    """Σ_i coefficients_ik a_i ⊗ h_i, [K, C, D̃], one component at a time."""
     sums = torch.empty((coefficients.shape[1], a.shape[1], h.shape[1]), dtype=h.dtype, device=h.device)
     for k, column in enumerate(coefficients.T):
         torch.matmul((a * column[:, None]).T, h, out=sums[k])
@@ -210,11 +210,11 @@ def outer_sums(a: Tensor, h: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def whitening_of(gram: Tensor, dtype: torch.dtype) -> Tensor:
-    """[K, r] that maps inner products with K vectors to coordinates along an orthonormal basis of their span.
+    """[K, r] map from inner products with K vectors to coordinates along an orthonormal basis of their span.
 
     Args:
         gram: [K, K] inner products of the vectors, in fp64.
-        dtype: the precision that the vectors are stored in: directions below its rounding are left out.
+        dtype: storage dtype of the vectors; directions below its rounding error are dropped.
     """
     eigenvalues, eigenvectors = torch.linalg.eigh(gram)
     kept = eigenvalues > len(gram) * torch.finfo(dtype).eps * eigenvalues[-1]

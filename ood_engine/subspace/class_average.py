@@ -1,4 +1,4 @@
-"""The class-average basis: the mean centred gradient of every class."""
+"""The class-average basis: the mean centred gradient of each class."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .samples import check_fit
 __all__ = ["MAX_BYTES", "ClassAverageBasis", "class_means_bytes"]
 
 MAX_BYTES = 2 * 2**30
-"""Most memory for class means, of which a basis is exact over all samples; 2 GiB is ours."""
+"""Memory limit of exact class means over all samples; 2 GiB is our default; the paper gives none."""
 
 _EPSILON = torch.finfo(torch.float64).eps
 _GRAM_BLOCK = 1024
@@ -31,20 +31,31 @@ _DUAL = ("anchor_cotangents", "anchor_features", "coefficients", "shift", "linea
 class ClassAverageBasis(Basis):
     """Column c is (Ḡ_c - Ḡ) / ‖Ḡ_c - Ḡ‖ over the samples of true class c: normalised, not orthogonalised, as in the paper's code.
 
-    Held in one of two ways, see `fit`: as the columns [K, C, D̃] themselves, or over anchors, V_c = Σ_i α_ic a_i ⊗ h̃_i with
-    α_ic = (1[y_i = c] / n_c - 1 / n) / ‖Ḡ_c - Ḡ‖. `explained` is (n_c / n) ‖Ḡ_c - Ḡ‖² as a share of the gradient variance: it sums
-    to the share that lies between classes. `residual_norm` allows for columns that overlap.
+    Stored in one of two forms, see `fit`: as columns [K, C, D̃], or over anchors, V_c = Σ_i α_ic a_i ⊗ h̃_i with
+    α_ic = (1[y_i = c] / n_c - 1 / n) / ‖Ḡ_c - Ḡ‖. `explained` is (n_c / n) ‖Ḡ_c - Ḡ‖² as a share of the gradient variance, which
+    sums to the between-class share. `residual_norm` accounts for non-orthogonal columns.
 
     Args:
-        cotangent: the scalar that is differentiated, see `ood_kernels.reference.cotangent`.
-        bias: take the gradients of weight and bias together.
+        cotangent: the differentiated scalar, see `ood_kernels.reference.cotangent`.
+        bias: use the gradients of weight and bias together.
+
+    Raises:
+        InputError: an unknown cotangent.
+
+    Example:
+        >>> import torch
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> p, h = torch.rand(32, 4, generator=generator).softmax(1), torch.rand(32, 8, generator=generator)
+        >>> basis = ClassAverageBasis.fit(p, h, labels=torch.arange(32) % 4)
+        >>> basis.classes, basis.project(p, h).shape
+        (tensor([0, 1, 2, 3]), torch.Size([32, 4]))
     """
 
     def __init__(self, *, cotangent: str = "energy", bias: bool = True) -> None:
         super().__init__("classes", optional=(*_EXPLICIT, *_DUAL), cotangent=cotangent, bias=bias)
 
     classes: Tensor
-    """[K] int64: the class of each column."""
+    """[K] int64: class of each column."""
     components: Tensor | None
 
     @classmethod
@@ -61,27 +72,26 @@ class ClassAverageBasis(Basis):
         bias: bool = True,
         max_bytes: int = MAX_BYTES,
     ) -> ClassAverageBasis:
-        """Find the class means from all samples where they fit `max_bytes`, else from an equal number of anchors a class.
+        """Compute the class means over all samples if they fit `max_bytes`, else over equally many anchors per class.
 
         Args:
             p: softmax [n, C].
             h: features [n, D].
-            labels: true classes [n]; None lets predicted ones stand in, with a warning.
-            n_components: not used: there is a column for every class that is present.
-            cotangent: the scalar that is differentiated.
-            normalisation: "none", our default; "nfk", that of all runs in the paper's README, where the class means fit
-                `max_bytes`; "nfk-separable", see `DualBasis.fit`.
-            max_anchors: most anchors, in all, where the class means do not fit: the first max_anchors / K of every class, at least
-                one. The overall mean then weighs each class by its share of all samples.
-            bias: take the gradients of weight and bias together.
-            max_bytes: most memory for the class means; 2 GiB is ours.
+            labels: true classes [n]; None: predicted classes, with a warning.
+            n_components: unused: one column per class present.
+            cotangent: the differentiated scalar.
+            normalisation: "none", our default; "nfk", as in all runs of the paper's README, if the class means fit `max_bytes`;
+                "nfk-separable", see `DualBasis.fit`.
+            max_anchors: maximum total number of anchors, if the class means exceed `max_bytes`: the first max_anchors / K of each
+                class, at least one. The overall mean then weights each class by its share of all samples.
+            bias: use the gradients of weight and bias together.
+            max_bytes: memory limit of the class means.
 
         Returns:
-            The fitted basis, in fp64 where p or h is, else fp32.
+            The fitted basis, in fp64 if p or h is, else fp32.
 
         Raises:
-            InputError: one class only, class means that are all equal, labels that are no classes, values that are not finite, or
-                an unknown option.
+            InputError: a single class, equal class means, labels out of range, non-finite values, or an unknown option.
         """
         basis = cls(cotangent=cotangent, bias=bias).to(p.device)
         check_fit(p, h, normalisation, ("none", "nfk", "nfk-separable"), max_anchors)
@@ -99,7 +109,7 @@ class ClassAverageBasis(Basis):
         return basis
 
     def _fit_explicit(self, samples: ClassSamples, normalisation: str) -> None:
-        """Two passes over the samples: overall moments, then a class at a time."""
+        """Two passes over the samples: overall moments, then one class at a time."""
         count, dtype = len(samples.p), samples.dtype
         mean, second = samples.moment(samples.order), samples.moment(samples.order, 2)
         scale = self._fit_scale(nfk.deviation(mean, second, count), normalisation, dtype)
@@ -125,7 +135,7 @@ class ClassAverageBasis(Basis):
         )
 
     def _fit_scale(self, spread: Tensor, normalisation: str, dtype: torch.dtype) -> Tensor:
-        """Set how gradients are measured; I [C, D̃] in fp64, 0 for constant entries, whose rounding it would make large."""
+        """Set the metric. Returns I [C, D̃] in fp64, with 0 for constant entries, whose rounding errors it would amplify."""
         if normalisation == "none":
             return torch.ones_like(spread)
         if normalisation == "nfk":
@@ -137,7 +147,7 @@ class ClassAverageBasis(Basis):
         return torch.where(spread > 0, scale, 0)
 
     def _fit_dual(self, samples: ClassSamples, normalisation: str, max_anchors: int) -> None:
-        """Over anchors, through the Gram matrix of the class means."""
+        """Fit over anchors, through the Gram matrix of the class means."""
         each = max(1, max_anchors // len(samples.classes))
         anchors = [rows[:each] for rows in samples.by_class()]
         rows, dtype = torch.cat(anchors), samples.dtype
@@ -176,7 +186,7 @@ class ClassAverageBasis(Basis):
         )
 
     def _inner_products_of(self, coefficients: Tensor, a: Tensor, h: Tensor) -> Tensor:
-        """[K, K] inner products of Σ_i coefficients_ik g̃_i, without the whole Gram matrix of the samples."""
+        """[K, K] inner products of Σ_i coefficients_ik g̃_i, in row blocks of the samples' Gram matrix."""
         a, h = self.scaled(a, h)
         h = extend(h, self.bias)
         blocks = zip(a.split(_GRAM_BLOCK), h.split(_GRAM_BLOCK), coefficients.split(_GRAM_BLOCK), strict=True)
@@ -185,7 +195,7 @@ class ClassAverageBasis(Basis):
 
     @property
     def form(self) -> ExplicitBasis | DualBasis:
-        """The same columns as an explicit or dual basis, whichever they are held in; it shares their memory."""
+        """The same columns as the explicit or dual basis of their storage, with shared memory."""
         place = self.fitted("classes").device
         kind = _WeightedDualBasis if self.components is None else ExplicitBasis
         basis = kind(cotangent=self.cotangent, bias=self.bias).to(place)
@@ -202,7 +212,7 @@ class ClassAverageBasis(Basis):
         return self.form.flops(samples)
 
     def tensors(self) -> ok.BasisTensors:
-        """Those of the explicit or dual basis that the columns are held in."""
+        """The tensors of the stored form, explicit or dual."""
         return self.form.tensors()
 
     def combine(self, weights: Tensor) -> Tensor:
@@ -213,21 +223,21 @@ class ClassAverageBasis(Basis):
         return self.form._norms(p, h)
 
     def to_explicit(self) -> ExplicitBasis:
-        """The columns themselves [K, C, D̃]."""
+        """The columns [K, C, D̃]."""
         return self.form.to_explicit()
 
     def to_factored(self, tolerance: float = 0.01) -> Basis:
-        """The same columns inside a product of two smaller spaces, see `Basis.to_factored`."""
+        """The same columns in a product of two smaller spaces, see `Basis.to_factored`."""
         return self.form.to_factored(tolerance)
 
 
 def class_means_bytes(present: int, classes: int, width: int, dtype: torch.dtype) -> int:
-    """What the mean gradients of the `present` classes take: present · C · D̃ numbers."""
+    """Bytes of the mean gradients of the `present` classes: present · C · D̃ numbers."""
     return present * classes * width * dtype.itemsize
 
 
 class _WeightedDualBasis(DualBasis):
-    """A dual basis whose mean weighs its anchors."""
+    """A dual basis with a weighted mean of its anchors."""
 
     def __init__(self, *, cotangent: str = "energy", bias: bool = True) -> None:
         super().__init__(cotangent=cotangent, bias=bias)
@@ -238,7 +248,7 @@ class _WeightedDualBasis(DualBasis):
 
 
 def _gram(components: Tensor, scale: Tensor) -> Tensor:
-    """[K, K] inner products in fp64 of the normalised vectors, of which components are scale times; a class at a time."""
+    """[K, K] inner products in fp64 of the normalised vectors components / scale, one class at a time."""
     gram = scale.new_zeros((len(components), len(components)))
     for each_class, scales in enumerate(scale):
         part = torch.where(scales > 0, components[:, each_class].double() / scales, 0)

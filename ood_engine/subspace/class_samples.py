@@ -1,4 +1,4 @@
-"""ID samples, grouped by class."""
+"""ID samples grouped by class."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class ClassSamples(NamedTuple):
     Attributes:
         p: softmax [n, C].
         h: features [n, D].
-        classes: [K] int64, those that are present.
-        counts: [K] samples of each.
-        order: [n] rows, class by class, in a class as they came.
+        classes: [K] int64, the classes present.
+        counts: [K] samples per class.
+        order: [n] rows sorted by class, stable.
         cotangent: the scalar that is differentiated.
         bias: whether h̃ = [h; 1].
     """
@@ -42,14 +42,14 @@ class ClassSamples(NamedTuple):
 
     @classmethod
     def of(cls, p: Tensor, h: Tensor, labels: Tensor | None, cotangent: str, bias: bool) -> ClassSamples:
-        """Group by label, or by predicted class where there are no labels.
+        """Group by label, or without labels by predicted class.
 
         Raises:
-            InputError: labels that are no classes, or one class only.
+            InputError: labels out of range, or a single class.
         """
         if labels is None:
             warnings.warn(
-                "a class-average basis without labels: predicted classes stand in; give labels=... for true ones",
+                "a class-average basis without labels: predicted classes are used; pass labels=... for true ones",
                 OodEngineWarning,
                 stacklevel=4,
             )
@@ -59,19 +59,19 @@ class ClassSamples(NamedTuple):
         classes, counts = labels.unique(return_counts=True)
         if len(classes) < 2:
             raise InputError(
-                f"all {len(p)} samples have class {int(classes[0])}: expected at least 2 classes, for a"
-                " class average is a difference from the overall mean; fit on samples of more classes, or take a PCA basis"
+                f"all {len(p)} samples have class {int(classes[0])}: expected at least 2 classes, as"
+                " class averages are differences from the overall mean; fit on samples of more classes, or use a PCA basis"
             )
         return cls(p, h, classes, counts, labels.argsort(stable=True), cotangent, bias)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the basis: fp64 where p or h is, else fp32."""
+        """Dtype of the basis: fp64 if p or h is, else fp32."""
         return reference.compute_dtype(self.p, self.h)
 
     @property
     def shares(self) -> Tensor:
-        """[K] share of the samples in each class, in fp64."""
+        """[K] share of samples per class, in fp64."""
         return self.counts.double() / len(self.p)
 
     def by_class(self) -> tuple[Tensor, ...]:
@@ -79,7 +79,7 @@ class ClassSamples(NamedTuple):
         return self.order.split(self.counts.tolist())
 
     def moment(self, rows: Tensor, power: int = 1) -> Tensor:
-        """Mean of G^power, entry by entry, over the rows: [C, D̃] in fp64."""
+        """Elementwise mean of G^power over the rows: [C, D̃] in fp64."""
         total = torch.zeros((), dtype=torch.float64, device=self.p.device)
         for block in rows.split(_BLOCK):
             a = reference.cotangent(self.p[block].double(), self.cotangent)
@@ -87,10 +87,10 @@ class ClassSamples(NamedTuple):
         return total / len(rows)
 
     def distinct(self, squares: Tensor, floor: Tensor) -> Tensor:
-        """Which ‖Ḡ_c - Ḡ‖² [K] are above their rounding, with a warning that names the others.
+        """Mask of the ‖Ḡ_c - Ḡ‖² [K] above rounding error; warns of the other classes.
 
         Raises:
-            InputError: none is.
+            InputError: none is above it.
         """
         kept = squares > floor
         left_out = self.classes[~kept].tolist()
@@ -115,5 +115,5 @@ def _check_labels(labels: Tensor, samples: int, classes: int) -> None:
     outside = int(((labels < 0) | (labels >= classes)).sum())
     if outside:
         raise InputError(
-            f"{outside} of {samples} labels are outside 0 to {classes - 1}: expected a class each; leave them out"
+            f"{outside} of {samples} labels are outside 0 to {classes - 1}: expected a class index each; leave those samples out"
         )

@@ -1,4 +1,4 @@
-"""Conversions of other bases to a factored one, registered for `Basis.to_factored`."""
+"""Conversions to a factored basis, registered for `Basis.to_factored`."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def dual_to_factored(basis: DualBasis, tolerance: float) -> FactoredBasis:
 
 @to_factored.register(ExplicitBasis)
 def explicit_to_factored(basis: ExplicitBasis, tolerance: float) -> FactoredBasis:
-    """From Σ_k explained_k V_k V_kᵀ, a component at a time.
+    """From Σ_k explained_k V_k V_kᵀ, one component at a time.
 
     Raises:
-        InputError: the basis is normalised with "nfk", whose scales are no product.
+        InputError: a basis with "nfk" normalisation, whose scales do not factorise.
     """
     if basis.normalisation == "nfk":
         raise InputError(
-            "normalisation='nfk' scales every entry of a gradient by itself, which no product of two spaces can hold:"
-            " expected 'none' or 'nfk-separable'; fit a FactoredBasis with one of them"
+            "normalisation='nfk' scales every entry of a gradient individually, which a product of two spaces cannot"
+            " represent: expected 'none' or 'nfk-separable'; fit a FactoredBasis with one of them"
         )
     weights = basis.fitted("explained").double()
     classes, width = basis.mean.shape
@@ -50,14 +50,14 @@ def explicit_to_factored(basis: ExplicitBasis, tolerance: float) -> FactoredBasi
 def _factored(
     basis: Basis, left: Tensor, right: Tensor, reduce: Callable[[Tensor, Tensor], Tensor], tolerance: float
 ) -> FactoredBasis:
-    """The vectors of `basis`, projected onto the product of two spaces found for them.
+    """The vectors of `basis`, projected onto a product of two spaces fitted to them.
 
     Args:
-        basis: whose mean, shares and scales the new one takes.
-        left: Σ_k explained_k V_k V_kᵀ [C, C] in the space of the normalised gradients.
+        basis: source of mean, shares and scales.
+        left: Σ_k explained_k V_k V_kᵀ [C, C] in the space of normalised gradients.
         right: Σ_k explained_k V_kᵀ V_k [D̃, D̃].
         reduce: (U_p, U_h) → core [K, R, Q] = U_pᵀ V_k U_h.
-        tolerance: largest share of Σ_k explained_k ‖V_k‖² to lose.
+        tolerance: maximum loss as a share of Σ_k explained_k ‖V_k‖².
     """
     dtype, explained = basis.fitted("constants").dtype, basis.fitted("explained")
     class_factors, feature_factors = leading_factors(left, right, tolerance)
@@ -65,13 +65,13 @@ def _factored(
     kept = explained.double() @ core.square().sum((1, 2))
     factored = FactoredBasis(cotangent=basis.cotangent, bias=basis.bias).to(core.device)
     factored.set_fitted(mean_gradient=basis.mean.to(dtype), explained=explained.clone(), **basis.metric())
-    # The parts of orthonormal vectors are not quite orthonormal.
+    # Projections of orthonormal vectors are only nearly orthonormal.
     factored.set_fitted(whitening=whitening_of(core.flatten(1) @ core.flatten(1).T, dtype))
     factored.set_factors(class_factors, feature_factors, core, kept / left.diagonal().sum(), dtype)
     return factored
 
 
 def _vectors(basis: ExplicitBasis) -> Iterator[Tensor]:
-    """One [C, D̃] after another in fp64, in the space of the normalised gradients."""
+    """The vectors [C, D̃] in fp64, one by one, in the space of normalised gradients."""
     class_scale, feature_scale = basis.scales()
     return (vector.double() / class_scale[:, None] / feature_scale for vector in basis.fitted("components"))

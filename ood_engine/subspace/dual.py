@@ -21,14 +21,25 @@ _ANCHOR_BLOCK = 256
 
 
 class DualBasis(Basis):
-    """PCA of last-layer gradients, written over the n anchor samples it was found from: V_k = Σ_i α_ik (a_i ⊗ h̃_i).
+    """PCA of last-layer gradients, expressed over its n anchor samples: V_k = Σ_i α_ik (a_i ⊗ h̃_i).
 
     Exact: coordinates equal those of PCA on the materialised gradients of the anchors up to sign, at 2·(n·(C + D + K) + C·K)
-    flops a sample instead of 2·K·C·D̃. The mean gradient is the anchors' own.
+    flops per sample instead of 2·K·C·D̃. The mean gradient is that of the anchors.
 
     Args:
-        cotangent: the scalar that is differentiated, see `ood_kernels.reference.cotangent`.
-        bias: take the gradients of weight and bias together.
+        cotangent: the differentiated scalar, see `ood_kernels.reference.cotangent`.
+        bias: use the gradients of weight and bias together.
+
+    Raises:
+        InputError: an unknown cotangent.
+
+    Example:
+        >>> import torch
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> p, h = torch.rand(32, 4, generator=generator).softmax(1), torch.rand(32, 8, generator=generator)
+        >>> basis = DualBasis.fit(p, h, n_components=3)
+        >>> basis.project(p, h).shape
+        torch.Size([32, 3])
     """
 
     def __init__(self, *, cotangent: str = "energy", bias: bool = True) -> None:
@@ -36,7 +47,7 @@ class DualBasis(Basis):
         super().__init__(*names, optional=("residual",), cotangent=cotangent, bias=bias)
 
     residual: Tensor | None
-    """0-d: the share of Σ ‖G‖² over all samples that lies outside the span of the anchors; None where all are anchors."""
+    """0-d: share of Σ ‖G‖² over all samples outside the span of the anchors; None if all samples are anchors."""
 
     @classmethod
     def fit(
@@ -52,29 +63,28 @@ class DualBasis(Basis):
         bias: bool = True,
         anchors: str = "first",
     ) -> DualBasis:
-        """Find the subspace from ID samples, at most `max_anchors` of which become the anchors.
+        """Fit the subspace on ID samples, at most `max_anchors` of which become anchors.
 
         Args:
             p: softmax [n, C].
             h: features [n, D].
-            labels: classes [n], read by anchors="class_balanced" alone; predicted ones stand in.
-            n_components: K as a number (fewer, with a warning, where the anchors span fewer), or the share of the gradient variance
-                to explain, in (0, 1). The paper uses 200 for
-                CIFAR; 0.99 is ours.
-            cotangent: the scalar that is differentiated.
-            normalisation: "none", our default: centred only; "nfk-separable", the nearest that keeps rank one to the "nfk" of all
-                runs in the paper's README (exact in `ExplicitBasis`); `separable_error` is its relative error.
-            max_anchors: most samples to build the Gram matrix from, at most 8192.
-            bias: take the gradients of weight and bias together.
-            anchors: how they are chosen where there are more samples, see `choose_anchors`: "first", "class_balanced" or "pivoted";
-                the latter two are ours. `residual` says what they leave out. Mean and PCA are those of the anchors, so a choice
-                that is not random weighs samples by it.
+            labels: classes [n] for anchors="class_balanced"; None: predicted classes.
+            n_components: K (reduced with a warning if the anchors span fewer dimensions), or the explained share of the gradient
+                variance, in (0, 1). The paper uses 200 on CIFAR; 0.99 is our default.
+            cotangent: the differentiated scalar.
+            normalisation: "none", our default: centring only; "nfk-separable": the closest rank-one approximation of the "nfk" of
+                all runs in the paper's README (exact in `ExplicitBasis`), with relative error `separable_error`.
+            max_anchors: maximum number of samples in the Gram matrix, at most 8192.
+            bias: use the gradients of weight and bias together.
+            anchors: selection among more samples, see `choose_anchors`: "first", "class_balanced" or "pivoted"; the paper gives
+                none. `residual` measures what they miss. Mean and PCA are those of the anchors, and inherit the bias of a
+                non-random selection.
 
         Returns:
-            The fitted basis, in fp64 where p or h is, else fp32.
+            The fitted basis, in fp64 if p or h is, else fp32.
 
         Raises:
-            InputError: gradients that are all equal, values that are not finite, more than 8192 anchors, or an unknown option.
+            InputError: equal gradients, non-finite values, more than 8192 anchors, or an unknown option.
         """
         check_n_components(n_components)
         basis = cls(cotangent=cotangent, bias=bias).to(p.device)
@@ -94,7 +104,7 @@ class DualBasis(Basis):
         anchor_a, anchor_h = basis.scaled(anchor_a, anchor_h)
         extended = extend(anchor_h, bias)
         found = gram_pca((anchor_a @ anchor_a.T) * (extended @ extended.T), n_components)
-        # ⟨u∘a ⊗ v∘h̃, u∘a_i ⊗ v∘h̃_i⟩ = ⟨a ⊗ h̃, u²∘a_i ⊗ v²∘h̃_i⟩: with the scales twice on the anchors, none is left on samples.
+        # ⟨u∘a ⊗ v∘h̃, u∘a_i ⊗ v∘h̃_i⟩ = ⟨a ⊗ h̃, u²∘a_i ⊗ v²∘h̃_i⟩: scaling the anchors twice leaves samples unscaled.
         anchor_a, anchor_h = basis.scaled(anchor_a, anchor_h)
         linear = reference.linear_part(anchor_a, anchor_h, found.coefficients, shift.double(), bias)
         basis.set_fitted(
@@ -117,7 +127,7 @@ class DualBasis(Basis):
         return (a * self._mean_weights()[:, None]).T @ extend(h, self.bias)
 
     def anchors(self) -> tuple[Tensor, Tensor]:
-        """Anchor cotangents [n, C] and features [n, D] as they are stored, with u² and v² folded in, in fp64."""
+        """Stored anchor cotangents [n, C] and features [n, D], with u² and v² folded in, in fp64."""
         return self.fitted("anchor_cotangents").double(), self.fitted("anchor_features").double()
 
     def _mean_weights(self) -> Tensor:
@@ -154,7 +164,7 @@ class DualBasis(Basis):
         names = ("anchor_cotangents", "anchor_features", "coefficients")
         stored = (*(self.fitted(name) for name in names), self._mean_weights())
         along_mean, coordinates = torch.zeros_like(a[:, 0]), -self.fitted("constants").double()
-        # A block at a time, for the anchors in fp64 are twice their size.
+        # In chunks, since fp64 doubles the size of the anchors.
         for block in zip(*(tensor.split(_ANCHOR_BLOCK) for tensor in stored), strict=True):
             anchor_a, anchor_h, coefficients, weights = (part.double() for part in block)
             kernel = (a @ anchor_a.T) * (h @ anchor_h.T + self.bias)
@@ -166,6 +176,6 @@ class DualBasis(Basis):
         return self.fitted("mean_square")
 
     def to_explicit(self) -> ExplicitBasis:
-        """The same subspace as its vectors [K, C, D̃]: K·C·D̃ numbers, 8 GB for ImageNet's ResNet-50 at K = 1000."""
+        """The same subspace as vectors [K, C, D̃]: K·C·D̃ numbers, 8 GB for ResNet-50 on ImageNet at K = 1000."""
         h = extend(self.fitted("anchor_features"), self.bias)
         return ExplicitBasis.of(self, outer_sums(self.fitted("anchor_cotangents"), h, self.fitted("coefficients")))

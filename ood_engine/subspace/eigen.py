@@ -1,4 +1,4 @@
-"""PCA of samples through the eigenvectors of their Gram matrix."""
+"""PCA of samples from the eigenvectors of their Gram matrix."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .samples import count_components, fix_signs
 __all__ = ["LARGEST_EIGENPROBLEM", "GramPca", "centre", "gram_pca"]
 
 LARGEST_EIGENPROBLEM = 8192
-"""Most rows of a matrix that is decomposed: 512 MiB in fp64, and as much for its eigenvectors. Ours."""
+"""Row limit of eigendecompositions, chosen here: 512 MiB in fp64, and as much for the eigenvectors."""
 
 
 class GramPca(NamedTuple):
-    """PCA of n samples G_i, written over the samples.
+    """PCA of n samples G_i, expressed over the samples.
 
     Attributes:
         coefficients: [n, K]; the components are V_k = Σ_i coefficients_ik (G_i - Ḡ), orthonormal.
@@ -44,11 +44,11 @@ def gram_pca(gram: Tensor, n_components: int | float, *, is_centred: bool = Fals
 
     Args:
         gram: K.
-        n_components: their number, or the share of the variance to explain, in (0, 1).
-        is_centred: whether the mean was subtracted from the samples before.
+        n_components: their number, or the explained share of the variance, in (0, 1).
+        is_centred: whether the samples are already centred.
 
     Raises:
-        InputError: all samples are equal.
+        InputError: equal samples.
     """
     values, vectors = torch.linalg.eigh(gram if is_centred else centre(gram))
     values, vectors = values.flip(0), vectors.flip(1)

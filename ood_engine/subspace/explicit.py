@@ -1,4 +1,4 @@
-"""A basis as its vectors."""
+"""A basis stored as vectors."""
 
 from __future__ import annotations
 
@@ -17,13 +17,24 @@ __all__ = ["ExplicitBasis"]
 
 
 class ExplicitBasis(Basis):
-    """A gradient subspace as its vectors V [K, C, D̃]: 2·K·C·D̃ flops a sample, for few classes or few components.
+    """A gradient subspace as vectors V [K, C, D̃]: 2·K·C·D̃ flops per sample, for few classes or few components.
 
-    The only basis that holds the paper's normalisation exactly: it stores I ∘ V.
+    It stores I ∘ V, and represents the paper's normalisation exactly.
 
     Args:
-        cotangent: the scalar that is differentiated, see `ood_kernels.reference.cotangent`.
-        bias: take the gradients of weight and bias together.
+        cotangent: the differentiated scalar, see `ood_kernels.reference.cotangent`.
+        bias: use the gradients of weight and bias together.
+
+    Raises:
+        InputError: an unknown cotangent.
+
+    Example:
+        >>> import torch
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> p, h = torch.rand(32, 4, generator=generator).softmax(1), torch.rand(32, 8, generator=generator)
+        >>> basis = ExplicitBasis.fit(p, h, n_components=3)
+        >>> basis.project(p, h).shape, basis.is_orthonormal
+        (torch.Size([32, 3]), True)
     """
 
     def __init__(self, *, cotangent: str = "energy", bias: bool = True) -> None:
@@ -43,26 +54,26 @@ class ExplicitBasis(Basis):
         bias: bool = True,
         max_bytes: int = 2 * 2**30,
     ) -> ExplicitBasis:
-        """The PCA of `DualBasis.fit`, written out; or, with normalisation="nfk", PCA of the gradients normalised exactly.
+        """The PCA of `DualBasis.fit` as explicit vectors; with normalisation="nfk", PCA of exactly normalised gradients.
 
         Args:
             p: softmax [n, C].
             h: features [n, D].
-            labels: not used by PCA.
-            n_components: K as a number (fewer, with a warning, where the anchors span fewer), or the share of the gradient variance
-                to explain, in (0, 1).
-            cotangent: the scalar that is differentiated.
-            normalisation: "none", our default; "nfk", that of all runs in the paper's README, at 2·n²·C·D̃ flops; "nfk-separable".
-            max_anchors: most samples that PCA reads, the first of them, at most 8192.
-            bias: take the gradients of weight and bias together.
-            max_bytes: most memory for the components of "nfk"; 2 GiB is ours.
+            labels: unused by PCA.
+            n_components: K (reduced with a warning if the anchors span fewer dimensions), or the explained share of the gradient
+                variance, in (0, 1).
+            cotangent: the differentiated scalar.
+            normalisation: "none", our default; "nfk", as in all runs of the paper's README, at 2·n²·C·D̃ flops; "nfk-separable".
+            max_anchors: maximum number of samples for PCA, the first ones, at most 8192.
+            bias: use the gradients of weight and bias together.
+            max_bytes: memory limit of the components of "nfk"; 2 GiB is our default; the paper gives none.
 
         Returns:
-            The fitted basis, in fp64 where p or h is, else fp32.
+            The fitted basis, in fp64 if p or h is, else fp32.
 
         Raises:
-            InputError: gradients that are all equal, values that are not finite, more than 8192 anchors, components beyond
-                `max_bytes`, or an unknown option.
+            InputError: equal gradients, non-finite values, more than 8192 anchors, components beyond `max_bytes`, or an unknown
+                option.
         """
         check_n_components(n_components)
         basis = cls(cotangent=cotangent, bias=bias).to(p.device)
@@ -92,7 +103,7 @@ class ExplicitBasis(Basis):
 
     @classmethod
     def of(cls, basis: Basis, components: Tensor) -> ExplicitBasis:
-        """The subspace of another basis from its vectors [K, C, D̃], which keeps its mean, shares and scales."""
+        """The subspace of another basis from its vectors [K, C, D̃], with the same mean, shares and scales."""
         explicit = cls(cotangent=basis.cotangent, bias=basis.bias).to(components.device)
         explicit.set_fitted(
             components=components,
@@ -133,5 +144,5 @@ class ExplicitBasis(Basis):
         return self._along_mean(a, h), self.tensors().project(a, h)
 
     def to_explicit(self) -> ExplicitBasis:
-        """Itself."""
+        """The basis itself."""
         return self

@@ -1,4 +1,4 @@
-"""PCA of gradients inside a product of two smaller spaces."""
+"""PCA of gradients in a product of two smaller spaces."""
 
 from __future__ import annotations
 
@@ -25,14 +25,25 @@ _WORKSPACE_ELEMENTS = 4 * 2**20
 class FactoredBasis(Basis):
     """PCA of the gradients reduced to U_pᵀ G U_h = (U_pᵀ a) ⊗ (U_hᵀ h̃): V_k = U_p core_k U_hᵀ, with U_p [C, R] and U_h [D̃, Q].
 
-    U_p and U_h are the leading eigenvectors of Σ (G - Ḡ)(G - Ḡ)ᵀ [C, C] and Σ (G - Ḡ)ᵀ(G - Ḡ) [D̃, D̃], the higher-order singular
-    value decomposition of the centred gradients, which never exist. What both leave out is at most the sum of what each does, so
-    ranks with half of the tolerance each keep the error below it. Projecting costs 2·(C·R + D̃·Q + K·R·Q) flops a sample, whatever
-    the number of samples it was found from. With full ranks it is PCA, exactly.
+    U_p and U_h are the leading eigenvectors of Σ (G - Ḡ)(G - Ḡ)ᵀ [C, C] and Σ (G - Ḡ)ᵀ(G - Ḡ) [D̃, D̃]: the higher-order singular
+    value decomposition of the centred gradients, without forming them. The total loss is at most the sum of both truncations, so
+    each gets half of the tolerance. Projection costs 2·(C·R + D̃·Q + K·R·Q) flops per sample, independent of the number of
+    samples in the fit. With full ranks it is exact PCA.
 
     Args:
-        cotangent: the scalar that is differentiated, see `ood_kernels.reference.cotangent`.
-        bias: take the gradients of weight and bias together.
+        cotangent: the differentiated scalar, see `ood_kernels.reference.cotangent`.
+        bias: use the gradients of weight and bias together.
+
+    Raises:
+        InputError: an unknown cotangent.
+
+    Example:
+        >>> import torch
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> p, h = torch.rand(32, 4, generator=generator).softmax(1), torch.rand(32, 8, generator=generator)
+        >>> basis = FactoredBasis.fit(p, h, n_components=3, ranks=(2, 4))
+        >>> basis.project(p, h).shape, basis.ranks
+        (torch.Size([32, 3]), (2, 4))
     """
 
     def __init__(self, *, cotangent: str = "energy", bias: bool = True) -> None:
@@ -40,7 +51,7 @@ class FactoredBasis(Basis):
         super().__init__(*names, cotangent=cotangent, bias=bias)
 
     captured: Tensor
-    """0-d: share of Σ‖G - Ḡ‖² over the samples that survives the reduction; of a converted basis, of Σ_k explained_k ‖V_k‖²."""
+    """0-d: share of Σ‖G - Ḡ‖² over the samples kept by the reduction; for a converted basis, of Σ_k explained_k ‖V_k‖²."""
 
     @classmethod
     def fit(
@@ -57,25 +68,26 @@ class FactoredBasis(Basis):
         tolerance: float = 0.01,
         ranks: tuple[int, int] | None = None,
     ) -> FactoredBasis:
-        """Find the two factors, then the subspace inside their product.
+        """Fit the two factors, then the subspace in their product.
 
         Args:
             p: softmax [n, C].
             h: features [n, D].
-            labels: not used by PCA.
-            n_components: K as a number, or the share to explain of the variance that the reduction keeps, in (0, 1).
-            cotangent: the scalar that is differentiated.
+            labels: unused by PCA.
+            n_components: K, or the explained share of the variance kept by the reduction, in (0, 1).
+            cotangent: the differentiated scalar.
             normalisation: "none", our default, or "nfk-separable", see `DualBasis.fit`.
-            max_anchors: most samples that PCA reads, the first of them; they are not kept.
-            bias: take the gradients of weight and bias together.
-            tolerance: largest share of Σ‖G - Ḡ‖² to lose, in [0, 1), 0 for what is rounding; 0.01 is ours. See `captured`.
-            ranks: (R, Q), in place of the tolerance.
+            max_anchors: maximum number of samples for PCA, the first ones; they are not stored.
+            bias: use the gradients of weight and bias together.
+            tolerance: maximum loss as a share of Σ‖G - Ḡ‖², in [0, 1), 0: rounding error only; 0.01 is our default; the paper
+                gives none. See `captured`.
+            ranks: (R, Q), instead of the tolerance.
 
         Returns:
-            The fitted basis, in fp64 where p or h is, else fp32.
+            The fitted basis, in fp64 if p or h is, else fp32.
 
         Raises:
-            InputError: gradients that are all equal, values that are not finite, an unknown option, or an eigenproblem beyond 8192.
+            InputError: equal gradients, non-finite values, an unknown option, or an eigenproblem beyond 8192.
         """
         check_n_components(n_components)
         basis = cls(cotangent=cotangent, bias=bias).to(p.device)
@@ -100,7 +112,7 @@ class FactoredBasis(Basis):
     def set_factors(
         self, class_factors: Tensor, feature_factors: Tensor, core: Tensor, captured: Tensor, dtype: torch.dtype
     ) -> None:
-        """Set what projects; factors and core are those of the normalised gradients."""
+        """Set the projection, from factors and core of the normalised gradients."""
         class_scale, feature_scale = self.scales()
         class_factors, feature_factors = class_factors * class_scale[:, None], feature_factors * feature_scale[:, None]
         centre = class_factors.T @ self.mean.double() @ feature_factors
@@ -150,12 +162,12 @@ class FactoredBasis(Basis):
         return self.class_factors.double() @ core @ self.feature_factors.double().T
 
     def to_explicit(self) -> ExplicitBasis:
-        """The same subspace as its vectors [K, C, D̃], V_k = U_p core_k U_hᵀ."""
+        """The same subspace as vectors [K, C, D̃], V_k = U_p core_k U_hᵀ."""
         tensors = self.tensors()
         return ExplicitBasis.of(self, (tensors.class_factors @ tensors.core) @ tensors.feature_factors.T)
 
     def to_factored(self, tolerance: float = 0.01) -> FactoredBasis:
-        """Itself."""
+        """The basis itself."""
         return self
 
 
@@ -175,11 +187,11 @@ def leading_factors(
     Args:
         left: Σ (G - Ḡ)(G - Ḡ)ᵀ.
         right: Σ (G - Ḡ)ᵀ(G - Ḡ).
-        tolerance: largest share of the trace to lose, half of it on each side.
-        ranks: (R, Q), in place of the tolerance.
+        tolerance: maximum loss as a share of the trace, half of it on each side.
+        ranks: (R, Q), instead of the tolerance.
 
     Raises:
-        InputError: a tolerance outside [0, 1), or ranks that the matrices do not have.
+        InputError: a tolerance outside [0, 1), or ranks beyond the sizes of the matrices.
     """
     if not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
         raise InputError(f"tolerance={tolerance!r}: expected the largest share of the trace to lose, in [0, 1)")
@@ -193,7 +205,7 @@ def leading_factors(
 
 
 def _leading(moment: Tensor, tolerance: float, rank: int | None) -> Tensor:
-    """The leading eigenvectors, as many as asked for or as leave out no more than `tolerance` of the trace."""
+    """The `rank` leading eigenvectors, or as many as keep the loss within `tolerance` of the trace."""
     eigenvalues, eigenvectors = torch.linalg.eigh(moment)
     eigenvalues = eigenvalues.clamp_min(0)
     if rank is None:
@@ -204,12 +216,12 @@ def _leading(moment: Tensor, tolerance: float, rank: int | None) -> Tensor:
 
 
 def _reduced_pca(t: Tensor, s: Tensor, n_components: int | float) -> tuple[Tensor, Tensor]:
-    """(core [K, R, Q], eigenvalues [K]) of the centred t_i ⊗ s_i, through the smaller of their covariance and Gram matrix."""
+    """(core [K, R, Q], eigenvalues [K]) of the centred t_i ⊗ s_i, from the smaller of their covariance and Gram matrix."""
     samples, size = len(t), t.shape[1] * s.shape[1]
     if min(samples, size) > LARGEST_EIGENPROBLEM:
         raise InputError(
-            f"{samples} samples and ranks {t.shape[1]} x {s.shape[1]} ask for an eigenproblem of {min(samples, size)}: expected at"
-            f" most {LARGEST_EIGENPROBLEM}; give max_anchors={LARGEST_EIGENPROBLEM} or a larger tolerance"
+            f"{samples} samples and ranks {t.shape[1]} x {s.shape[1]} need an eigenproblem of size {min(samples, size)}: expected at"
+            f" most {LARGEST_EIGENPROBLEM}; use max_anchors={LARGEST_EIGENPROBLEM} or a larger tolerance"
         )
     if size >= samples:
         found = gram_pca((t @ t.T) * (s @ s.T), n_components)
@@ -226,7 +238,7 @@ def _reduced_pca(t: Tensor, s: Tensor, n_components: int | float) -> tuple[Tenso
 
 
 def _centred_blocks(t: Tensor, s: Tensor) -> Iterator[Tensor]:
-    """The centred t_i ⊗ s_i as rows, some samples at a time."""
+    """The centred t_i ⊗ s_i as rows, in chunks of samples."""
     centre = t.T @ s / len(t)
     step = max(1, _WORKSPACE_ELEMENTS // centre.numel())
     for left, right in zip(t.split(step), s.split(step), strict=True):

@@ -1,8 +1,8 @@
-"""Normalised gradients, the neural Fisher kernel of the paper's code: g̃ = I ∘ (G - Ḡ) with I = Var(G)^(-1/2), entry by entry.
+"""Normalised gradients, the neural Fisher kernel of the paper's code: g̃ = I ∘ (G - Ḡ) with I = Var(G)^(-1/2), elementwise.
 
-All runs in the README of the code of arXiv 2310.17163 normalise so; "none", centring alone, is this package's default. I of
-gradients of rank one is no product of two vectors, so it is exact only where vectors [K, C, D̃] are held; where it is replaced by
-the nearest u ⊗ v, normalised gradients keep rank one and every basis its speed.
+All runs in the README of the code of arXiv 2310.17163 use it; our default is "none", centring only. I is generally not of rank
+one, so it is exact only in bases that store vectors [K, C, D̃]; with the closest u ⊗ v instead, normalised gradients keep rank
+one and every basis its speed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ROUNDINGS = 8
 
 
 class Separable(NamedTuple):
-    """I ≈ u ⊗ v: u [C], v [D̃] with 1 for the bias, and the relative error that this makes in normalised gradients, 0-d."""
+    """I ≈ u ⊗ v: u [C], v [D̃] with 1 for the bias, and the relative error of normalised gradients, 0-d."""
 
     class_scale: Tensor
     feature_scale: Tensor
@@ -49,21 +49,21 @@ class NormalisedPca(NamedTuple):
 
 
 def check_finite(*tensors: Tensor) -> None:
-    """Raise InputError where scales of very different size left the range of the dtype."""
+    """Raise InputError if extreme scales overflowed the dtype."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise InputError(
-            f"normalised gradients leave the range of {tensors[0].dtype}: expected variances of gradients that it can hold;"
+            f"normalised gradients leave the range of {tensors[0].dtype}: expected gradient variances within it;"
             " give p or h as float64, or normalisation='none'"
         )
 
 
 def mean_and_deviation(a: Tensor, h: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every gradient entry, [C, D̃] each, from a [n, C] and h̃ [n, D̃] in fp64.
+    """Elementwise mean and standard deviation of gradients, [C, D̃] each, from a [n, C] and h̃ [n, D̃] in fp64.
 
     Args:
         a: [n, C].
         h: h̃ [n, D̃].
-        weights: [n] that sum to 1; None weighs all samples alike.
+        weights: [n] with sum 1; None: uniform.
     """
     weighted = a / len(a) if weights is None else a * weights[:, None]
     mean = weighted.T @ h
@@ -71,24 +71,24 @@ def mean_and_deviation(a: Tensor, h: Tensor, weights: Tensor | None = None) -> t
 
 
 def deviation(mean: Tensor, second: Tensor, samples: int) -> Tensor:
-    """Standard deviation of every gradient entry, [C, D̃], from E[G] and E[G²]; exactly 0 where it is below their rounding."""
+    """Elementwise standard deviation of gradients, [C, D̃], from E[G] and E[G²]; exactly 0 below their rounding error."""
     variance = second - mean.square()
     floor = (samples + _ROUNDINGS) * torch.finfo(variance.dtype).eps * second
     return torch.where(variance > floor, variance, 0).sqrt()
 
 
 def inverse(spread: Tensor) -> Tensor:
-    """I = 1 / standard deviation, with the largest finite value for entries that are constant, as in the paper's code."""
+    """I = 1 / standard deviation, with the largest finite value for constant entries, as in the paper's code."""
     varies = _varies(spread)
     finite = torch.where(varies, 1 / spread, 0)
     return torch.where(varies, finite, finite.max())
 
 
 def separate(spread: Tensor, bias: bool) -> Separable:
-    """The u ⊗ v that makes the least error in normalised gradients: minimises Σ (u_c v_d / I_cd - 1)² over entries that vary.
+    """The u ⊗ v with the least error in normalised gradients: minimises Σ (u_c v_d / I_cd - 1)² over varying entries.
 
-    As I² Var(G) = 1, the mean of that square is E‖(u ⊗ v - I) ∘ (G - Ḡ)‖² / E‖I ∘ (G - Ḡ)‖². Least squares for u and v in turn,
-    from the best fit of log I. Rows and columns that are constant take the largest scale of the others.
+    As I² Var(G) = 1, the mean of that square is E‖(u ⊗ v - I) ∘ (G - Ḡ)‖² / E‖I ∘ (G - Ḡ)‖². Alternating least squares for u and
+    v, starting from the best fit of log I. Constant rows and columns get the largest scale of the others.
     """
     varies = _varies(spread)
     logarithm = torch.where(varies, -spread.log(), 0)
@@ -105,7 +105,7 @@ def separate(spread: Tensor, bias: bool) -> Separable:
 
 
 def _fit_scale(rows: Tensor) -> Tensor:
-    """The factor of every row that brings its entries nearest to 1."""
+    """The least-squares factor per row that brings its entries closest to 1."""
     squares = rows.square().sum(1)
     scale = torch.where(squares > 0, rows.sum(1) / squares, 0)
     return torch.where(scale > 0, scale, scale.max())
@@ -121,21 +121,21 @@ def _varies(spread: Tensor) -> Tensor:
 def pca(
     a: Tensor, h: Tensor, mean: Tensor, spread: Tensor, n_components: int | float, dtype: torch.dtype, max_bytes: int
 ) -> NormalisedPca:
-    """PCA of I ∘ (G - Ḡ) over the samples G_i = a_i ⊗ h̃_i through their n × n Gram matrix, a block of classes at a time.
+    """PCA of I ∘ (G - Ḡ) over the samples G_i = a_i ⊗ h̃_i from their n × n Gram matrix, in chunks of classes.
 
     Args:
         a: [n, C] in fp64.
         h: h̃ [n, D̃] in fp64.
         mean: Ḡ [C, D̃].
-        spread: standard deviation of every entry.
+        spread: elementwise standard deviation.
         n_components: K, or a share of the variance.
-        dtype: of the components.
-        max_bytes: most memory that the components may take.
+        dtype: dtype of the components.
+        max_bytes: memory limit of the components.
 
     Raises:
-        InputError: too few samples for K, samples that are all equal, or components beyond the memory.
+        InputError: equal samples, or components beyond `max_bytes`.
     """
-    # Entries that are constant are left out here: I is large there, and would make variance of their rounding.
+    # Constant entries are excluded: a large I would turn their rounding errors into variance.
     scale = torch.where(_varies(spread), 1 / spread, 0)
     gram = a.new_zeros((len(a), len(a)))
     for _, block in _normalised_blocks(a, h, mean, scale):
@@ -146,7 +146,7 @@ def pca(
     if required > max_bytes:
         raise InputError(
             f"{kept} components of {mean.shape[0]} x {mean.shape[1]} gradients take {required} bytes: expected at most"
-            f" max_bytes={max_bytes}; ask for fewer components, or take DualBasis with normalisation='nfk-separable'"
+            f" max_bytes={max_bytes}; use fewer components, or DualBasis with normalisation='nfk-separable'"
         )
     components = torch.empty((kept, *mean.shape), dtype=dtype, device=a.device)
     constants = a.new_zeros(kept)

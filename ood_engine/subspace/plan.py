@@ -1,4 +1,4 @@
-"""The cost model: which basis of a subspace projects a batch fastest within a memory budget."""
+"""Cost model: the fastest basis of a subspace for a batch within a memory budget."""
 
 from __future__ import annotations
 
@@ -18,36 +18,35 @@ FORMS = ("dual", "explicit", "factored")
 
 
 class Machine(NamedTuple):
-    """What a device does at best: `flops` a second in matrix products of fp32, and `bandwidth` in bytes a second."""
+    """Peak rates of a device: `flops` per second in fp32 matrix products, and `bandwidth` in bytes per second."""
 
     flops: float
     bandwidth: float
 
 
-# Orders of magnitude, ours: only their ratio decides, and it matters little where one basis needs many times the flops of another.
+# Orders of magnitude, chosen here: only their ratio matters, and little if one basis needs many times the flops of another.
 MACHINES = {"cpu": Machine(1e11, 1e10), "cuda": Machine(5e13, 2e12)}
 
-# How often plain torch passes over what the bases make on the way, measured with benchmarks/fitting.py; kernels on a GPU
-# keep it on chip.
+# Passes of plain torch over intermediate results, measured by benchmarks/fitting.py; GPU kernels keep them on chip.
 _PASSES = {"cpu": 4, "cuda": 0}
 
-# Plain torch makes no more of the explicit basis' [N, K, D̃] at a time.
+# Chunk size of the explicit basis' [N, K, D̃] in plain torch.
 _BLOCK = 4 * 2**20
 
 _DEFAULT_BUDGET = {"cpu": 4 * 2**30, "cuda": 2 * 2**30}
 
 
 class Cost(NamedTuple):
-    """What one basis costs for a batch of `samples`.
+    """Cost of one basis for a batch of `samples`.
 
     Attributes:
-        form: which basis, "dual", "explicit" or "factored".
-        flops: floating point operations of the batch.
-        bytes: of the basis, which are read once a batch.
+        form: "dual", "explicit" or "factored".
+        flops: floating-point operations per batch.
+        bytes: size of the basis, read once per batch.
         workspace: bytes of the largest intermediate result of a batch.
-        seconds: max(flops / rate, bytes / bandwidth), and on a CPU four passes over what is made on the way (the Gram matrix
-            [N, n]; [N, K, D̃] or [N, K, Q]); an estimate for comparing bases, not a prediction.
-        fits: whether basis and workspace stay within the budget.
+        seconds: max(flops / rate, bytes / bandwidth), on a CPU plus four passes over intermediate results (the Gram matrix
+            [N, n]; [N, K, D̃] or [N, K, Q]); an estimate for comparison, not a prediction.
+        fits: whether basis and workspace fit the budget.
     """
 
     form: str
@@ -59,13 +58,13 @@ class Cost(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The bases, cheapest first, and the one that was chosen.
+    """The candidate bases, cheapest first, and the selected one.
 
     Attributes:
-        choice: the cheapest basis that fits.
-        costs: all bases that are possible, by estimated time.
-        samples: N for which they were compared.
-        budget: bytes that basis and workspace may take.
+        choice: the cheapest basis within the budget.
+        costs: all candidates, by estimated time.
+        samples: batch size N of the comparison.
+        budget: limit of basis and workspace in bytes.
         device: "cpu" or "cuda".
     """
 
@@ -76,7 +75,7 @@ class Plan(NamedTuple):
     device: str
 
     def __str__(self) -> str:
-        """One line a basis."""
+        """One line per basis."""
         lines = [
             f"{'→' if cost.form == self.choice else ' '} {cost.form:<9} {cost.flops / 1e6:12.1f} MFLOP"
             f" {cost.bytes / 2**20:10.1f} MiB {cost.workspace / 2**20:8.1f} MiB workspace"
@@ -110,14 +109,14 @@ def plan(
         samples: N, of a typical batch.
         anchors: n.
         classes: C.
-        features: D̃, the features and one for the bias.
+        features: D̃, including one for the bias.
         components: K.
-        ranks: (R, Q) of the factored basis; None leaves it out.
+        ranks: (R, Q) of the factored basis; None excludes it.
         device: "cpu" or "cuda".
-        budget: bytes for basis and workspace; None takes 4 GiB on a CPU, 2 GiB on a GPU (ours).
-        machine: rates to compare by; None takes rough ones for the device (ours).
-        forms: those to choose from.
-        itemsize: bytes of a number of the basis.
+        budget: bytes for basis and workspace; None: 4 GiB on a CPU, 2 GiB on a GPU (chosen here).
+        machine: peak rates; None: orders of magnitude for the device (chosen here).
+        forms: candidates.
+        itemsize: bytes per number of the basis.
 
     Raises:
         InputError: a size below 1, an unknown basis, or no basis within the budget.
@@ -152,13 +151,13 @@ def plan(
         smallest = min(costs, key=lambda cost: cost.bytes)
         raise InputError(
             f"no basis of the subspace fits {budget / 2**20:.0f} MiB: the smallest, {smallest.form}, takes"
-            f" {(smallest.bytes + smallest.workspace) / 2**20:.0f} MiB; raise the budget, or take fewer anchors or components"
+            f" {(smallest.bytes + smallest.workspace) / 2**20:.0f} MiB; raise the budget, or use fewer anchors or components"
         )
     return Plan(fitting[0].form, tuple(costs), samples, budget, kind)
 
 
 def plan_of(basis: HasBasisTensors, *, samples: int, budget: int | None = None) -> Plan:
-    """Compare a fitted basis with the others that the same subspace could have, on its device; see `plan`."""
+    """Compare a fitted basis with the alternative bases of its subspace, on its device; see `plan`."""
     tensors = basis.tensors()
     classes, features = tensors.check()
     return plan(

@@ -1,4 +1,4 @@
-"""What is asked of the samples a basis is found from, and how many components they can carry."""
+"""Validation of the samples and settings of a basis, and the number of components they support."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..errors import InputError, OodEngineWarning
 
 __all__ = ["check_fit", "check_max_anchors", "check_n_components", "check_samples", "count_components", "fix_signs"]
 
-_BREAKS_RANK_ONE = "; 'nfk' scales every entry by itself, which only an ExplicitBasis can hold"
+_BREAKS_RANK_ONE = "; 'nfk' scales every entry individually, which requires an ExplicitBasis"
 
 
 def check_fit(
     p: Tensor, h: Tensor, normalisation: str, known: Sequence[str], max_anchors: int, most_anchors: int | None = None
 ) -> None:
-    """Raise InputError unless p [n, C] and h [n, D] are finite samples, at least one, and the options are known."""
+    """Raise InputError unless p [n, C] and h [n, D] are finite, n ≥ 1, and all options are known."""
     if normalisation not in known:
         expected = " or ".join(repr(name) for name in known)
         otherwise = "" if "nfk" in known else _BREAKS_RANK_ONE
@@ -30,7 +30,7 @@ def check_fit(
 
 
 def check_samples(p: Tensor, h: Tensor) -> None:
-    """Raise InputError unless p [n, C] and h [n, D] are finite samples."""
+    """Raise InputError unless p [n, C] and h [n, D] are finite and of equal n."""
     if p.ndim != 2 or h.ndim != 2 or p.shape[0] != h.shape[0]:
         raise InputError(f"expected softmax p [n, C] and features h [n, D], got {list(p.shape)} and {list(h.shape)}")
     bad = int((~(torch.isfinite(p).all(1) & torch.isfinite(h).all(1))).sum())
@@ -41,18 +41,18 @@ def check_samples(p: Tensor, h: Tensor) -> None:
 
 
 def check_max_anchors(max_anchors: int, least: int = 1, most: int | None = None) -> None:
-    """Raise InputError unless it is a whole number of at least `least` and, where PCA decomposes them, at most `most`."""
+    """Raise InputError unless it is a whole number of at least `least` and, for a full Gram matrix, at most `most`."""
     if not isinstance(max_anchors, int) or isinstance(max_anchors, bool) or max_anchors < least:
         raise InputError(f"max_anchors={max_anchors!r}: expected a whole number of at least {least}")
     if most is not None and max_anchors > most:
         raise InputError(
-            f"max_anchors={max_anchors}: expected at most {most}, because PCA decomposes the anchors' whole Gram matrix; take"
-            f" {most}, which a dual basis can choose by anchors='pivoted', or take a factored basis, which reads more samples"
+            f"max_anchors={max_anchors}: expected at most {most}, because PCA decomposes the full Gram matrix of the anchors;"
+            f" take {most}, selected by anchors='pivoted' in a dual basis, or a factored basis, which reads more samples"
         )
 
 
 def check_n_components(wanted: int | float) -> None:
-    """Raise InputError unless it is a number of components, or a share of the variance."""
+    """Raise InputError unless it is a number of components or a share of the variance."""
     is_share = isinstance(wanted, float) and 0 < wanted < 1
     is_number = isinstance(wanted, int) and not isinstance(wanted, bool) and wanted >= 1
     if not is_share and not is_number:
@@ -60,15 +60,18 @@ def check_n_components(wanted: int | float) -> None:
 
 
 def count_components(eigenvalues: Tensor, gram: Tensor, wanted: int | float) -> int:
-    """Return K that was asked for, or less where the gradients do not span it.
+    """K as wanted, or the rank of the gradients if that is lower.
 
     Args:
-        eigenvalues: all of them [n], largest first.
-        gram: the matrix before it was centred, whose diagonal sets their rounding.
+        eigenvalues: all eigenvalues [n], largest first.
+        gram: the matrix before centring, whose diagonal determines their rounding error.
         wanted: K, or a share of the variance.
+
+    Raises:
+        InputError: equal gradients.
     """
     anchors = eigenvalues.shape[0]
-    # Centring a Gram matrix of large entries leaves rounding of this size in directions that are really empty.
+    # Centring a Gram matrix of large entries leaves rounding errors of this size in null directions.
     floor = anchors * torch.finfo(eigenvalues.dtype).eps * float(gram.diagonal().max())
     rank = int((eigenvalues > floor).sum())
     if rank == 0:
@@ -88,6 +91,6 @@ def count_components(eigenvalues: Tensor, gram: Tensor, wanted: int | float) -> 
 
 
 def fix_signs(vectors: Tensor) -> Tensor:
-    """Make the entry of largest magnitude of every column positive, so that the same data gives the same basis."""
+    """Make the largest-magnitude entry of every column positive, for a unique basis."""
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * torch.where(largest < 0, -1.0, 1.0)
