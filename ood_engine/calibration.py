@@ -53,7 +53,7 @@ class Calibration(FittedModule):
         needed = math.ceil(1 / self.false_alarm_rate - 1 - 1e-9)
         if len(scores) < needed:
             raise CalibrationError(
-                f"{len(scores)} calibration samples for false_alarm_rate={self.false_alarm_rate}: expected at least {needed}; use"
+                f"{len(scores)} calibration samples for false_alarm_rate={self.false_alarm_rate}: expected at least {needed}; give"
                 " more fresh ID images or a higher rate"
             )
         self.set_fitted(scores=scores.float().sort().values)

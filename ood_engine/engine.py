@@ -422,7 +422,7 @@ class Engine:
         if drift:
             warnings.warn(
                 f"the loaded state drifts on this machine ({scorer.tap.device}, {scorer.head.weight.dtype}): {'; '.join(drift)};"
-                " refit here, or load on the device and in the dtype of the fit",
+                " fit again here, or load on the device and in the dtype of the fit",
                 StateDriftWarning,
                 stacklevel=2,
             )

@@ -112,7 +112,7 @@ class Scorer:
                 fitted = ", ".join(map(str, self.image_shape))
                 raise InputError(
                     f"images {list(images.shape)}: expected [N, {fitted}], the channels and size of fit; use the same"
-                    " preprocessing, or refit on this size"
+                    " preprocessing, or fit on this size"
                 )
         return self.tap(images)
 
@@ -183,7 +183,7 @@ class Scorer:
             is_map = feature_map.ndim == 4 and 0 not in feature_map.shape[1:]
             if not is_map or not feature_map.is_floating_point():
                 raise InputError(
-                    f"feature_map: expected a floating-point [N, D, H, W], got {feature_map.dtype} {list(feature_map.shape)}"
+                    f"feature_map: expected a floating point [N, D, H, W], got {feature_map.dtype} {list(feature_map.shape)}"
                 )
         if features is None and (feature_map is None or not self.tap.plan.proven or feature_map.shape[1] != width):
             came = "none" if feature_map is None else str(list(feature_map.shape))
@@ -195,7 +195,7 @@ class Scorer:
             fits = features.ndim == 2 and features.shape[1] == width and rows in ("N", features.shape[0])
             if not fits or not features.is_floating_point():
                 raise InputError(
-                    f"features: expected floating-point head input [{rows}, {width}], got {features.dtype}"
+                    f"features: expected a floating point head input [{rows}, {width}], got {features.dtype}"
                     f" {list(features.shape)}"
                 )
         given = feature_map if features is None else features

@@ -66,11 +66,11 @@ class HeadDigest(NamedTuple):
         if self[:3] != other[:3]:
             raise StateError(
                 f"{path}: fitted to a head of {self._words()}, this model's has {other._words()}; load the model of the fit,"
-                " or refit"
+                " or fit again"
             )
         if self.digests[other.dtype] != other.digests[other.dtype]:
             raise StateError(
-                f"{path}: fitted to another head: shapes agree, weights do not; load the checkpoint of the fit, or refit"
+                f"{path}: fitted to another head: shapes agree, weights do not; load the checkpoint of the fit, or fit again"
             )
 
     def _words(self) -> str:
@@ -270,20 +270,22 @@ def _open(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, 
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()} if with_tensors else {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise StateError(f"{path}: truncated, or not a safetensors file ({error}); copy it again or refit") from error
+        raise StateError(
+            f"{path}: truncated, or not a safetensors file ({error}); copy it again or fit again"
+        ) from error
     text = metadata.get(_KEY)
     if text is None:
         raise StateError(f"{path}: a safetensors file, but not an ood-engine state; pass a file written by engine.save")
     if hashlib.sha256(text.encode()).hexdigest() != metadata.get("digest"):
-        raise StateError(f"{path}: its header was altered since it was written; copy it again or refit")
+        raise StateError(f"{path}: its header was altered since it was written; copy it again or fit again")
     header: dict[str, Any] = json.loads(text)
     if header.get("format") != FORMAT:
         raise StateError(
             f"{path}: format version {header.get('format')}, written by ood-engine {header.get('package')}: expected version"
-            f" {FORMAT}; refit with this version, or install the one that wrote it"
+            f" {FORMAT}; fit again with this version, or install the one that wrote it"
         )
     if with_tensors and _tensors_digest(tensors) != header["tensors_digest"]:
-        raise StateError(f"{path}: its tensors were altered since it was written; copy it again or refit")
+        raise StateError(f"{path}: its tensors were altered since it was written; copy it again or fit again")
     return header, tensors
 
 

@@ -154,7 +154,7 @@ def discover(
         return _find_map(recorder, head, recorder.candidates)
     if wanted_map not in recorder.shapes:
         raise TapError(
-            f"feature_map={wanted_map!r}: the module was not called, or its output is not a floating-point tensor"
+            f"feature_map={wanted_map!r}: the module was not called, or its output is not a floating point tensor"
         )
     candidates = [
         candidate
@@ -198,7 +198,7 @@ def _find_head(recorder: _Recorder, logits: Tensor, wanted: str | None) -> _Head
 def _find_map(recorder: _Recorder, head: _Head, candidates: list[_Candidate]) -> TapPlan:
     received = head.received
     if not received.any():
-        return _plan(head, reason=f"{head.name!r} received only zeros, which verify nothing; fit on real images")
+        return _plan(head, reason=f"{head.name!r} received only zeros, which prove nothing; fit on real images")
     for candidate in reversed(candidates):
         if _is_close(candidate.mean, received, candidate.dtype):
             return _plan(head, candidate, reason=f"verified: its spatial mean is the input of {head.name!r}")
@@ -214,7 +214,7 @@ def _find_map(recorder: _Recorder, head: _Head, candidates: list[_Candidate]) ->
         return _plan(head, reason="no module of the model has an output with more than one position (H·W > 1)")
     closest, name = min(differences)
     near = f"; the closest, {name!r}, has a relative difference of {closest:.2g}" if closest < 1 else ""
-    return _plan(head, reason=f"no module's output has the input of {head.name!r} as its spatial mean{near}")
+    return _plan(head, reason=f"no module's output has the spatial mean that {head.name!r} received{near}")
 
 
 def _plan(

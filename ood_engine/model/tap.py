@@ -73,8 +73,8 @@ class Tap:
         linears = [module for module in self._modules.values() if isinstance(module, nn.Linear)]
         if not linears:
             raise TapError(
-                f"{type(model).__name__} has no nn.Linear: expected a classifier whose logits come from one; a 1×1 convolution"
-                " as the head can be replaced by the equivalent nn.Linear"
+                f"{type(model).__name__} has no nn.Linear: expected a classifier whose logits come from one; a head that is a 1×1"
+                " convolution can be replaced by the equivalent nn.Linear"
             )
         self._last_linear = linears[-1] if head is None else self._linear(head, f"head={head!r}")
         self._check_finite()
@@ -285,4 +285,4 @@ def _check_images(images: Any) -> None:
     if not isinstance(images, Tensor) or images.ndim < 2 or not images.is_floating_point():
         came = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         hint = "; convert as in training, such as images.float() / 255" if isinstance(images, Tensor) else ""
-        raise InputError(f"images: expected a floating-point batch [N, C, H, W], got {came}{hint}")
+        raise InputError(f"images: expected a floating point batch [N, C, H, W], got {came}{hint}")

@@ -220,8 +220,8 @@ def _reduced_pca(t: Tensor, s: Tensor, n_components: int | float) -> tuple[Tenso
     samples, size = len(t), t.shape[1] * s.shape[1]
     if min(samples, size) > LARGEST_EIGENPROBLEM:
         raise InputError(
-            f"{samples} samples and ranks {t.shape[1]} x {s.shape[1]} need an eigenproblem of size {min(samples, size)}: expected at"
-            f" most {LARGEST_EIGENPROBLEM}; use max_anchors={LARGEST_EIGENPROBLEM} or a larger tolerance"
+            f"{samples} samples and ranks {t.shape[1]} x {s.shape[1]} need an eigenproblem of size {min(samples, size)}:"
+            f" expected at most {LARGEST_EIGENPROBLEM}; use max_anchors={LARGEST_EIGENPROBLEM} or a larger tolerance"
         )
     if size >= samples:
         found = gram_pca((t @ t.T) * (s @ s.T), n_components)

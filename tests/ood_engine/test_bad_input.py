@@ -31,9 +31,7 @@ def changed(batches, value: float, row: int = 70):
 def test_bad_pixels_at_fit(value, activation, make_model, id_batches):
     with pytest.raises(InputError) as error:
         oe.Engine(make_model(activation), ["energy"]).fit(changed(id_batches, value))
-    assert_one_line(
-        error, "sample 70 of 240 gives NaN or infinite features: expected finite ID images; look at that image"
-    )
+    assert_one_line(error, "sample 70 of 240 has NaN or infinite features: expected finite ID images; check that image")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -41,7 +39,7 @@ def test_bad_pixels_at_calibrate(value, make_engine, fresh_batches):
     engine = make_engine(("energy",))
     with pytest.raises(CalibrationError) as error:
         engine.calibrate(changed(fresh_batches, value))
-    assert_one_line(error, "1 of 100 calibration scores of 'energy' are NaN or infinite: expected sound ID images")
+    assert_one_line(error, "1 of 100 calibration scores of 'energy' are NaN or infinite: expected finite ID images")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -92,7 +90,7 @@ def test_bad_weights(place, value, make_model):
     with pytest.raises(TapError) as error:
         oe.Engine(model)
     assert_one_line(
-        error, f"the model's '{place}' has 1 NaN or infinite values of .*: expected finite weights; load a sound"
+        error, f"the model's '{place}' has 1 NaN or infinite values of .*: expected finite weights; load an intact"
     )
 
 
@@ -185,11 +183,11 @@ def test_labels_out_of_range(label, model, id_batches):
 def test_labels_of_another_kind(labels, model, test_images):
     with pytest.raises(InputError) as error:
         oe.Engine(model, ["energy"]).fit([(test_images, labels)])
-    assert_one_line(error, r"labels of batch 0: expected whole numbers \[33\], one an image, got torch")
+    assert_one_line(error, r"labels of batch 0: expected whole numbers \[33\], one per image, got torch")
     with pytest.raises(InputError) as error:
         oe.Engine(model, ["energy"]).fit([(test_images, ["cat"] * 33)])
     assert_one_line(
-        error, r"labels of batch 0: expected whole numbers \[33\], one an image, got a list that is no array"
+        error, r"labels of batch 0: expected whole numbers \[33\], one per image, got a list that is no array"
     )
 
 
@@ -277,7 +275,7 @@ def test_features_of_another_kind(engine, test_images):
         assert_one_line(error, rf"feature_map: expected a floating point \[N, D, H, W\], got {came}")
     with pytest.raises(InputError) as error:
         engine.score_features(feature_map[:, :7])
-    assert_one_line(error, r"feature_map \[33, 7, 4, 4\]: expected \[N, 12, H, W\] of a proven map")
+    assert_one_line(error, r"feature_map \[33, 7, 4, 4\]: expected \[N, 12, H, W\] of a verified map")
     with pytest.raises(InputError) as error:
         engine.score_features(None)
     assert_one_line(error, r"feature_map none: expected \[N, 12, H, W\]")
@@ -285,7 +283,7 @@ def test_features_of_another_kind(engine, test_images):
     for bad in (features[:, :7], features[:1], features.long(), features[0]):
         with pytest.raises(InputError) as error:
             engine.score_features(feature_map, bad)
-        assert_one_line(error, r"features: expected a floating point \[33, 12\] as the head receives them, got")
+        assert_one_line(error, r"features: expected a floating point head input \[33, 12\], got")
     with pytest.raises(OodEngineError) as error:
         engine.score_features(None, features)
     assert_one_line(error, r"NAP needs the feature map: pass feature_map \[N, D, H, W\]")

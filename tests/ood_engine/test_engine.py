@@ -191,7 +191,7 @@ def test_calibrate_refuses_samples_of_the_fit(make_engine, id_batches, fresh_bat
     engine = make_engine(("energy", "low_dim_gradient"))
     before = engine.calibrations["energy"].threshold
     mixed = [*fresh_batches, id_batches[0][0][:7]]
-    message = r"7 of 107 calibration images were used in fit \(the first is number 100\): expected fresh ID images"
+    message = r"7 of 107 calibration images were used in fit \(the first at index 100\): expected fresh ID images"
     with pytest.raises(CalibrationError, match=message):
         engine.calibrate(mixed)
     assert engine.calibrations["energy"].threshold == before
@@ -330,7 +330,7 @@ def test_a_map_named_by_hand_works_unproven(make_model, id_batches, fresh_batche
         oe.Engine(model, ["nap"]).fit(id_batches)
     engine = oe.Engine(model, oe.available_detectors(), feature_map="body").fit(id_batches)
     assert not engine.plan.proven
-    assert "unproven" in engine.plan.reason
+    assert "unverified" in engine.plan.reason
     scores = engine.score(test_images)
     captured = engine.scorer.run(test_images)
     feature_map = captured.feature_map
@@ -340,7 +340,7 @@ def test_a_map_named_by_hand_works_unproven(make_model, id_batches, fresh_batche
     assert_same_scores(engine.score_features(feature_map, captured.head_input), scores, 0)
     assert_same_scores(engine.scorer.score_cache(engine.extract(fresh_batches)), engine.score_loader(fresh_batches))
     with pytest.raises(
-        InputError, match=r"expected \[N, 12, H, W\] of a proven map; for others pass features \[N, 12\]"
+        InputError, match=r"expected \[N, 12, H, W\] of a verified map; otherwise pass features \[N, 12\]"
     ):
         engine.score_features(feature_map)
 

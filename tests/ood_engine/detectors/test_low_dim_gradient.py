@@ -226,7 +226,7 @@ def test_knn_needs_no_labels_and_says_nothing_of_them(model, id_batches):
 
 def test_labels_that_are_missing_are_predicted(model, id_batches):
     images = [batch for batch, _ in id_batches]
-    with pytest.warns(OodEngineWarning, match="120 samples have no label, so their predicted classes stand in"):
+    with pytest.warns(OodEngineWarning, match="120 samples have no label, so their predicted classes are used"):
         unlabelled = oe.Engine(model, ["low_dim_gradient_mahalanobis"]).fit(images)
     predicted = [(batch, model(batch).argmax(1)) for batch in images]
     labelled = oe.Engine(model, ["low_dim_gradient_mahalanobis"]).fit(predicted)

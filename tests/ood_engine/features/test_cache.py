@@ -205,7 +205,7 @@ def test_as_many_anchors_as_allowed_where_all_images_differ():
 def test_missing_labels_are_predicted_and_said_once():
     data = fit_data([1, 2, 3, 4], [1, NO_LABEL, NO_LABEL, 0])
     index = torch.arange(4)
-    with pytest.warns(OodEngineWarning, match="2 samples have no label, so their predicted classes stand in"):
+    with pytest.warns(OodEngineWarning, match="2 samples have no label, so their predicted classes are used"):
         assert data.labels(index).tolist() == [1, 1, 1, 0]
     assert data.labels(index).tolist() == [1, 1, 1, 0]
 

@@ -138,7 +138,9 @@ def test_refuses_other_features(arguments, message):
 def test_fit_features_asks_for_what_its_detectors_read(model, id_batches):
     images = next(iter(id_batches))[0]
     width = oe.Engine(model, ["energy"]).fit(id_batches).head.weight.shape[1]
-    with pytest.raises(InputError, match=rf"cache of {width + 1} features a sample: expected {width}, what the head"):
+    with pytest.raises(
+        InputError, match=rf"cache of {width + 1} features per sample: expected {width}, the width of the head"
+    ):
         oe.Engine(model, ["energy"]).fit_features(FeatureCache.from_features(features_of(20, width + 1)), images)
     cache = FeatureCache.from_features(features_of(20, width))
     with pytest.raises(InputError, match="nap: expected a cache with the maximum of each channel"):

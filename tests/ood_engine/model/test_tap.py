@@ -529,7 +529,7 @@ def test_a_module_that_is_not_called_is_named(plan):
     tap = Tap(model)
     tap.adopt(plan)
     message = (
-        f"the model ran past its modules '{plan.head}' and '{plan.feature_map}': expected both to be called on every"
+        f"the model bypassed its modules '{plan.head}' and '{plan.feature_map}': expected both to be called in every"
     )
     with pytest.raises(TapError, match=message):
         tap(images())
@@ -616,7 +616,7 @@ def test_a_wrong_number_of_rows_is_refused_later_too():
             return super().forward(x if x.shape[3] == 8 else torch.cat([x[..., :8], x[..., -8:]]))
 
     tap = found(Crops())
-    with pytest.raises(TapError, match="the model returned 10 rows of logits for 5 images: expected one row an image"):
+    with pytest.raises(TapError, match="the model returned 10 rows of logits for 5 images: expected one row per image"):
         tap(torch.randn(5, 3, 8, 12))
 
 

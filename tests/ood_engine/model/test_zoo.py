@@ -82,5 +82,5 @@ def test_a_vision_transformer_has_no_map_and_still_its_features(source, name, si
 def test_vgg_has_a_map_only_by_hand():
     plan, captured, *_ = run("torchvision", "vgg11_bn", 64, feature_map="features")
     assert (plan.head, plan.feature_map, plan.proven) == ("classifier.6", "features", False)
-    assert plan.reason == "named by hand, unproven: its spatial mean is not what 'classifier.6' received"
+    assert plan.reason == "named by hand, unverified: its spatial mean differs from the input of 'classifier.6'"
     assert captured.feature_map.shape == (2, 512, 2, 2)

@@ -172,7 +172,7 @@ def test_fp32_in_gives_fp32_out(form, problem):
 
 def test_predicted_classes_stand_in_for_missing_labels(form, problem):
     p, h, *_ = problem
-    with pytest.warns(OodEngineWarning, match="without labels: predicted classes stand in"):
+    with pytest.warns(OodEngineWarning, match="without labels: predicted classes are used"):
         found = ClassAverageBasis.fit(p, h, **form)
     assert torch.equal(found.project(p, h), ClassAverageBasis.fit(p, h, labels=p.argmax(1), **form).project(p, h))
 

@@ -228,7 +228,7 @@ def test_refuses_an_eigenproblem_that_is_too_large(make_problem, monkeypatch):
     p, h, *_ = make_problem()
     monkeypatch.setattr("ood_engine.subspace.factored.LARGEST_EIGENPROBLEM", 16)
     with pytest.raises(
-        InputError, match="40 samples and ranks 4 x 8 ask for an eigenproblem of 32: expected at most 16"
+        InputError, match="40 samples and ranks 4 x 8 need an eigenproblem of size 32: expected at most 16"
     ):
         FactoredBasis.fit(p, h, tolerance=0)
     assert FactoredBasis.fit(p, h, tolerance=0, max_anchors=16).n_components > 0
