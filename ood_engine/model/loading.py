@@ -106,7 +106,7 @@ def _read_torch(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"weights {path}: not a plain state_dict, and pickled code is never run; save it by"
+            f"weights {path}: not a plain state_dict, and nothing is unpickled here; save it by"
             " torch.save(model.state_dict(), path) or as .safetensors"
         ) from error
     except Exception as error:  # torch raises RuntimeError, EOFError, ValueError, KeyError, … on damaged files
