@@ -161,8 +161,8 @@ class Engine:
             loader: yields images [n, C, H, W] or (images, labels), preprocessed as in training.
             cache_limit_bytes: largest feature cache kept in memory; beyond it, memory-mapped files.
             cache_directory: parent of their folder, which is removed with the engine; None: the system's temporary directory.
-            cache_dtype: dtype of the cached features; None keeps that of the kernels. torch.float16 halves the size and
-                rounds each value to 5e-4.
+            cache_dtype: dtype of the cached features; None keeps that of the kernels. torch.float16 halves their size, at a
+                relative rounding error of 5e-4.
 
         Raises:
             InputError: no or too few images, images the model rejects, NaN or Inf, or labels out of range.
@@ -279,7 +279,9 @@ class Engine:
         detectors: Sequence[str] | None = None,
         progress: bool = False,
     ) -> Engine:
-        """Select settings such as NAP's w and OPNP's ranges on pseudo-OOD data, see `ood_engine.evaluation.tune.tune`.
+        """Select settings such as NAP's w and OPNP's ranges on pseudo-OOD data. Returns the engine.
+
+        See `ood_engine.evaluation.tune.tune`; `tuning` holds the rows of the search.
 
         Raises:
             InputError: nothing to tune, images outside [0, 1] once mean and std are undone, or non-finite scores; the

@@ -52,7 +52,7 @@ class LowDimGradient(Detector):
     - `projected_norm`: ‖g_low‖, the part within the subspace of ID gradients; no forward score.
 
     Args:
-        head: one of `HEADS`; mahalanobis is our default; the paper gives none.
+        head: one of `HEADS`; mahalanobis is our default.
         n_components: K, or the explained share of the gradient variance. The paper uses 200 on CIFAR; 0.99 is our default.
         cotangent: the differentiated scalar; "energy" is the paper's.
         basis: form of the subspace. "dual", "explicit" and "factored" are PCA, as in the paper on CIFAR: over anchors, as explicit
@@ -64,10 +64,11 @@ class LowDimGradient(Detector):
         max_anchors: maximum number of anchors, up to 8192 for "auto", "dual" and "explicit"; class averages up to 2 GiB are over
             half of all samples instead.
         anchors: selection method, see `ood_engine.subspace.anchors.choose_anchors`: "first" is a random choice, for any basis;
-            "class_balanced" and "pivoted" choose among 16 times as many samples, for "dual" and "auto". The paper gives none.
+            "class_balanced" and "pivoted" choose among 16 times as many samples, for "dual" and "auto". All chosen here.
         k: neighbour of the `knn` head; the paper's code uses 5 and 10.
         epochs: training epochs of the probe; the paper's code uses 10.
-        a: weight of the forward score; 1 in `low_dim_gradient_ensemble` is our default; the paper gives none.
+        a: weight of the forward score, tuned in the paper with values unknown to us; 1 is our default in
+            `low_dim_gradient_ensemble`.
         react_from: first coordinate clipped by `probe_react`; the paper's code uses 10 on CIFAR, 950 on ImageNet.
 
     Raises:
@@ -189,7 +190,7 @@ class LowDimGradient(Detector):
         return score
 
     def grid(self) -> Sequence[dict[str, Any]]:
-        """Weights of the forward score, if any: 0.1 to 10 in steps of about 3 (chosen here; the paper gives none)."""
+        """Weights of the forward score, if any: 0.1 to 10 in steps of about 3, chosen here."""
         return [{"a": a} for a in (0.1, 0.3, 1.0, 3.0, 10.0)] if self._a != 0 else ()
 
     def configure(self, **settings: Any) -> None:

@@ -106,8 +106,8 @@ class OPNP(_Pruned):
     range are zeroed, without change of bias or rescaling (our reading). Class predictions remain those of the unpruned head.
 
     Args:
-        weight_range: (ρ_min, ρ_max) in [0, 1], quantile range of weights to keep. The paper selects it by grid search
-            (`Engine.tune`); our default; the paper gives no values.
+        weight_range: (ρ_min, ρ_max) in [0, 1], quantile range of weights to keep; our default. The paper selects it by grid
+            search (`Engine.tune`), with values unknown to us.
         neuron_range: likewise for neurons.
 
     Raises:
@@ -127,7 +127,7 @@ class OPNP(_Pruned):
         super().__init__(weight_range, neuron_range)
 
     def grid(self) -> Sequence[dict[str, Any]]:
-        """Lower ends 0 to 0.3 and upper ends 0.99 to 1, equal for weights and neurons (chosen here; the paper gives none)."""
+        """Lower ends 0 to 0.3 and upper ends 0.99 to 1, equal for weights and neurons, chosen here."""
         return [{"weight_range": keep, "neuron_range": keep} for keep in product(_LOWER, _UPPER)]
 
 
@@ -154,7 +154,7 @@ class OPP(_Pruned):
         super().__init__(weight_range, _EVERYTHING)
 
     def grid(self) -> Sequence[dict[str, Any]]:
-        """Lower ends 0 to 0.3 and upper ends 0.99 to 1 (chosen here; the paper gives none)."""
+        """Lower ends 0 to 0.3 and upper ends 0.99 to 1, chosen here."""
         return [{"weight_range": keep} for keep in product(_LOWER, _UPPER)]
 
 
@@ -181,7 +181,7 @@ class ONP(_Pruned):
         super().__init__(_EVERYTHING, neuron_range)
 
     def grid(self) -> Sequence[dict[str, Any]]:
-        """Lower ends 0 to 0.3 and upper ends 0.99 to 1 (chosen here; the paper gives none)."""
+        """Lower ends 0 to 0.3 and upper ends 0.99 to 1, chosen here."""
         return [{"neuron_range": keep} for keep in product(_LOWER, _UPPER)]
 
 

@@ -55,6 +55,12 @@ class FeatureCache:
     Attributes:
         rows: all columns.
         directory: folder of memory-mapped files; None if everything is in memory.
+
+    Example:
+        >>> import torch
+        >>> cache = FeatureCache.from_features(torch.rand(100, 64), labels=torch.arange(100) % 8)
+        >>> len(cache), cache.has_map, cache.nbytes
+        (100, False, 27200)
     """
 
     def __init__(self, rows: CacheRows, directory: Path | None = None, _keep: Any = None) -> None:
@@ -90,11 +96,6 @@ class FeatureCache:
 
         Raises:
             InputError: other shapes or dtypes, or no sample.
-
-        Example:
-            >>> cache = FeatureCache.from_features(torch.rand(100, 64), torch.arange(100) % 8)
-            >>> len(cache), cache.has_map
-            (100, False)
         """
         if features.ndim != 2 or not features.is_floating_point() or 0 in features.shape:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Selection of the anchor samples of a subspace; the methods are chosen here, the paper gives none."""
+"""Selection of the anchor samples of a subspace; the methods are chosen here, not the paper's."""
 
 from __future__ import annotations
 

@@ -76,8 +76,8 @@ class DualBasis(Basis):
                 all runs in the paper's README (exact in `ExplicitBasis`), with relative error `separable_error`.
             max_anchors: maximum number of samples in the Gram matrix, at most 8192.
             bias: use the gradients of weight and bias together.
-            anchors: selection among more samples, see `choose_anchors`: "first", "class_balanced" or "pivoted"; the paper gives
-                none. `residual` measures what they miss. Mean and PCA are those of the anchors, and inherit the bias of a
+            anchors: selection among more samples, see `choose_anchors`: "first", "class_balanced" or "pivoted", all
+                chosen here. `residual` measures what they miss. Mean and PCA are those of the anchors, and inherit the bias of a
                 non-random selection.
 
         Returns:
