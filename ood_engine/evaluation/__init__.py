@@ -1,1 +1,1 @@
-"""How well detectors do: metrics, evaluation, tuning, sweeps, explanations and reports."""
+"""Evaluation of detectors: metrics, tuning, sweeps, explanations and reports."""

@@ -1,4 +1,4 @@
-"""Whether a head is as often right as it is confident, unpruned and pruned (OPNP, arXiv 2402.10062)."""
+"""Calibration of the head, unpruned and pruned (OPNP, arXiv 2402.10062)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["HeadConfidence"]
 
 
 class HeadConfidence:
-    """Confidence of one head on labelled samples: its largest softmax probability, and whether that class is the label.
+    """Confidence (largest softmax probability) and correctness of one head on labelled samples.
 
-    A pruned head gets its own prediction here; the engine's decisions keep the classes of the unpruned one.
+    A pruned head is judged by its own predictions; the engine itself keeps those of the unpruned head.
 
     Args:
         head: the unpruned head.
-        kernels: the functions that compute.
-        masks: (weight mask bool [C, D], neuron mask bool [D]) of the pruned head, True = keep; None for the unpruned one.
+        kernels: kernels of the engine's runtime.
+        masks: (weight mask bool [C, D], neuron mask bool [D]) of the pruned head, True = keep; None for the unpruned head.
     """
 
     def __init__(self, head: ok.Head, kernels: Kernels, masks: Masks | None = None) -> None:
@@ -33,7 +33,7 @@ class HeadConfidence:
         self._is_right: list[Tensor] = []
 
     def add(self, features: Tensor, labels: Tensor) -> None:
-        """Add a batch of features [n, D] and labels [n]; samples without a label or a finite confidence are left out."""
+        """Add a batch of features [n, D] and labels [n]; samples without a label or a finite confidence are skipped."""
         kept = features if self._neuron_mask is None else features * self._neuron_mask
         _, _, p = self._kernels.masked_energy(kept, self._head, None)
         confidence, predicted = (column.cpu() for column in p.max(1))
@@ -43,6 +43,6 @@ class HeadConfidence:
 
     @property
     def ece(self) -> float | None:
-        """Expected calibration error over 15 bins, a fraction; None without a sample."""
+        """Expected calibration error over 15 bins, a fraction; None if no sample was added."""
         confidence = torch.cat(self._confidence) if self._confidence else torch.empty(0)
         return ece_from_confidence(confidence, torch.cat(self._is_right)) if len(confidence) else None

@@ -1,4 +1,4 @@
-"""Score an ID set and OOD sets of images with a fitted engine, and write what a report shows."""
+"""Scoring of an ID set and OOD sets of images with a fitted engine, and the report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,13 @@ EXAMPLES = 8
 
 @dataclass(frozen=True)
 class SetResult:
-    """One set of images, scored: `accuracy` is a fraction, or None without labels; `skipped` are (name, error)."""
+    """Result of one set of images.
+
+    Attributes:
+        scores: scores of the readable images.
+        accuracy: a fraction; None without labels.
+        skipped: (name, error) of each unreadable image.
+    """
 
     scores: Scores
     accuracy: float | None
@@ -38,9 +44,18 @@ class SetResult:
 def score_set(
     engine: Engine, loader: ImageLoader, what: str, *, heads: Sequence[HeadConfidence] = (), progress: bool = False
 ) -> SetResult:
-    """Scores of all readable images, and the share that the model classifies as labelled, from one forward pass each.
+    """Score all readable images and measure the accuracy of the model, in one forward pass per batch.
 
-    Features and labels are added to every one of `heads`.
+    Args:
+        engine: a fitted engine.
+        loader: the images.
+        what: name of the set, for messages.
+        heads: heads whose calibration is measured; features and labels are added to each.
+        progress: show a progress bar.
+
+    Raises:
+        DataError: no readable image.
+        InputError: images that the model rejects.
     """
     parts, correct, labelled = [], 0, 0
     with torch.no_grad():
@@ -69,25 +84,25 @@ def evaluate(
     batch_size: int = 64,
     progress: bool = False,
 ) -> tuple[Evaluation, dict[str, SetResult]]:
-    """Score every set and gather what a report needs.
+    """Score every set and collect the data of a report.
 
     Args:
-        engine: fitted; thresholds are shown where it is calibrated.
-        id_data: ID images that neither `fit` nor `calibrate` has seen. With labels the accuracy is measured too, and, where a
-            detector prunes the head, the expected calibration error of the unpruned head and of every pruned one.
+        engine: a fitted engine; the report shows its thresholds if it is calibrated.
+        id_data: held-out ID images, seen by neither `fit` nor `calibrate`. If labelled, the accuracy is measured too, and, if a
+            detector prunes the head, the expected calibration error of the unpruned head and of each pruned one.
         ood_data: OOD set name → images.
         title: heading of the report.
         id_name: name of the ID set.
         kinds: OOD set name → "near", "far" or another label.
-        information: facts that are shown first.
-        batch_size: images a forward pass.
-        progress: show a bar for every set.
+        information: facts shown first in the report.
+        batch_size: images per forward pass.
+        progress: show a progress bar per set.
 
     Returns:
-        The evaluation, and the result of every set by its name.
+        The evaluation, and the results by set name.
 
     Raises:
-        DataError: a set without a readable image.
+        DataError: a set without readable images.
         InputError: images that the model rejects.
     """
     sets = {id_name: id_data, **ood_data}
@@ -120,7 +135,7 @@ def evaluate(
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> list[Path]:
-    """Write `evaluation.json`, `report.html`, `histograms.png` and `roc.png`; returns their paths.
+    """Write `evaluation.json`, `report.html`, `histograms.png` and `roc.png`, and return their paths.
 
     Raises:
         OodEngineError: the folder cannot be written, or an optional package is missing.
@@ -133,7 +148,7 @@ def write_report(evaluation: Evaluation, folder: Path) -> list[Path]:
 
 
 def _heads(engine: Engine) -> dict[str, HeadConfidence]:
-    """The unpruned head and those that detectors prune, by their names; nothing where none does."""
+    """The unpruned head and the pruned head of each pruning detector, by name; empty if no detector prunes."""
     head, kernels = engine.head, engine.scorer.kernels
     masks = {name: detector.masks for name, detector in engine.detectors.items() if detector.masks is not None}
     pruned = {name: HeadConfidence(head, kernels, of_detector) for name, of_detector in masks.items()}
@@ -145,7 +160,7 @@ def _facts(engine: Engine, sets: Mapping[str, ImageDataset]) -> dict[str, str]:
     head = engine.head.weight.shape
     facts = {
         "head": f"{plan['head']} ({head[0]} classes × {head[1]} features)",
-        "feature map": f"{plan['feature_map'] or 'none'} ({'proven' if plan['proven'] else 'not proven'})",
+        "feature map": f"{plan['feature_map'] or 'none'} ({'verified' if plan['proven'] else 'unverified'})",
         "images": ", ".join(f"{name} {len(data)}" for name, data in sets.items()),
         "versions": f"ood-engine {__version__}, torch {torch.__version__}",
         "device": str(engine.scorer.tap.device),
@@ -155,7 +170,7 @@ def _facts(engine: Engine, sets: Mapping[str, ImageDataset]) -> dict[str, str]:
 
 
 def _examples(data: ImageDataset) -> np.ndarray | None:
-    """Some images spread over the set as [n, H, W] or [n, H, W, 3] in [0, 1], the normalisation undone."""
+    """Evenly spaced images of the set, denormalised to [0, 1]: [n, H, W] or [n, H, W, 3]."""
     positions = np.linspace(0, len(data) - 1, min(EXAMPLES, len(data))).round().astype(int)
     images: list[Tensor] = [sample.image for index in positions if (sample := data[int(index)]).image is not None]
     if not images:

@@ -1,9 +1,9 @@
-"""Why an image's gradient is unusual: the classes, channels and places whose contributions add up to its score.
+"""Explanation of an image's score as a sum of contributions of classes, channels and image positions.
 
-A score that is quadratic in the coordinates g = ⟨G - Ḡ, V_k⟩, s = -Σ_k y_k w_k with y = g - m and w = A y, is
-s = -⟨U, G - Ḡ⟩ + Σ_k w_k m_k with U = Σ_k w_k V_k, a matrix [C, D̃] like the gradient itself. Its entries
--U_cd (G - Ḡ)_cd are contributions that add up: by row to classes, by column to channels, and, since G = a ⊗ h̃ and h is the
-mean of the feature map, by position to places of the image.
+A score that is quadratic in the coordinates g_k = ⟨G - Ḡ, V_k⟩, s = -Σ_k y_k w_k with y = g - m and w = A y, equals
+s = -⟨U, G - Ḡ⟩ + Σ_k w_k m_k with U = Σ_k w_k V_k, a matrix [C, D̃] like the gradient itself. The terms -U_cd (G - Ḡ)_cd sum
+over rows to class contributions, over columns to channel contributions, and, because G = a ⊗ h̃ and h is the mean of the feature
+map, over positions to contributions of image regions.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ __all__ = ["Explanation", "explain"]
 
 
 class Explanation(NamedTuple):
-    """What made the gradient of one image unusual; all in fp64 on the CPU, negative = towards out-of-distribution.
+    """Contributions to the score of one image, in fp64 on the CPU; negative = towards out-of-distribution.
+
+    The classes, the channels with the bias, and the places each sum to score - offset.
 
     Attributes:
-        detector: whose score it is.
-        score: the score that is explained; classes, channels and places each add up to score - offset.
-        offset: the part that belongs to the nearest class mean and to no class or channel of this image; 0 for the norm.
+        detector: name of the detector.
+        score: the explained score.
+        offset: contribution of the nearest class mean, independent of the image's classes and channels; 0 for the norm.
         classes: [C] contribution of each class.
         channels: [D] contribution of each channel of the penultimate features.
-        bias: contribution of the bias' gradient, which belongs to no channel; channels and bias add up to score - offset.
-        places: [H, W] contribution of each position of the feature map, each with an equal share of what belongs to none
-            (bias and mean gradient); None without a map that the head reads.
+        bias: contribution of the bias gradient, which belongs to no channel.
+        places: [H, W] contribution of each position of the feature map, including an equal share of the bias and the mean
+            gradient; None if the head does not read the map directly.
         predicted: the predicted class.
     """
 
@@ -50,20 +52,32 @@ class Explanation(NamedTuple):
 
 
 def explain(engine: Engine, image: Tensor, detector: str = "low_dim_gradient") -> Explanation:
-    """Explain the score of one image.
+    """Explain the score of one image as a sum of contributions.
 
     Args:
-        engine: fitted, with a low-dimensional-gradient detector.
+        engine: a fitted engine with a low-dimensional-gradient detector.
         image: [C, H, W], preprocessed as for `Engine.score`.
-        detector: name of that detector. Its head has to be `mahalanobis`, S = -(g - m)ᵀ Σ⁻¹ (g - m) with m the nearest class
-            mean, or `projected_norm`, of which the square ‖g_low‖² is explained.
+        detector: name of the detector. Its head must be `mahalanobis`, S = -(g - m)ᵀ Σ⁻¹ (g - m) with m the nearest class mean,
+            or `projected_norm`, explained by its square ‖g_low‖².
 
     Returns:
-        Contributions that add up to the score, without a forward side (a = 0).
+        The contributions, of the gradient alone (a = 0: no forward term).
 
     Raises:
-        InputError: no such detector, a head that is not quadratic, or not one image.
+        InputError: an unknown detector, a head that is not quadratic, or anything but a single image.
         NotFittedError: before `fit` or `load`.
+
+    Example:
+        >>> import torch, ood_engine as oe
+        >>> from ood_engine.demo import SmallCNN
+        >>> images = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> engine = oe.Engine(SmallCNN(4), ["low_dim_gradient"]).fit([(images, torch.arange(32) % 4)])
+        >>> explanation = oe.explain(engine, images[0])
+        >>> explanation.classes.shape, explanation.channels.shape, explanation.places.shape
+        (torch.Size([4]), torch.Size([64]), torch.Size([8, 8]))
+        >>> total = float(explanation.channels.sum()) + explanation.bias + explanation.offset
+        >>> abs(total - explanation.score) <= 1e-6 * abs(explanation.score)
+        True
     """
     if image.ndim != 3:
         raise InputError(f"image {list(image.shape)}: expected one image [C, H, W]")
@@ -105,18 +119,18 @@ def explain(engine: Engine, image: Tensor, detector: str = "low_dim_gradient") -
 
 
 def _quadratic(detector: LowDimGradient, g: Tensor) -> tuple[Tensor, Tensor]:
-    """(w = A y, m) of the score -(g - m)ᵀ A (g - m); for the norm A = -1 and m = 0."""
+    """(w = A y, m) of the score -(g - m)ᵀ A (g - m); A = -1 and m = 0 for the norm."""
     if not isinstance(detector.low, Mahalanobis):
         return -g, torch.zeros_like(g)
     whitening, means = detector.low.fitted("whitening"), detector.low.fitted("means")
     whitened = g @ whitening
     nearest = means[(whitened - means).square().sum(1).argmin()]
-    # The means are kept whitened; the whitening is square and has full rank.
+    # The means are stored whitened; the whitening matrix is square and of full rank.
     return whitening @ (whitened - nearest), torch.linalg.solve(whitening.T, nearest)
 
 
 def _places(feature_map: Tensor, direction: Tensor, a: Tensor, basis: Basis) -> Tensor:
-    """[H, W]: -⟨U, a ⊗ A(place)⟩ / HW, and an equal share of bias and mean gradient."""
+    """[H, W]: -⟨U, a ⊗ A(position)⟩ / HW, plus an equal share of the bias and the mean gradient."""
     channels, height, width = feature_map.shape
     by_channel = a @ direction
     local = (by_channel[:channels, None, None] * feature_map.double()).sum(0)

@@ -1,12 +1,12 @@
-"""How well scores separate in-distribution (ID) from out-of-distribution (OOD) samples; calibration error.
+"""Metrics of the separation of in-distribution (ID) from out-of-distribution (OOD) samples, and calibration error.
 
-Scores are 1-D torch tensors, numpy arrays or sequences of numbers; higher means more in-distribution. Only the order of
-the scores counts, except in the calibration error. Results are fractions in [0, 1], computed in fp64.
+Scores are 1-D torch tensors, NumPy arrays or sequences of numbers; higher means more in-distribution. All metrics but the
+calibration error depend on the order of the scores only. Results are fractions in [0, 1], computed in fp64.
 
-`positive` names the class that is looked for: "id" ranks by the score, "ood" by its negative. Every figure but AUROC
-depends on it, and published tables use both.
+`positive` names the positive class: "id" ranks by the score, "ood" by its negative. All metrics but AUROC depend on it, and
+published tables use both.
 
-scikit-learn is imported by the first call, as it takes as long to import as torch.
+scikit-learn is imported by the first call, because its import takes as long as that of torch.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ _SUM_TOLERANCE = 0.01
 
 
 def auroc(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
-    """Area under the ROC curve: P(ID score > OOD score) + P(equal) / 2 of a random pair.
-
-    It is the same whichever class is positive.
+    """Area under the ROC curve: P(ID score > OOD score) + P(equal) / 2 for a random pair; independent of the positive class.
 
     Raises:
         InputError: scores that are empty, not 1-D, not real numbers, or not finite.
+
+    Example:
+        >>> round(auroc([0.8, 0.9, 0.7, 0.6], [0.1, 0.3, 0.65]), 4)
+        0.9167
     """
     from sklearn.metrics import roc_auc_score
 
@@ -49,13 +51,22 @@ def auroc(id_scores: ArrayLike, ood_scores: ArrayLike) -> float:
 
 
 def aupr(id_scores: ArrayLike, ood_scores: ArrayLike, *, positive: str) -> float:
-    """Area under the precision-recall curve by the trapezoid rule, as pytorch-ood and OpenOOD report it.
+    """Area under the precision-recall curve by the trapezoidal rule, as reported by pytorch-ood and OpenOOD.
 
-    It equals `sklearn.metrics.auc(recall, precision)`. Interpolating between points is optimistic, above all with ties;
+    Equal to `sklearn.metrics.auc(recall, precision)`. Linear interpolation between points is optimistic, above all with ties;
     see `average_precision`.
+
+    Args:
+        id_scores: [N].
+        ood_scores: [M].
+        positive: "id" or "ood", the positive class.
 
     Raises:
         InputError: scores that are empty, not 1-D, not real numbers, or not finite; an unknown `positive`.
+
+    Example:
+        >>> round(aupr([0.8, 0.9, 0.7, 0.6], [0.1, 0.3, 0.65], positive="id"), 4)
+        0.9437
     """
     from sklearn.metrics import auc, precision_recall_curve
 
@@ -66,8 +77,17 @@ def aupr(id_scores: ArrayLike, ood_scores: ArrayLike, *, positive: str) -> float
 def average_precision(id_scores: ArrayLike, ood_scores: ArrayLike, *, positive: str) -> float:
     """Average precision: sum of (R_k - R_(k-1)) P_k over the thresholds, without interpolation.
 
+    Args:
+        id_scores: [N].
+        ood_scores: [M].
+        positive: "id" or "ood", the positive class.
+
     Raises:
         InputError: scores that are empty, not 1-D, not real numbers, or not finite; an unknown `positive`.
+
+    Example:
+        >>> round(average_precision([0.8, 0.9, 0.7, 0.6], [0.1, 0.3, 0.65], positive="id"), 4)
+        0.95
     """
     from sklearn.metrics import average_precision_score
 
@@ -75,18 +95,26 @@ def average_precision(id_scores: ArrayLike, ood_scores: ArrayLike, *, positive: 
 
 
 def fpr_at_tpr(id_scores: ArrayLike, ood_scores: ArrayLike, *, positive: str = "id", tpr: float = 0.95) -> float:
-    """Smallest false positive rate among the thresholds with a true positive rate of at least `tpr`.
+    """False positive rate at a true positive rate of at least `tpr`; FPR at 95 % TPR by default.
 
-    Thresholds lie at scores, and a tie falls on one side as a whole; nothing is interpolated.
+    The smallest rate among the thresholds at observed scores; ties fall on one side, and nothing is interpolated.
 
-    - positive="id": the share of OOD samples accepted where at least `tpr` of the ID samples are accepted (the
-      convention of the NAP, OPNP and low-dimensional gradient papers).
-    - positive="ood": the share of ID samples flagged where at least `tpr` of the OOD samples are flagged (OpenOOD,
-      pytorch-ood).
+    Args:
+        id_scores: [N].
+        ood_scores: [M].
+        positive: the positive class. "id": share of OOD samples accepted when at least `tpr` of the ID samples are accepted (the
+            convention of the NAP, OPNP and low-dimensional-gradient papers). "ood": share of ID samples flagged when at least
+            `tpr` of the OOD samples are flagged (OpenOOD, pytorch-ood).
+        tpr: a fraction in (0, 1].
 
     Raises:
-        InputError: scores that are empty, not 1-D, not real numbers, or not finite; an unknown `positive`; a `tpr` not
-            in (0, 1].
+        InputError: scores that are empty, not 1-D, not real numbers, or not finite; an unknown `positive`; a `tpr` outside (0, 1].
+
+    Example:
+        >>> round(fpr_at_tpr([0.8, 0.9, 0.7, 0.6], [0.1, 0.3, 0.65]), 4)
+        0.3333
+        >>> fpr_at_tpr([0.8, 0.9, 0.7, 0.6], [0.1, 0.3, 0.65], positive="ood")
+        0.25
     """
     from sklearn.metrics import roc_curve
 
@@ -98,13 +126,19 @@ def fpr_at_tpr(id_scores: ArrayLike, ood_scores: ArrayLike, *, positive: str = "
 
 
 def evaluate(id_scores: ArrayLike, ood_scores: ArrayLike) -> dict[str, float]:
-    """All figures of one detector on one pair of sets; fpr95 is `fpr_at_tpr` at 0.95.
+    """All separation metrics of one detector on one ID set and one OOD set.
 
     Returns:
-        auroc, aupr_id, aupr_ood, average_precision_id, average_precision_ood, fpr95_id, fpr95_ood.
+        auroc, aupr_id, aupr_ood, average_precision_id, average_precision_ood, fpr95_id and fpr95_ood; the suffix is the
+        positive class, and fpr95 is `fpr_at_tpr` at 0.95.
 
     Raises:
         InputError: scores that are empty, not 1-D, not real numbers, or not finite.
+
+    Example:
+        >>> figures = evaluate([0.8, 0.9, 0.7, 0.6], [0.1, 0.3, 0.65])
+        >>> {name: round(value, 3) for name, value in figures.items() if name.startswith("fpr")}
+        {'fpr95_id': 0.333, 'fpr95_ood': 0.25}
     """
     return {
         "auroc": auroc(id_scores, ood_scores),
@@ -122,8 +156,8 @@ def expected_calibration_error(
 ) -> float:
     """Expected calibration error of a classifier: sum over bins of |accuracy - mean confidence| × share of samples.
 
-    Guo et al., arXiv 1706.04599, equation 3. Confidence is the largest probability, and bins of equal width are closed
-    on the right: ((m - 1) / n_bins, m / n_bins]. Of equal largest probabilities the first class is the prediction.
+    Guo et al., arXiv 1706.04599, equation 3. The confidence is the largest probability; the bins are of equal width and closed
+    on the right: ((m - 1) / n_bins, m / n_bins]. Ties are resolved in favour of the first class.
 
     Args:
         probabilities: [N, C], rows that sum to 1 (within 0.01, for half precision).
@@ -131,14 +165,18 @@ def expected_calibration_error(
         n_bins: at least 1.
 
     Raises:
-        InputError: other shapes, types or ranges; values that are not finite.
+        InputError: invalid shapes, types or ranges; values that are not finite.
+
+    Example:
+        >>> round(expected_calibration_error([[0.9, 0.1], [0.3, 0.7]], [0, 0]), 4)
+        0.4
     """
     _check_bins(n_bins)
     chances = _finite("probabilities", probabilities, ndim=2)
     classes = _array("labels", labels)
     if classes.dtype.kind not in "iu" or classes.shape != chances.shape[:1]:
         raise InputError(
-            f"labels must be {len(chances)} integers, one a row of probabilities, "
+            f"labels must be {len(chances)} integers, one per row of probabilities, "
             f"not {classes.dtype} of shape {list(classes.shape)}"
         )
     if classes.min() < 0 or classes.max() >= chances.shape[1]:
@@ -153,15 +191,20 @@ def expected_calibration_error(
 
 
 def ece_from_confidence(confidence: ArrayLike, is_right: ArrayLike, n_bins: int = 15) -> float:
-    """Expected calibration error from confidences alone, for sets whose [N, C] probabilities do not fit in memory.
+    """Expected calibration error from confidences alone, for sets whose probabilities [N, C] do not fit in memory.
 
     Args:
         confidence: [N] largest probability of each sample, in [0, 1].
-        is_right: bool [N], whether the class of this probability is the label.
+        is_right: bool [N], whether the predicted class is the label.
         n_bins: at least 1; see `expected_calibration_error`.
 
     Raises:
-        InputError: other shapes, types or ranges; values that are not finite.
+        InputError: invalid shapes, types or ranges; values that are not finite.
+
+    Example:
+        >>> import numpy as np
+        >>> round(ece_from_confidence([0.9, 0.7], np.array([True, False])), 4)
+        0.4
     """
     _check_bins(n_bins)
     confidences, rights = _finite("confidence", confidence, ndim=1), _array("is_right", is_right)
@@ -169,7 +212,7 @@ def ece_from_confidence(confidence: ArrayLike, is_right: ArrayLike, n_bins: int 
         raise InputError(f"confidence must lie in [0, 1], not in [{confidences.min():.3g}, {confidences.max():.3g}]")
     if rights.dtype != bool or rights.shape != confidences.shape:
         raise InputError(
-            f"is_right must be {len(confidences)} booleans, one a confidence, not {rights.dtype} of shape {list(rights.shape)}"
+            f"is_right must be {len(confidences)} booleans, one per confidence, not {rights.dtype} of shape {list(rights.shape)}"
         )
     inner_edges = np.arange(1, n_bins) / n_bins
     bins = np.digitize(confidences, inner_edges, right=True)
@@ -182,9 +225,9 @@ def _check_bins(n_bins: int) -> None:
 
 
 def _ranking(id_scores: ArrayLike, ood_scores: ArrayLike, positive: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Labels (1 = positive class) and scores that are higher for the positive class, both [n_id + n_ood]."""
+    """Labels (1 = positive class) and scores oriented so that the positive class ranks higher, both [n_id + n_ood]."""
     if positive not in ("id", "ood"):
-        raise InputError(f'positive must be "id" or "ood", the class that is looked for, not {positive!r}')
+        raise InputError(f'positive must be "id" or "ood", the positive class, not {positive!r}')
     id_values = _finite("id_scores", id_scores, ndim=1)
     ood_values = _finite("ood_scores", ood_scores, ndim=1)
     scores = np.concatenate([id_values, ood_values])

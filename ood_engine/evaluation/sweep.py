@@ -1,4 +1,4 @@
-"""Which subspace, how many components and which detector on them: all combinations, measured from feature caches."""
+"""Sweep over bases, numbers of components and heads of `low_dim_gradient`, measured from feature caches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["COLUMNS", "COMPONENTS", "NORMALISATIONS", "sweep"]
 Row = dict[str, Any]
 
 COMPONENTS = (8, 32, 128, 512)
-"""The numbers of components that are tried by default, as far as the data can carry them; ours."""
+"""Default numbers of components, up to what the data can span: our default; the paper gives none."""
 NORMALISATIONS = ("none", "nfk", "nfk-separable")
 COLUMNS = (
     "basis",
@@ -73,36 +73,47 @@ def sweep(
     progress: bool = False,
     on_rows: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
-    """Fit `low_dim_gradient` with every basis × number of components × head, and measure it on every OOD set; no model is run.
+    """Fit `low_dim_gradient` for each basis × number of components × head and evaluate it on each OOD set, without running a model.
 
-    A combination that cannot be fitted is a row that says why, and the sweep goes on. ID samples that are also fit samples,
-    and samples whose features are not finite, are left out with a warning.
+    A combination that cannot be fitted becomes a row with the reason, and the sweep continues. ID samples that are also fit samples
+    and samples with non-finite features are excluded with a warning.
 
     Args:
         head: the unpruned head of the model.
-        kernels: the functions that compute, those of the engine (`engine.scorer.kernels`).
+        kernels: kernels of the engine's runtime (`engine.scorer.kernels`).
         fit_cache: ID samples to fit on.
-        id_cache: other ID samples.
-        ood_caches: OOD set name → its samples.
-        bases: of `ood_engine.subspace.BASES`. "class_average" has a component a class, and is fitted once.
-        components: numbers of components; None takes `COMPONENTS` up to what the anchors can span.
-        heads: of `ood_engine.detectors.low_dim_gradient.HEADS`.
-        normalisations: of `NORMALISATIONS`.
-        cotangent: the scalar of the logits that is differentiated.
-        max_anchors: most anchors of a basis.
-        max_bytes: largest basis that is fitted; 2 GiB is ours.
-        seed: of all that is drawn while fitting.
-        progress: show a bar.
-        on_rows: called with all rows so far after every combination, so that they can be kept.
+        id_cache: held-out ID samples.
+        ood_caches: OOD set name → samples.
+        bases: names in `ood_engine.subspace.BASES`; "class_average" has one component per class and is fitted once.
+        components: numbers of components; None: `COMPONENTS` up to what the anchors can span.
+        heads: names in `ood_engine.detectors.low_dim_gradient.HEADS`.
+        normalisations: names in `NORMALISATIONS`.
+        cotangent: name of the scalar function of the logits that is differentiated.
+        max_anchors: maximum number of anchors of a basis.
+        max_bytes: maximum size of a basis; 2 GiB is our default.
+        seed: seed of all random draws in fitting.
+        progress: show a progress bar.
+        on_rows: called after each combination with all rows so far, for instance to save them.
 
     Returns:
-        One row per combination and OOD set, keys as in `COLUMNS`: `auroc` and `fpr95` (ID positive) are fractions;
-        `n_components` is what was found, at most `components_wanted`; `flops_per_sample` (of a batch of 64) and `bytes` count the
-        basis and the matrices of the head, `fit_seconds` fitting both. `refused` is None, or the reason; such a row stands for
-        all OOD sets, and its other values are None.
+        One row per combination and OOD set, with the keys `COLUMNS`: `auroc` and `fpr95` (ID positive) are fractions;
+        `n_components` is the number found, at most `components_wanted`; `flops_per_sample` (in a batch of 64), `bytes` and
+        `fit_seconds` cover the basis and the matrices of the head. `refused` is None or the reason why the combination was not
+        fitted; such a row stands for all OOD sets, and its measurements are None.
 
     Raises:
-        InputError: an unknown name, an empty sequence, samples or labels that cannot be fitted on, or no sample left to measure.
+        InputError: an unknown name, an empty sequence, unsuitable samples or labels, or no sample left to evaluate.
+
+    Example:
+        >>> import torch, ood_engine as oe
+        >>> from ood_engine.demo import SmallCNN
+        >>> images = torch.rand(96, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> engine = oe.Engine(SmallCNN(4), ["energy"]).fit([(images[:48], torch.arange(48) % 4)])
+        >>> id_cache, ood_cache = engine.extract([images[48:72]]), engine.extract([images[72:] ** 4])
+        >>> caches = (engine.cache, id_cache, {"dark": ood_cache})
+        >>> rows = sweep(engine.head, engine.scorer.kernels, *caches, bases=["dual"], components=[2, 8], heads=["knn", "residual"])
+        >>> [(row["n_components"], row["head"]) for row in rows]
+        [(2, 'knn'), (2, 'residual'), (8, 'knn'), (8, 'residual')]
     """
     _check_names("bases", bases, tuple(BASES))
     _check_names("heads", heads, HEADS)
@@ -134,7 +145,7 @@ def sweep(
 
 
 class _Measured(NamedTuple):
-    """The sets that every combination is measured on: caches with the rows of theirs that count."""
+    """The evaluation sets: caches, with the indices of their usable rows."""
 
     head: ok.Head
     kernels: Kernels
@@ -153,11 +164,11 @@ class _Measured(NamedTuple):
         scores = torch.cat(parts)
         bad = int((~torch.isfinite(scores)).sum())
         if bad:
-            raise InputError(f"{bad} of {len(scores)} scores are NaN or infinite: expected finite ones")
+            raise InputError(f"{bad} of {len(scores)} scores are NaN or infinite: expected finite scores")
         return scores
 
     def rates(self, detector: nn.Module) -> list[Row]:
-        """AUROC and FPR95 by OOD set."""
+        """AUROC and FPR95 per OOD set."""
         id_scores = self.scores(detector, *self.id_set)
         rows = []
         for name, ood_set in self.ood_sets.items():
@@ -169,14 +180,14 @@ class _Measured(NamedTuple):
 def _of_subspace(
     data: FitData, subspace: _Subspace, heads: Sequence[str], options: dict[str, Any], max_bytes: int, sets: _Measured
 ) -> Iterator[list[Row]]:
-    """The rows of one head after the other; the basis is fitted once for all of them."""
+    """The rows of each head in turn; the basis is fitted once for all heads."""
     settings = {**options, "basis": subspace.basis, "normalisation": subspace.normalisation}
     if subspace.wanted is not None:
         settings["n_components"] = subspace.wanted
     reason, basis_seconds = None, 0.0
     try:
         _check_explicit_bytes(data.head, subspace, max_bytes)
-        # This head is nothing but its basis, which `FitData` then has for the others.
+        # This head consists of its basis alone, which `FitData` then holds for the others.
         basis_seconds = _fit(data, settings, "projected_norm", max_bytes)[1]
     except _REFUSALS as error:
         reason = one_line(error)
@@ -202,7 +213,7 @@ def _of_subspace(
 
 
 def _fit(data: FitData, settings: dict[str, Any], head: str, max_bytes: int) -> tuple[LowDimGradient, float]:
-    """A fitted detector, and the seconds it took."""
+    """A fitted detector and the fitting time in seconds."""
     detector = create_detector("low_dim_gradient", head=head, **settings)
     assert isinstance(detector, LowDimGradient)
     device = data.head.weight.device
@@ -219,7 +230,7 @@ def _fit(data: FitData, settings: dict[str, Any], head: str, max_bytes: int) -> 
 
 
 def _cost(detector: LowDimGradient) -> Row:
-    """What a score reads and computes: the projection, and one multiply and add for every entry of the head's matrices."""
+    """Operations and bytes of a score: the projection, and one multiply-add per entry of the head's matrices."""
     buffers = [] if detector.low is None else [buffer for buffer in detector.low.buffers() if buffer is not None]
     entries = sum(buffer.numel() for buffer in buffers if buffer.ndim == 2)
     return {
@@ -235,7 +246,7 @@ def _row(named: Row, **values: Any) -> Row:
 
 
 def _check_explicit_bytes(head: ok.Head, subspace: _Subspace, max_bytes: int) -> None:
-    """Refuse components that would be too large before they are made; the other forms stay small."""
+    """Refuse oversized explicit components before they are computed; the other bases stay small."""
     classes, width = head.weight.shape
     if subspace.basis == "explicit" and subspace.wanted is not None:
         required = subspace.wanted * classes * (width + 1) * head.weight.element_size()
@@ -244,7 +255,7 @@ def _check_explicit_bytes(head: ok.Head, subspace: _Subspace, max_bytes: int) ->
 
 
 def _too_large(required: int, max_bytes: int) -> str:
-    return f"a basis of {required / 2**20:.3g} MiB: expected at most {max_bytes / 2**20:.3g} MiB; raise the limit or ask for less"
+    return f"a basis of {required / 2**20:.3g} MiB: expected at most {max_bytes / 2**20:.3g} MiB; raise the limit or lower K"
 
 
 def _check_names(what: str, given: Sequence[str], known: tuple[str, ...]) -> None:
@@ -263,14 +274,14 @@ def _checked_components(given: Sequence[int]) -> list[int]:
 
 
 def _default_components(data: FitData, max_anchors: int) -> list[int]:
-    """Centred gradients of n anchors span n - 1 directions, and no more than there are parameters."""
+    """Centred gradients of n anchors span at most n - 1 directions, and never more than the number of parameters."""
     classes, width = data.head.weight.shape
     most = max(1, min(len(data.split(max_anchors)[0]) - 1, classes * (width + 1)))
     return [number for number in COMPONENTS if number <= most] or [most]
 
 
 def _usable(name: str, cache: FeatureCache, seen: FeatureCache | None = None) -> Tensor:
-    """Positions of the samples with finite features that are none of `seen`."""
+    """Indices of the samples with finite features that are not in `seen`."""
     finite = torch.cat([torch.isfinite(rows.features).all(1) for rows in cache.batches()])
     fresh = torch.ones_like(finite)
     if seen is not None:
@@ -278,20 +289,22 @@ def _usable(name: str, cache: FeatureCache, seen: FeatureCache | None = None) ->
     problems = {"have NaN or infinite features": int((~finite).sum()), "are also fit samples": int((~fresh).sum())}
     for problem, count in problems.items():
         if count == len(cache):
-            raise InputError(f"all {count} samples of {name} {problem}: expected some to measure; give other images")
+            raise InputError(
+                f"all {count} samples of {name} {problem}: expected some to evaluate; provide other images"
+            )
         if count:
             warnings.warn(
                 f"{name}: {count} of {len(cache)} samples {problem}, and are left out", OodEngineWarning, stacklevel=3
             )
     index = (finite & fresh).nonzero().squeeze(1)
     if not len(index):
-        raise InputError(f"no sample of {name} is left to measure: expected finite images that are no fit images")
+        raise InputError(f"no sample of {name} is left to evaluate: expected finite images that were not used in fit")
     return index
 
 
 @contextmanager
 def _each_warning_once(said: set[str]) -> Iterator[None]:
-    """Let a warning through where none of the same words came before: many combinations meet the same data."""
+    """Pass each distinct warning once: many combinations share the same data."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield

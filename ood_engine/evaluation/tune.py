@@ -1,4 +1,4 @@
-"""Settings chosen without OOD data: corrupted ID images stand in for it (arXiv 2402.18162), or a user's own OOD set."""
+"""Choice of detector settings on pseudo-OOD data: corrupted ID images (arXiv 2402.18162), or the user's own OOD set."""
 
 from __future__ import annotations
 
@@ -34,28 +34,38 @@ def tune(
 ) -> list[dict[str, Any]]:
     """Search each detector's grid for the settings with the best mean AUROC between ID and (pseudo-)OOD data.
 
-    The paper takes ID images under the 15 Hendrycks-Dietterich corruptions for OOD; its severity and objective are not published:
-    severity 3 and mean AUROC are ours. The model runs once per corruption; trying settings only reads features, and
-    thresholds are set again from the calibration features; an engine from a state file has none of those, and is to be
-    calibrated anew. NAP's w, OPNP's ranges and the ensemble's a have grids.
+    The NAP paper uses ID images under the 15 Hendrycks-Dietterich corruptions as pseudo-OOD data. Severity 3 and mean AUROC are our
+    defaults; the paper gives none. The model runs once per corruption, and the search itself only reads features. Thresholds are
+    recomputed from the calibration features, which an engine loaded from a state file lacks: calibrate it again. Grids exist for
+    NAP's w, OPNP's ranges and the ensemble's a.
 
     Args:
-        scorer: fitted; left with the chosen settings and thresholds to match.
-        loader: yields ID images, best not those of `fit`; they are read once and kept in memory.
-        ood_loader: real OOD images instead of corrupted ones.
-        corruptions: names of `ood_engine.evaluation.corruptions.CORRUPTIONS`.
-        severity: 1 to 5.
-        mean: what was subtracted from images in [0, 1], a number or one a channel; undone before corrupting.
-        std: what they were divided by.
-        detectors: names to tune; None tunes all with a grid.
-        progress: show a bar.
+        scorer: a fitted scorer, updated with the chosen settings and the matching thresholds.
+        loader: yields ID images, preferably not those of `fit`; read once and held in memory.
+        ood_loader: yields real OOD images, used instead of corrupted ones.
+        corruptions: names in `ood_engine.evaluation.corruptions.CORRUPTIONS`.
+        severity: 1 (weak) to 5 (strong).
+        mean: mean subtracted in preprocessing, one number or one per channel; undone before corruption.
+        std: standard deviation divided by in preprocessing, likewise.
+        detectors: names of the detectors to tune; None: all with a grid.
+        progress: show a progress bar.
 
     Returns:
         One row per detector and setting: {"detector", "settings", "auroc", "chosen"}.
 
     Raises:
-        InputError: nothing to tune, images that do not lie in [0, 1] once mean and std are undone, or scores that are not
-            finite; every setting is then as it was.
+        InputError: nothing to tune, images outside [0, 1] once mean and std are undone, or non-finite scores; all settings are
+            then left unchanged.
+
+    Example:
+        >>> import torch, ood_engine as oe
+        >>> from ood_engine.demo import SmallCNN
+        >>> images = torch.rand(48, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> engine = oe.Engine(SmallCNN(4), ["nap_energy"]).fit([images[:32]])
+        >>> rows = tune(engine.scorer, [images[32:]], corruptions=["gaussian_noise", "fog"])
+        >>> best = max(rows, key=lambda row: row["auroc"])
+        >>> best["chosen"], best["settings"]["w"] == engine.detectors["nap_energy"].settings["w"]
+        (True, True)
     """
     names = [name for name in (scorer.detectors if detectors is None else detectors) if _grid_of(scorer, name)]
     if not names:
@@ -95,7 +105,7 @@ def _corrupted(
         shift, scale = (torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1) for value in (mean, std))
         if not {shift.numel(), scale.numel()} <= {1, images.shape[1]} or not (scale > 0).all():
             raise InputError(
-                f"mean={mean!r}, std={std!r}: expected a number, or one for each of the {images.shape[1]} channels, and std above 0"
+                f"mean={mean!r}, std={std!r}: expected one number, or one per channel ({images.shape[1]}), and std above 0"
             )
         pixels = images.float().cpu() * scale + shift
         if not (pixels.amin() >= -1e-3 and pixels.amax() <= 1 + 1e-3):
@@ -107,7 +117,7 @@ def _corrupted(
 
 
 def _search(scorer: Scorer, name: str, id_cache: FeatureCache, ood_caches: list[FeatureCache]) -> list[dict[str, Any]]:
-    """The rows of one detector, which is left with the settings it had: the scores may hold NaN half-way."""
+    """The rows of one detector, whose settings are restored even if non-finite scores end the search."""
     detector = scorer.detectors[name]
     before = dict(detector.settings)
     rows: list[dict[str, Any]] = []

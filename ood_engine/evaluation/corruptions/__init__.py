@@ -1,16 +1,16 @@
 """The 15 common image corruptions of Hendrycks and Dietterich (arXiv 1903.12261) in plain torch.
 
-They serve as pseudo-OOD data: in-distribution images made worse. The originals need OpenCV, 8-bit RGB and at least 32
-pixels; these take float images in [0, 1] with any number of channels, from 4x4 pixels up, on any device.
+They serve as pseudo-OOD data derived from in-distribution images. The originals require OpenCV, 8-bit RGB and at least 32
+pixels; these accept float images in [0, 1] with any number of channels, of 4x4 pixels or more, on any device.
 
-Strengths are the paper's for ImageNet-C, severity by severity, except where a function's docstring says otherwise.
-What is ours, for all of them:
+The strengths of each severity are those of ImageNet-C, except where a function's docstring says otherwise. Deviations shared by
+all corruptions:
 
-- Constants in pixels hold at 224 pixels and are scaled to the shorter side, which counts as 32 pixels if it is smaller:
-  a blur of a tenth of a pixel would leave an 8x8 image as it is.
-- Borders repeat the outermost pixel in blurs; gray is the mean of the channels.
-- Nothing is rounded to 8 bits.
-- One `(seed, name)` draws the same noise at every severity, so that only the strength changes between severities.
+- Constants in pixels refer to a side of 224 pixels and scale with the shorter side, taken as at least 32 pixels: a blur of a
+  tenth of a pixel would leave an 8x8 image unchanged.
+- Blurs replicate the border; gray is the mean of the channels.
+- No rounding to 8 bits.
+- Each `(seed, name)` draws the same noise at every severity, so that severities differ in strength only.
 """
 
 from __future__ import annotations
@@ -62,23 +62,31 @@ _SMALLEST_SIDE = 4
 def corrupt(images: Tensor, name: str, severity: int = 3, *, seed: int = 0) -> Tensor:
     """Apply one corruption of `CORRUPTIONS` to a batch of images.
 
-    The result follows from the arguments alone: the noise comes from a generator of its own on the CPU, on every device
-    alike, and the global random state is neither read nor advanced. Within a batch each image gets its own noise, so an
-    image's result depends on its place in the batch. No gradient is recorded.
+    Deterministic in its arguments: noise is drawn on the CPU by a dedicated generator for every device, and the global random
+    state is neither read nor advanced. Each image of a batch receives its own noise, so the result depends on the position in
+    the batch. No gradient is recorded.
 
     Args:
-        images: [N, C, H, W] with values in [0, 1]; N >= 0, C >= 1, H and W >= 4; fp16, bf16, fp32 or fp64; any
-            device.
+        images: [N, C, H, W] with values in [0, 1]; N >= 0, C >= 1, H and W >= 4; fp16, bf16, fp32 or fp64; any device.
         name: one of `CORRUPTIONS`.
         severity: 1 (weak) to 5 (strong).
         seed: any integer.
 
     Returns:
-        A new tensor [N, C, H, W] with values in [0, 1], of the dtype and on the device of `images`. fp16 and bf16 are
-        computed in fp32.
+        A new tensor [N, C, H, W] with values in [0, 1], of the dtype and on the device of `images`. fp16 and bf16 are computed
+        in fp32.
 
     Raises:
-        InputError: the images have another type, shape or range or are not finite; the name or severity is unknown.
+        InputError: images of invalid type, shape or range, or not finite; an unknown name or severity.
+
+    Example:
+        >>> import torch
+        >>> gray = torch.full((2, 3, 32, 32), 0.5)
+        >>> [round(float(corrupt(gray, "brightness", severity).mean()), 2) for severity in (1, 3, 5)]
+        [0.6, 0.8, 1.0]
+        >>> foggy = corrupt(gray, "fog", seed=7)
+        >>> foggy.shape, torch.equal(foggy, corrupt(gray, "fog", seed=7))
+        (torch.Size([2, 3, 32, 32]), True)
     """
     _check_arguments(name, severity, seed)
     _check_images(images)

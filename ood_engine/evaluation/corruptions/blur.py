@@ -1,4 +1,4 @@
-"""Blur: out of focus, through frosted glass, by motion, by zooming."""
+"""Blur corruptions: defocus, frosted glass, motion and zoom."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _ZOOM_STEPS = 11
 
 
 def defocus_blur(images: Tensor, severity: int, random: Randomness) -> Tensor:
-    """Filter with a disk. Ours: its rim is softened by half a pixel at every severity."""
+    """Convolve with a disk. Deviation: its rim is smoothed by half a pixel at every severity."""
     radius = (3, 4, 6, 8, 10)[severity - 1] * pixel_scale(images)
     return gaussian_blur(convolve(images, disk_kernel(radius, images)), sigma=0.5)
 
 
 def glass_blur(images: Tensor, severity: int, random: Randomness) -> Tensor:
-    """Blur, scatter the pixels among their neighbours, blur again.
+    """Blur, scatter pixels among their neighbours, and blur again.
 
-    Ours: one scattering by a uniform offset replaces the original's repeated swaps of neighbours; its reach is theirs
-    times the square root of their number of passes, raised where that would not grow with the severity.
+    Deviation: a single displacement by uniform offsets replaces the repeated swaps of neighbours in the original. Its reach is the
+    original's times the square root of the number of passes, raised where it would not increase with the severity.
     """
     sigma, reach = ((0.7, 1.5), (0.9, 2.2), (1.0, 3.4), (1.1, 4.3), (1.5, 5.7))[severity - 1]
     scale = pixel_scale(images)
@@ -43,7 +43,7 @@ def glass_blur(images: Tensor, severity: int, random: Randomness) -> Tensor:
 
 
 def motion_blur(images: Tensor, severity: int, random: Randomness) -> Tensor:
-    """Filter along a line within 45 degrees of the horizontal. Ours: the line reaches to both sides of the pixel."""
+    """Convolve with a line within 45 degrees of the horizontal. Deviation: the line extends to both sides of the pixel."""
     radius, sigma = ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))[severity - 1]
     scale = pixel_scale(images)
     angles = random.uniform(len(images), low=-math.pi / 4, high=math.pi / 4)
@@ -51,7 +51,7 @@ def motion_blur(images: Tensor, severity: int, random: Randomness) -> Tensor:
 
 
 def zoom_blur(images: Tensor, severity: int, random: Randomness) -> Tensor:
-    """Average the image over growing zooms towards its centre. Ours: 11 even steps at every severity."""
+    """Average the image over increasing zooms about its centre. Deviation: 11 even steps at every severity."""
     largest = (1.10, 1.15, 1.20, 1.25, 1.30)[severity - 1]
     from_centre = pixel_grid(images)
     from_centre = from_centre - from_centre.mean((1, 2), keepdim=True)

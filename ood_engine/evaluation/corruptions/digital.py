@@ -1,4 +1,4 @@
-"""Brightness, contrast, elastic deformation, pixelation and JPEG compression."""
+"""Digital corruptions: brightness, contrast, elastic deformation, pixelation and JPEG compression."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .randomness import Randomness
 __all__ = ["brightness", "contrast", "elastic_transform", "jpeg_compression", "pixelate"]
 
 _BLOCK = 8
-# Table K.1 of ITU-T T.81: the luminance quantisation that quality 50 stands for.
+# Table K.1 of ITU-T T.81: luminance quantisation at quality 50.
 _LUMINANCE = (
     (16, 11, 10, 16, 24, 40, 51, 61),
     (12, 12, 14, 19, 26, 58, 60, 55),
@@ -28,7 +28,7 @@ _LUMINANCE = (
 
 
 def brightness(images: Tensor, severity: int, random: Randomness) -> Tensor:
-    """Raise the value of HSV, the largest channel, and keep hue and saturation; a gray image is shifted."""
+    """Increase the HSV value (the largest channel), keeping hue and saturation; gray images are shifted."""
     shift = (0.1, 0.2, 0.3, 0.4, 0.5)[severity - 1]
     value = images.amax(1, keepdim=True)
     raised = (value + shift).clamp_max(1)
@@ -36,17 +36,17 @@ def brightness(images: Tensor, severity: int, random: Randomness) -> Tensor:
 
 
 def contrast(images: Tensor, severity: int, random: Randomness) -> Tensor:
-    """Shrink the distance to each channel's mean to the given share."""
+    """Reduce the deviation from each channel's mean to a given share."""
     share = (0.4, 0.3, 0.2, 0.1, 0.05)[severity - 1]
     mean = images.mean((2, 3), keepdim=True)
     return mean + share * (images - mean)
 
 
 def elastic_transform(images: Tensor, severity: int, random: Randomness) -> Tensor:
-    """Move the pixels along a smooth random field.
+    """Displace the pixels by a smooth random field.
 
-    Ours: no affine part, and one smoothness (a Gaussian of 8 pixels at 224) at every severity, so that the root mean
-    square displacement grows; the original goes from large affine to small rough deformations.
+    Deviation: no affine part, and the same smoothness (a Gaussian of 8 pixels at 224) at every severity, so that the root mean
+    square displacement increases; the original passes from large affine to small rough deformations.
     """
     displacement = (2, 3, 4, 5, 6)[severity - 1] * pixel_scale(images)
     batch, _, height, width = images.shape
@@ -55,9 +55,9 @@ def elastic_transform(images: Tensor, severity: int, random: Randomness) -> Tens
 
 
 def pixelate(images: Tensor, severity: int, random: Randomness) -> Tensor:
-    """Shrink by box averages to the given share of the side, and enlarge without interpolation.
+    """Downsample by box averages to a given share of the side, and upsample by nearest neighbour.
 
-    The number of boxes is whole, so at a few pixels a side two severities can coincide: 8 pixels give 5, 4, 3, 2, 2.
+    The number of boxes is an integer, so on very small images two severities can coincide: 8 pixels give 5, 4, 3, 2, 2.
     """
     share = (0.6, 0.5, 0.4, 0.3, 0.25)[severity - 1]
     height, width = images.shape[-2:]
@@ -67,7 +67,7 @@ def pixelate(images: Tensor, severity: int, random: Randomness) -> Tensor:
 
 
 def _box_averages(boxes: int, pixels: int, like: Tensor) -> Tensor:
-    """Matrix [boxes, pixels] that averages a line over boxes of equal length; a pixel cut by an edge counts in part."""
+    """Matrix [boxes, pixels] averaging a line over boxes of equal length; a pixel cut by an edge counts proportionally."""
     edges = torch.linspace(0, pixels, boxes + 1, dtype=like.dtype, device=like.device).unsqueeze(1)
     starts = torch.arange(pixels, dtype=like.dtype, device=like.device)
     covered = torch.minimum(edges[1:], starts + 1) - torch.maximum(edges[:-1], starts)
@@ -75,10 +75,10 @@ def _box_averages(boxes: int, pixels: int, like: Tensor) -> Tensor:
 
 
 def jpeg_compression(images: Tensor, severity: int, random: Randomness) -> Tensor:
-    """Quantise the cosine transform of each 8x8 block, as baseline JPEG (ITU-T T.81) does at the given quality.
+    """Quantise the cosine transform of each 8x8 block, as baseline JPEG (ITU-T T.81) does at a given quality.
 
-    Ours: every channel is treated as luminance, without a colour transform and chroma subsampling; the image is filled
-    up to whole blocks by repeating its border; the result is not rounded to 8 bits.
+    Deviation: every channel is treated as luminance, without colour transform or chroma subsampling; the image is padded to whole
+    blocks by replicating its border; the result is not rounded to 8 bits.
     """
     quality = (25, 18, 15, 10, 7)[severity - 1]
     steps = (images.new_tensor(_LUMINANCE) * (5000 // quality) + 50).div(100).floor().clamp(1, 255)

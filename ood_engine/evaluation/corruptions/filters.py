@@ -1,4 +1,4 @@
-"""What several corruptions share: the scale of pixel constants, convolution, kernels, displacement."""
+"""Filters shared by several corruptions: pixel scale, convolution, kernels, displacement."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _SMALLEST_SCALED_SIDE = 32
 
 
 def pixel_scale(images: Tensor) -> float:
-    """Pixels of these images that stand for one pixel of an image with 224 pixels a side."""
+    """Number of pixels of these images equivalent to one pixel at a side of 224."""
     return max(min(images.shape[-2:]), _SMALLEST_SCALED_SIDE) / _REFERENCE_SIDE
 
 
 def convolve(images: Tensor, kernels: Tensor) -> Tensor:
-    """Filter image n [C, H, W] with kernel n [h, w] (odd sides, scaled to sum 1); one kernel serves all."""
+    """Convolve image n [C, H, W] with kernel n [h, w] (odd sides, normalised to sum 1); a single kernel is broadcast."""
     kernels = kernels / kernels.sum((1, 2), keepdim=True)
     kernels = kernels.expand(len(images), -1, -1).unsqueeze(1)
     rows, columns = kernels.shape[-2] // 2, kernels.shape[-1] // 2
@@ -29,7 +29,7 @@ def convolve(images: Tensor, kernels: Tensor) -> Tensor:
 
 
 def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
-    """Separable Gaussian filter with `sigma` in pixels, cut at 3 sigma."""
+    """Separable Gaussian filter, `sigma` in pixels, truncated at 3 sigma."""
     radius = max(1, math.ceil(3 * sigma))
     positions = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
     kernel = torch.exp(-0.5 * (positions / sigma) ** 2)
@@ -37,13 +37,13 @@ def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
 
 
 def disk_kernel(radius: float, like: Tensor) -> Tensor:
-    """Disk [1, k, k] of `radius` pixels; pixels on its rim count in part."""
+    """Disk [1, k, k] of `radius` pixels with an antialiased rim."""
     x, y = _centred_square(math.ceil(radius + 0.5), like)
     return (radius + 0.5 - torch.hypot(x, y)).clamp(0, 1).unsqueeze(0)
 
 
 def motion_kernels(angles: Tensor, radius: float, sigma: float) -> Tensor:
-    """Lines [N, k, k] at `angles` [N] (radians), weighted by a Gaussian of `sigma` and cut at `radius` pixels."""
+    """Lines [N, k, k] at `angles` [N] (radians), weighted by a Gaussian of `sigma` and truncated at `radius` pixels."""
     x, y = _centred_square(max(1, math.ceil(radius)), angles)
     cosine, sine = angles.cos().view(-1, 1, 1), angles.sin().view(-1, 1, 1)
     along, across = x * cosine + y * sine, y * cosine - x * sine
@@ -58,7 +58,7 @@ def _centred_square(reach: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pixel_grid(images: Tensor) -> Tensor:
-    """Coordinates (x, y) of every pixel, [2, H, W], in pixels."""
+    """Pixel coordinates (x, y), [2, H, W]."""
     height, width = images.shape[-2:]
     x = torch.arange(width, dtype=images.dtype, device=images.device)
     y = torch.arange(height, dtype=images.dtype, device=images.device)
@@ -66,9 +66,9 @@ def pixel_grid(images: Tensor) -> Tensor:
 
 
 def displace(images: Tensor, offsets: Tensor) -> Tensor:
-    """Read each pixel at its place plus `offsets` [1 or N, 2, H, W] or [2, H, W] = (x, y) in pixels.
+    """Sample each pixel at its position plus `offsets` [1 or N, 2, H, W] or [2, H, W] = (x, y) in pixels.
 
-    Bilinear between pixels, mirrored at the border.
+    Bilinear interpolation, reflected at the border.
     """
     size = images.new_tensor([images.shape[-1], images.shape[-2]]).view(2, 1, 1)
     places = (2 * (pixel_grid(images) + offsets) + 1) / size - 1

@@ -1,4 +1,4 @@
-"""Random draws that are the same on every device and leave the global random state alone."""
+"""Device-independent random draws that leave the global random state untouched."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Randomness"]
 
 
 class Randomness:
-    """Draws from a CPU generator seeded by `(seed, name)`, delivered in the dtype and on the device of `like`."""
+    """Draws from a CPU generator seeded by `(seed, name)`, returned in the dtype and on the device of `like`."""
 
     def __init__(self, seed: int, name: str, like: Tensor) -> None:
         self._like = like
@@ -27,5 +27,5 @@ class Randomness:
         return torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu").to(self._like)
 
     def poisson(self, rates: Tensor) -> Tensor:
-        """Poisson counts with the given rates, of the shape of `rates`."""
+        """Poisson counts with the given rates, in the shape of `rates`."""
         return torch.poisson(rates.cpu(), generator=self._generator).to(self._like)

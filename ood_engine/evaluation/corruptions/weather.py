@@ -1,4 +1,4 @@
-"""Weather: snow, frost, fog. Their textures are made here, not taken from photographs."""
+"""Weather corruptions: snow, frost and fog, with generated textures in place of photographs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["fog", "frost", "snow"]
 
 
 def snow(images: Tensor, severity: int, random: Randomness) -> Tensor:
-    """Whiten the image and add flakes, streaked by a fall within 45 degrees of the vertical.
+    """Whiten the image and add flakes, with motion blur within 45 degrees of the vertical.
 
-    Flakes are what of a normal noise on a coarser grid exceeds a threshold, as in the paper. Ours: a flake has 3 pixels
-    at 224 at every severity, and the last thresholds and streaks are set so that each severity has more snow.
+    As in the paper, flakes are Gaussian noise on a coarser grid, thresholded. Deviation: a flake has 3 pixels at 224 at every
+    severity, and the last thresholds and streak lengths are chosen so that snow increases with the severity.
     """
     mean, threshold = ((0.1, 0.5), (0.2, 0.5), (0.55, 0.9), (0.55, 0.85), (0.55, 0.8))[severity - 1]
     radius, sigma = ((10, 4), (12, 4), (12, 6), (12, 8), (12, 12))[severity - 1]
@@ -38,20 +38,20 @@ def snow(images: Tensor, severity: int, random: Randomness) -> Tensor:
 
 
 def frost(images: Tensor, severity: int, random: Randomness) -> Tensor:
-    """Lay ice over the darkened image: `weight * image + ice_weight * ice`.
+    """Overlay ice on the darkened image: `weight * image + ice_weight * ice`.
 
-    Ours: the ice is a film of uneven thickness with needles in three directions 60 degrees apart, as crystals grow them
-    (the original crops six photographs), and its last two weights are 0.8 and 0.9 in place of 0.7 and 0.75.
+    Deviation: the ice is a film of uneven thickness with needles in three directions 60 degrees apart, as in crystals (the original
+    crops six photographs), and its last two weights are 0.8 and 0.9 instead of 0.7 and 0.75.
     """
     weight, ice_weight = ((1.0, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.8), (0.6, 0.9))[severity - 1]
     return weight * images + ice_weight * _ice(images, random)
 
 
 def fog(images: Tensor, severity: int, random: Randomness) -> Tensor:
-    """Mix in drifting haze: `(image + density * haze) / (1 + density)`.
+    """Blend with haze: `(image + density * haze) / (1 + density)`.
 
-    Ours: haze is a sum of octaves of interpolated noise in place of the diamond-square fractal, and equally rough at
-    every severity; white is 1 and not the image's maximum; severity 4 has density 2.75 in place of severity 3's 2.5.
+    Deviation: the haze is a sum of octaves of interpolated noise instead of the diamond-square fractal, equally rough at every
+    severity; white is 1 instead of the image's maximum; severity 4 has density 2.75 instead of 2.5, the density of severity 3.
     """
     density = (1.5, 2, 2.5, 2.75, 3)[severity - 1]
     return (images + density * _fractal_noise(images, random, decay=1.7)) / (1 + density)
@@ -71,7 +71,7 @@ def _ice(images: Tensor, random: Randomness) -> Tensor:
 
 
 def _fractal_noise(images: Tensor, random: Randomness, decay: float) -> Tensor:
-    """Noise [N, 1, H, W] stretched to [0, 1] an image; each octave is twice as fine and `decay` times as weak."""
+    """Noise [N, 1, H, W], stretched to [0, 1] per image; each octave is twice as fine and `decay` times weaker."""
     batch, _, height, width = images.shape
     noise = images.new_zeros(batch, 1, height, width)
     for octave in range(math.ceil(math.log2(max(height, width))) + 1):

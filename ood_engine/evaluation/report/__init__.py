@@ -1,7 +1,7 @@
-"""What an evaluation leaves behind: a table for terminal and Markdown, JSON, pictures and one self-contained HTML page.
+"""Reports of an evaluation: a table for terminal and Markdown, JSON, figures, and a self-contained HTML page.
 
-Scores are higher for what is more in-distribution (ID). AUROC and FPR95 are shown in percent with ID as the positive
-class; the full table of the page and the JSON file (in fractions) hold the other conventions beside them.
+Higher scores mean more in-distribution (ID). AUROC and FPR95 are shown in percent with ID as the positive class; the full table of
+the page and the JSON file (in fractions) also give the other convention.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the figures show, as numbers: histograms over shared bins, ROC curves thinned for drawing."""
+"""Data of the figures: histograms over shared bins, and ROC curves thinned for drawing."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Histogram:
     """Densities of ID and OOD scores over the same equal bins.
 
     Attributes:
-        edges: Edges of the bins, [B + 1].
-        id_heights: Density of the ID scores, [B], in units of the higher of both peaks.
-        ood_heights: The same for the OOD scores.
+        edges: [B + 1] bin edges.
+        id_heights: [B] density of the ID scores, relative to the higher of the two peaks.
+        ood_heights: [B] likewise for the OOD scores.
     """
 
     edges: np.ndarray
@@ -31,8 +31,8 @@ class Histogram:
 def histogram(id_scores: np.ndarray, ood_scores: np.ndarray) -> Histogram | None:
     """Histogram of finite scores between the 0.5 % and 99.5 % quantiles of either set; None if a set is empty.
 
-    Densities count all scores of a set, also those outside of what is shown. There are √n bins (n of the smaller set),
-    between 12 and 60.
+    Densities are relative to all scores of a set, including those outside the range shown. There are √n bins (n of the smaller
+    set), clipped to 12 to 60.
     """
     if not id_scores.size or not ood_scores.size:
         return None
@@ -61,8 +61,8 @@ def roc_curve(
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """ROC curve of finite scores, ID as the positive class: (FPR, TPR), each [M] from 0 to 1; None if a set is empty.
 
-    Each point is exact: the shares of OOD and of ID that score at least some threshold. Tied scores enter together. Of
-    long curves about `n_points`, evenly spread along the curve, are kept.
+    Every point is exact: the shares of OOD and ID scores at or above a threshold, with ties counted together. Long curves are
+    thinned to about `n_points`, evenly spaced along the curve.
     """
     if not id_scores.size or not ood_scores.size:
         return None

@@ -1,4 +1,4 @@
-"""Pictures by matplotlib in one style: as PNG for a README, as SVG for a page; names are shown as they are."""
+"""Shared style of the matplotlib figures, PNG for files and SVG for the HTML page; names are drawn verbatim."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 INK, SOFT_INK, GRID = "#1D2530", "#5F6670", "#E3E6EA"
-# The colour-blind safe palette of Okabe and Ito, without its yellow, which is lost on white.
+# The colour-blind-safe palette of Okabe and Ito, without yellow, which is illegible on white.
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", SOFT_INK)
 ID_COLOUR, OOD_COLOUR = LINE_COLOURS[:2]
 BOLD: dict[str, Any] = {"fontsize": 10, "fontweight": "bold", "color": INK}
@@ -41,11 +41,11 @@ DOTS_PER_INCH = 150
 VARIABLES = {"ink": INK, "soft": SOFT_INK, "grid": GRID} | {
     f"line-{number}": colour for number, colour in enumerate(LINE_COLOURS[:-1], 1)
 }
-"""CSS variable of a page → the colour it stands for in a picture."""
+"""CSS variable of the page → colour in a figure."""
 
 
 def new_panels(n_rows: int, n_columns: int, width: float, height: float, margin: float = 1.2) -> tuple[Figure, Any]:
-    """A figure with a grid of panels, axes [n_rows, n_columns] of about width × height inches, and a margin for a legend."""
+    """A figure and its axes [n_rows, n_columns] of about width × height inches each, with a margin for a legend."""
     size = (width * n_columns + margin, height * n_rows + 0.7)
     figure = require("matplotlib.figure").Figure(figsize=size, facecolor="white", layout="constrained")
     axes = figure.subplots(n_rows, n_columns, squeeze=False)
@@ -55,11 +55,11 @@ def new_panels(n_rows: int, n_columns: int, width: float, height: float, margin:
 
 
 def new_panel(size: tuple[float, float], box: tuple[float, float, float, float]) -> tuple[Figure, Axes]:
-    """A figure of a page with one panel.
+    """A figure with a single panel, for the HTML page.
 
     Args:
         size: width and height in inches.
-        box: left, bottom, width and height of the panel, as fractions of the size.
+        box: left, bottom, width and height of the panel, as fractions of the figure.
     """
     figure = require("matplotlib.figure").Figure(figsize=size)
     panel = figure.add_axes(box)
@@ -77,7 +77,7 @@ def _style(panel: Axes) -> None:
 
 
 def legend(figure: Figure, entries: dict[str, Any], **where: Any) -> None:
-    """A legend that shows names as they are; matplotlib by itself reads `$` as mathematics and may drop `_name`."""
+    """Add a legend with verbatim names; matplotlib alone would parse `$` as mathematics and may drop `_name`."""
     placeholders = ["name"] * len(entries)
     drawn = figure.legend(entries.values(), placeholders, frameon=False, fontsize=8, labelcolor=INK, **where)
     for text, name in zip(drawn.get_texts(), entries, strict=True):
@@ -85,13 +85,13 @@ def legend(figure: Figure, entries: dict[str, Any], **where: Any) -> None:
 
 
 def verbatim(text: Any) -> Any:
-    """The text of a picture, shown as it is."""
+    """Disable mathematics in a text of a figure, and return it."""
     text.set_parse_math(False)
     return text
 
 
 def shortened(name: str, longest: int = 32) -> str:
-    """A name in printable characters, cut where it is too long for a picture."""
+    """A name in printable characters, truncated to fit a figure."""
     name = printable(name)
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
@@ -106,19 +106,19 @@ def png(figure: Figure) -> bytes:
 
 
 def svg(figure: Figure, label: str) -> str:
-    """The figure as an `<svg>` element, the same for the same figure and label.
+    """The figure as an `<svg>` element, deterministic for a figure and label.
 
-    Colours are CSS variables of the page around it, and no id is that of a figure with another label.
+    Colours are CSS variables of the surrounding page, and ids are unique to the label.
 
     Args:
-        figure: without names in it.
-        label: what is read out instead; it is escaped.
+        figure: a figure without names.
+        label: text for screen readers; escaped here.
     """
     buffer, label = io.BytesIO(), printable(label)
     with require("matplotlib").rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue().decode()
-    # A style sheet in front of the first group would be that of the whole page.
+    # A style sheet before the first group would apply to the whole page.
     text = text[text.index("<g id=") : text.rindex("</svg>")]
     used = set(re.findall(r'href="#(\w+)"', text))
     text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", text)

@@ -1,4 +1,4 @@
-"""The scores of several detectors on one in-distribution set and one or more out-of-distribution sets."""
+"""Scores of several detectors on one in-distribution set and one or more out-of-distribution sets."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from ...errors import InputError
 __all__ = ["UNPRUNED", "Evaluation", "finite", "printable"]
 
 UNPRUNED = "unpruned"
-"""Name of the model's own head among those whose calibration error is measured."""
+"""Name of the unpruned head in `Evaluation.ece`."""
 
 
 @dataclass
 class Evaluation:
-    """Everything a report shows. Scores: HIGHER = MORE IN-DISTRIBUTION; non-finite ones are left out and counted.
+    """All data of a report. Scores: HIGHER = MORE IN-DISTRIBUTION; non-finite scores are excluded and counted.
 
-    Arrays are converted to NumPy on construction (scores to float64), so CPU tensors and lists are welcome.
+    Arrays are converted to NumPy on construction (scores to float64), so CPU tensors and lists are accepted.
 
     Attributes:
-        title: Heading of the report.
-        id_name: Name of the in-distribution (ID) set.
-        id_scores: Detector name to its scores of the ID set, [N].
-        ood_scores: Out-of-distribution (OOD) set name to detector name to scores, [N]; every detector of `id_scores`.
-        kinds: OOD set name to a label such as "near" or "far"; sets may be left out.
-        information: Facts about the run (model, head, map, sizes, versions, machine), shown in this order.
-        example_images: Name of a set to some of its images, [n, H, W] or [n, H, W, 3], values in [0, 1].
-        thresholds: Detector name to its decision threshold; a score below it is flagged OOD.
-        accuracy: Share of the ID images that are classified correctly, a fraction in [0, 1].
-        ece: Head to its expected calibration error on the ID images, a fraction in [0, 1]; heads are
-            `UNPRUNED` and those pruned by a detector, by its name.
+        title: heading of the report.
+        id_name: name of the in-distribution (ID) set.
+        id_scores: detector → [N] scores of the ID set.
+        ood_scores: out-of-distribution (OOD) set → detector → [N] scores, for every detector of `id_scores`.
+        kinds: OOD set → a label such as "near" or "far"; optional per set.
+        information: facts about the run (model, head, map, sizes, versions, machine), in display order.
+        example_images: set → some of its images, [n, H, W] or [n, H, W, 3], values in [0, 1].
+        thresholds: detector → decision threshold; lower scores are flagged as OOD.
+        accuracy: accuracy on the ID images, a fraction in [0, 1].
+        ece: head → expected calibration error on the ID images, a fraction in [0, 1]; heads are `UNPRUNED` and the names of the
+            pruning detectors.
 
     Raises:
-        InputError: No detector, no OOD set, a detector without scores on a set, scores that are not one-dimensional
-            numbers, images of another shape, or a kind, threshold or calibration error for a name that is not there.
+        InputError: no detector, no OOD set, a detector without scores on a set, scores that are not one-dimensional numbers,
+            images of invalid shape, or a kind, threshold or calibration error of an unknown name.
     """
 
     title: str
@@ -67,7 +67,7 @@ class Evaluation:
             raise InputError(f"accuracy is {self.accuracy}, expected a fraction in [0, 1]; divide percent by 100")
 
     def only(self, detectors: Iterable[str]) -> Evaluation:
-        """The same evaluation with some of the detectors, in that order.
+        """The evaluation restricted to some detectors, in the given order.
 
         Raises:
             InputError: a detector without scores.
@@ -84,7 +84,7 @@ class Evaluation:
 
     @property
     def detectors(self) -> list[str]:
-        """Names of the detectors, in the order they were given."""
+        """Names of the detectors, in the given order."""
         return list(self.id_scores)
 
 
@@ -94,7 +94,7 @@ def finite(scores: np.ndarray) -> np.ndarray:
 
 
 def printable(name: object) -> str:
-    """The text on one line: white space as spaces, and U+FFFD for control, format and undecodable characters."""
+    """The text on one line, with U+FFFD for control, format and undecodable characters."""
     spaced = "".join(" " if character.isspace() else character for character in str(name))
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in spaced)
 
@@ -106,12 +106,12 @@ def _score_arrays(scores: Mapping[str, np.ndarray], set_name: str) -> dict[str, 
             array = np.asarray(values, dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise InputError(
-                f"scores of {detector!r} on {set_name!r} are not numbers ({error}); pass one real number an image"
+                f"scores of {detector!r} on {set_name!r} are not numbers ({error}); pass one real number per image"
             ) from error
         if array.ndim != 1:
             raise InputError(
                 f"scores of {detector!r} on {set_name!r} have shape {list(array.shape)}, expected [N]; "
-                "pass one number an image"
+                "pass one number per image"
             )
         arrays[detector] = array
     return arrays

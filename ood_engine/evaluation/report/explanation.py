@@ -1,4 +1,4 @@
-"""The picture of an explanation: the image, where its gradient is unusual, and which classes and channels made it so."""
+"""Figure of an explanation: the image, and the contributions of its positions, classes and channels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TOWARDS_ID, _TOWARDS_OOD = "#2F6FB0", "#C8553D"
 
 
 def largest(values: Tensor, count: int) -> list[tuple[int, float]]:
-    """(index, value) of the entries of largest magnitude, largest first."""
+    """(index, value) of the entries of largest magnitude, in descending order."""
     order = values.abs().argsort(descending=True, stable=True)[:count]
     return [(int(index), float(values[index])) for index in order]
 
@@ -25,13 +25,13 @@ def largest(values: Tensor, count: int) -> list[tuple[int, float]]:
 def explanation_png(
     pixels: Tensor, explanation: Explanation, classes: list[str] | None = None, count: int = 10
 ) -> bytes:
-    """A PNG of three panels (four with a map).
+    """The explanation as a PNG of three panels (four with a feature map).
 
     Args:
-        pixels: the image [C, H, W] as it is to be seen, in [0, 1]; 1 or 3 channels.
-        explanation: of this image.
-        classes: names of the classes; None numbers them.
-        count: bars a panel.
+        pixels: the image [C, H, W] to display, in [0, 1]; 1 or 3 channels.
+        explanation: the explanation of this image.
+        classes: names of the classes; None: their numbers.
+        count: bars per panel.
 
     Raises:
         OodEngineError: matplotlib is not installed.
@@ -55,7 +55,9 @@ def explanation_png(
     name = (lambda index: str(index)) if classes is None else (lambda index: shortened(classes[index], 14))
     _bars(panels[-2], "classes", [(name(index), value) for index, value in largest(explanation.classes, count)])
     _bars(panels[-1], "channels", [(str(index), value) for index, value in largest(explanation.channels, count)])
-    title = f"{explanation.detector}: {explanation.score:.4g}, of which {explanation.offset:.4g} belongs to no part of the image"
+    title = (
+        f"{explanation.detector}: {explanation.score:.4g}, of which {explanation.offset:.4g} independent of the image"
+    )
     verbatim(figure.suptitle(title, fontsize=9, color=SOFT_INK))
     figure.supxlabel(
         "contribution to the score: red towards out-of-distribution, blue towards in-distribution", fontsize=8

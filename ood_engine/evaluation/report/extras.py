@@ -1,4 +1,4 @@
-"""The optional packages that a report is made with."""
+"""Import of the optional packages of the reports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def require(module: str) -> Any:
     """Import a module of the optional extra `cli`.
 
     Raises:
-        OodEngineError: It cannot be imported; the message names the extra.
+        OodEngineError: the import fails; the message names the extra.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Histograms of scores and ROC curves: all of them as PNG files for a README, and one by one for the page."""
+"""Score histograms and ROC curves: PNG files of all, and single SVG elements for the HTML page."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ THRESHOLD: dict[str, Any] = {"color": INK, "linewidth": 1, "linestyle": (0, (4, 
 
 
 def write_figures(evaluation: Evaluation, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write `histograms.png` (a row per detector, a column per OOD set) and `roc.png` (a panel per OOD set).
+    """Write `histograms.png` (one row per detector, one column per OOD set) and `roc.png` (one panel per OOD set).
 
     Raises:
         OodEngineError: matplotlib is not installed, or the folder cannot be written.
@@ -56,7 +56,7 @@ def write_figures(evaluation: Evaluation, folder: str | os.PathLike[str]) -> lis
 
 
 def histogram_svg(evaluation: Evaluation, detector: str, ood_set: str, label: str) -> str:
-    """The scores of one detector on the ID set and one OOD set, as an `<svg>` element.
+    """Score histograms of one detector on the ID set and one OOD set, as an `<svg>` element.
 
     Raises:
         OodEngineError: matplotlib is not installed.
@@ -68,7 +68,7 @@ def histogram_svg(evaluation: Evaluation, detector: str, ood_set: str, label: st
 
 
 def roc_svg(evaluation: Evaluation, detectors: Sequence[str], ood_set: str, label: str) -> str:
-    """The ROC curves of detectors on one OOD set, as an `<svg>` element.
+    """ROC curves of several detectors on one OOD set, as an `<svg>` element.
 
     Raises:
         OodEngineError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""One HTML file that shows an evaluation and needs nothing else: no network, no script, no font, no image beside it."""
+"""The HTML report: one self-contained file without scripts, external images, fonts or network access."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ IMAGE_PIXELS = 128
 def write_html(evaluation: Evaluation, path: str | os.PathLike[str]) -> Path:
     """Write the report: summary, table, score histograms, ROC curves, example images, all metrics, facts about the run.
 
-    Every name and value is escaped. The file is whole or not there.
+    All names and values are escaped. The file is written atomically.
 
     Raises:
-        OodEngineError: Jinja2, matplotlib (or, with example images, Pillow) is not installed, or the path cannot be written.
+        OodEngineError: Jinja2, matplotlib or (for example images) Pillow is not installed, or the path cannot be written.
     """
     jinja2 = require("jinja2")
     environment = jinja2.Environment(
@@ -44,7 +44,7 @@ def write_html(evaluation: Evaluation, path: str | os.PathLike[str]) -> Path:
 
 
 def _shown(value: Any) -> Any:
-    """What the template prints for a value; markup of the template itself passes."""
+    """A value as the template prints it; markup of the template itself passes unchanged."""
     return value if hasattr(value, "__html__") else printable(value)
 
 
@@ -89,14 +89,14 @@ def _ranked(detectors: Sequence[str], ood_set: str, of_pair: dict[tuple[str, str
 def _hardest(
     evaluation: Evaluation, detectors: Sequence[str], of_pair: dict[tuple[str, str], dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """The best row of the OOD set on which the best detector is weakest; None with a single set or without numbers."""
+    """The best row of the OOD set with the lowest best AUROC; None for a single set or without measurements."""
     best_of_set = [of_pair[_ranked(detectors, ood_set, of_pair)[0], ood_set] for ood_set in evaluation.ood_scores]
     known = [row for row in best_of_set if row["auroc"] is not None]
     return min(known, key=lambda row: row["auroc"]) if len(known) > 1 else None
 
 
 def _invalid_counts(evaluation: Evaluation) -> dict[tuple[str, int], list[str]]:
-    """(Name of a set, how many scores are not finite) to the detectors with so many; a bad image is bad for most."""
+    """(set, number of non-finite scores) → detectors with that number; a bad image usually affects most of them."""
     detectors: dict[tuple[str, int], list[str]] = {}
     for name, scores in [(evaluation.id_name, evaluation.id_scores), *evaluation.ood_scores.items()]:
         for detector, array in scores.items():
@@ -121,7 +121,7 @@ def _roc_curves(evaluation: Evaluation, detectors: Sequence[str], best: dict[str
 
 
 def _png_images(images: np.ndarray) -> list[str]:
-    """The first images as data URIs of small PNG files; values outside [0, 1] are clipped, NaN is black."""
+    """The first images as data URIs of PNG thumbnails; values outside [0, 1] are clipped, NaN is drawn black."""
     image = require("PIL.Image")
     uris = []
     for array in images[:IMAGES_OF_A_SET]:

@@ -1,4 +1,4 @@
-"""What a sweep over subspaces and detectors leaves behind: a table, CSV, JSON, and AUROC against K and against cost."""
+"""Reports of a sweep: a table, CSV, JSON, and figures of AUROC over K and over cost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FAMILIES = {
     "residual": ("residual", "vim"),
     "norm": ("projected_norm",),
 }
-"""Heads that judge alike share a panel and a marker."""
+"""Related heads share a panel and a marker."""
 MARKERS = dict(zip(FAMILIES, "os^D", strict=True))
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MEAN_AXIS = "mean AUROC [%]"
@@ -37,7 +37,7 @@ SHOWN = 10
 
 
 def combinations(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One entry per fitted combination, `auroc` and `fpr95` its means over the OOD sets; best AUROC first, then the cheapest."""
+    """One entry per fitted combination, with `auroc` and `fpr95` averaged over the OOD sets; by AUROC, then by cost."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["refused"] is None:
@@ -54,7 +54,7 @@ def combinations(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def write_sweep_json(rows: Sequence[Row], facts: Mapping[str, Any], path: Path, *, complete: bool = True) -> Path:
-    """Keys: `format` (1), `complete`, the facts, and `rows`; null where there is no number. Whole or not there.
+    """Write the rows as JSON, atomically; keys: `format` (1), `complete`, the facts, and `rows`; null for missing values.
 
     Raises:
         OodEngineError: the path cannot be written.
@@ -64,7 +64,7 @@ def write_sweep_json(rows: Sequence[Row], facts: Mapping[str, Any], path: Path, 
 
 
 def write_sweep_table(rows: Sequence[Row], path: Path) -> Path:
-    """CSV with a line per row; empty where there is no value.
+    """Write the rows as CSV; missing values are empty.
 
     Raises:
         OodEngineError: the path cannot be written.
@@ -77,7 +77,7 @@ def write_sweep_table(rows: Sequence[Row], path: Path) -> Path:
 
 
 def write_sweep_figures(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write `sweep_components.png` and `sweep_cost.png`; nothing where no combination could be fitted.
+    """Write `sweep_components.png` and `sweep_cost.png`; nothing if no combination could be fitted.
 
     Raises:
         OodEngineError: matplotlib is not installed, or the folder cannot be written.
@@ -90,7 +90,7 @@ def write_sweep_figures(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def _components(entries: Sequence[Row]) -> bytes:
-    """A panel a family of heads, in it a line a subspace: the best of the family's heads at every K."""
+    """One panel per family of heads, one line per subspace: the family's best head at each K."""
     families = [family for family in FAMILIES if any(_family(entry) == family for entry in entries)]
     figure, axes = new_panels(1, len(families), width=2.9, height=2.9, margin=0.4)
     styles, low = _styles(entries), min(_best(entries).values())
@@ -138,7 +138,7 @@ def _cost(entries: Sequence[Row]) -> bytes:
     panel.set_xscale("log")
     panel.tick_params(which="minor", color=GRID)
     panel.grid(axis="y", color=GRID, linewidth=0.7)
-    panel.set_xlabel("floating point operations a sample, beyond the model", fontsize=8, color=SOFT_INK)
+    panel.set_xlabel("floating-point operations per sample, beyond the model", fontsize=8, color=SOFT_INK)
     panel.set_ylabel(MEAN_AXIS, fontsize=8, color=SOFT_INK)
     line = require("matplotlib.lines").Line2D
     colours = {_name(subspace): line([], [], linewidth=3, color=style["color"]) for subspace, style in styles.items()}
@@ -160,7 +160,7 @@ def _count_axis(panel: Axes, counts: Sequence[int]) -> None:
 
 
 def _styles(entries: Sequence[Row]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Equal lines (an explicit basis is a dual one written out) stay visible by widths that shrink from one to the next."""
+    """Markers shrink from one subspace to the next, so that coinciding lines (explicit and dual bases) stay visible."""
     subspaces = sorted(
         {_subspace(entry) for entry in entries}, key=lambda pair: (pair[0] == "class_average", pair[1], pair[0])
     )
@@ -198,7 +198,7 @@ def _family(row: Row) -> str:
 
 
 def print_sweep(rows: Sequence[Row], echo: Callable[[str], Any] = print) -> None:
-    """Print the best combinations by mean AUROC, and why others could not be fitted.
+    """Print the best combinations by mean AUROC, and the reasons why others could not be fitted.
 
     Raises:
         OodEngineError: rich is not installed.
@@ -223,10 +223,10 @@ def print_sweep(rows: Sequence[Row], echo: Callable[[str], Any] = print) -> None
         )
     console.print(table)
     echo(
-        f"{min(SHOWN, len(entries))} best of {len(entries)} combinations by mean AUROC, in percent; kflop and KiB a sample's"
+        f"{min(SHOWN, len(entries))} best of {len(entries)} combinations by mean AUROC, in percent; kflop per sample, KiB of"
     )
     echo(
-        "projection and head. Settings chosen on the sets they are measured on look better than they are: choose on others."
+        "basis and head. Settings selected on the evaluation sets are optimistically biased: select them on other sets."
     )
     refused: dict[str, int] = {}
     for row in rows:

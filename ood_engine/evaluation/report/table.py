@@ -1,4 +1,4 @@
-"""The metrics as rows, and the table of detectors by OOD sets that terminal, Markdown and HTML page share."""
+"""Metrics as rows, and the table of detectors by OOD sets shared by terminal, Markdown and HTML page."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ CONVENTION = "In percent, ID as the positive class. AUROC: higher is better, FPR
 
 
 def rows(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """One row for every detector and OOD set, and with several sets a mean row for every detector.
+    """One row per detector and OOD set, and, with several sets, one mean row per detector.
 
-    Keys: `detector`, `ood_set`, `kind` (None where not given), `mean` (True marks the mean row), `n_id` and `n_ood`
-    (scores used), `n_invalid` (non-finite scores left out, of both sets), and the metrics `auroc`, `aupr_id`,
-    `aupr_ood`, `fpr95_id`, `fpr95_ood` as fractions in [0, 1]. A metric is None where one side has no finite score
-    left, and a mean where one of its sets has none, so that the means of all detectors speak of the same sets.
+    Keys: `detector`, `ood_set`, `kind` (None if not given), `mean` (True for the mean row), `n_id` and `n_ood` (scores used),
+    `n_invalid` (non-finite scores excluded from both sets), and the metrics `auroc`, `aupr_id`, `aupr_ood`, `fpr95_id`, `fpr95_ood`
+    as fractions in [0, 1]. A metric is None if either set has no finite score; a mean is None if any of its metrics is, so that all
+    means cover the same sets.
     """
     table = []
     for detector in evaluation.detectors:
@@ -80,7 +80,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of the table in percent, as shown, and whether it is the best of its column."""
+    """A number of the table in percent, as shown, and whether it is the best of its column."""
 
     text: str
     best: bool
@@ -88,12 +88,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Summary:
-    """The table to show.
+    """The table as shown.
 
     Attributes:
-        columns: (name, kind, is the mean) of every column group, the OOD sets in order and then the mean.
-        lines: Detector to its pairs of cells (AUROC, FPR95), best detector first.
-        ranking: The row that each detector is ranked by (mean, or the only set), best first.
+        columns: (name, kind, is the mean) per column group: the OOD sets in order, then the mean.
+        lines: detector → pairs of cells (AUROC, FPR95), best detector first.
+        ranking: the row by which each detector is ranked (the mean, or the only set), best first.
     """
 
     columns: list[tuple[str, str | None, bool]]
@@ -104,7 +104,7 @@ class Summary:
 def summarise(table: Sequence[dict[str, Any]]) -> Summary:
     """Arrange `rows` as detectors by OOD sets, sorted by mean AUROC, then FPR95.
 
-    Numbers that read the same tie for best; where all of a column do, none is marked.
+    Numbers equal as printed tie for best; if a whole column is equal, none is marked.
     """
     by_detector: dict[str, list[dict[str, Any]]] = {}
     for row in table:
@@ -126,7 +126,7 @@ def _rank(row: dict[str, Any]) -> tuple[float, float]:
 
 
 def percent(value: float | None) -> str:
-    """A fraction as percent with two decimals, an en dash where there is none."""
+    """A fraction in percent with two decimals; an en dash for None."""
     return "–" if value is None else f"{100 * value:.2f}"
 
 
@@ -138,7 +138,7 @@ def _cells(values: Sequence[float | None], best: Any) -> list[Cell]:
 
 
 def _notes(evaluation: Evaluation) -> list[str]:
-    """What stands below the table: the convention, and the calibration error of the heads where it was measured."""
+    """Notes below the table: the convention, and the calibration errors of the heads if measured."""
     errors = ", ".join(f"{name} {percent(value)}" for name, value in evaluation.ece.items())
     return [CONVENTION, *([f"Expected calibration error of the head: {printable(errors)}."] if errors else [])]
 
@@ -148,9 +148,9 @@ def _heading(name: str, kind: str | None, is_mean: bool) -> str:
 
 
 def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
-    """Print one line per detector with AUROC and FPR95 for every OOD set, the best of each column in bold.
+    """Print one line per detector with AUROC and FPR95 on each OOD set, the best of each column in bold.
 
-    Sets that do not fit side by side go into further tables below.
+    Sets that exceed the width of the terminal continue in further tables below.
 
     Raises:
         OodEngineError: rich is not installed.
@@ -186,7 +186,7 @@ def _rich_pair(pair: tuple[Cell, Cell], text: type[Text]) -> Text:
 
 
 def markdown_table(evaluation: Evaluation) -> str:
-    """The table of `print_table` in GitHub's Markdown, the best of each column in bold; ends with a newline."""
+    """The table of `print_table` in GitHub-flavoured Markdown, the best of each column in bold; ends with a newline."""
     summary = summarise(rows(evaluation))
     headings = ["Detector", *(_markdown(_heading(*column)) for column in summary.columns)]
     body = [
@@ -204,19 +204,19 @@ def _marked(cell: Cell) -> str:
 
 
 def _markdown(name: str) -> str:
-    """A name that Markdown shows as it is: entities for what HTML or the table would read, backslashes for the rest."""
+    """A name escaped for Markdown: entities for characters special to HTML or the table, backslashes for the rest."""
     text = re.sub(r"([\\`*\[\]~$]|(?<!\w)_|_(?!\w))", r"\\\1", printable(name))
     return escape(text, quote=False).replace("|", "&#124;")
 
 
 def write_json(evaluation: Evaluation, path: str | os.PathLike[str]) -> Path:
-    """Write rows and facts as one JSON object; the file is whole or not there.
+    """Write rows and facts as one JSON object, atomically.
 
-    Keys: `format` (1), `title`, `id_name`, `score_direction`, `accuracy`, `ece`, `thresholds`,
-    `information` and `rows`, as the function `rows` gives them; null where there is no number.
+    Keys: `format` (1), `title`, `id_name`, `score_direction`, `accuracy`, `ece`, `thresholds`, `information` and `rows` (as
+    returned by `rows`); null for missing values.
 
     Raises:
-        OodEngineError: The path cannot be written.
+        OodEngineError: the path cannot be written.
     """
     thresholds = {name: float(value) for name, value in evaluation.thresholds.items()}
     document = {

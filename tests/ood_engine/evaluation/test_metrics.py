@@ -253,7 +253,7 @@ def test_calibration_error_takes_half_precision_softmax():
             [[0.5, 0.5]],
             [0, 1],
             15,
-            r"^labels must be 1 integers, one a row of .*, not int64 of shape \[2\]$",
+            r"^labels must be 1 integers, one per row of .*, not int64 of shape \[2\]$",
         ),
         ([[0.5, 0.5]], [0.0], 15, r"^labels must be 1 integers.* not float64"),
         ([[0.5, 0.5]], [2], 15, r"^labels must lie in \[0, 2\), .* not in \[2, 2\]$"),
@@ -272,7 +272,7 @@ def test_bad_calibration_input_is_refused(probabilities, labels, n_bins, message
         ([1.2], [True], r"^confidence must lie in \[0, 1\], not in \[1.2, 1.2\]$"),
         ([-0.1, 0.5], [True, True], r"^confidence must lie in \[0, 1\]"),
         ([math.nan], [True], r"^confidence holds 1 of 1 values that are NaN"),
-        ([0.5], [1], r"^is_right must be 1 booleans, one a confidence, not int64 of shape \[1\]$"),
+        ([0.5], [1], r"^is_right must be 1 booleans, one per confidence, not int64 of shape \[1\]$"),
         ([0.5, 0.5], [True], r"^is_right must be 2 booleans"),
     ],
 )
