@@ -1,4 +1,4 @@
-"""The demo: a small classifier of scanned digits, and every detector on it."""
+"""The demo: every detector on a small classifier of scanned digits."""
 
 from .small_cnn import SmallCNN, small_cnn
 

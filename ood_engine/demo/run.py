@@ -1,7 +1,7 @@
-"""The demo: real scanned digits, a small classifier trained in seconds, every detector, and a report.
+"""The demo: a small classifier trained on scanned digits in seconds, every detector, and a report.
 
-In-distribution are the digits 0 to 7 of scikit-learn's 1797 scans of 8×8 pixels; near OOD are its digits 8 and 9, which training
-never sees; far OOD are 8×8 patches of scikit-learn's two photographs, and uniform noise.
+In-distribution: the digits 0 to 7 among scikit-learn's 1797 scans of 8×8 pixels. Near OOD: its digits 8 and 9, held out of
+training. Far OOD: 8×8 patches of scikit-learn's two photographs, and uniform noise.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ BATCH = 64
 EPOCHS, FAR_IMAGES = 20, 400
 MARKER = ".made-by-ood-engine-demo"
 PREPROCESS = Preprocess(channels=1, mean=(0.3,), std=(0.35,))
-"""Mean and standard deviation of the scans, rounded."""
+"""Rounded mean and standard deviation of the scans."""
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo leaves: the evaluation, and the files it wrote by their purpose."""
+    """Results of the demo: the evaluation, and the files written to `folder`."""
 
     evaluation: Evaluation
     folder: Path
     files: list[Path]
 
     def commands(self) -> list[str]:
-        """Command lines that work on what the demo wrote."""
+        """Example command lines for the files of the demo."""
         folder = shlex.quote(str(self.folder))
         model = f"--state {folder}/state.safetensors --model ood_engine.demo:small_cnn --weights {folder}/weights.safetensors"
         sets = " ".join(f"--ood {path}={folder}/images/{path}" for path in FOLDERS.values())
@@ -74,14 +74,14 @@ def run_demo(
     """Train, fit, calibrate, score and report; the same seed gives the same table on the same machine.
 
     Args:
-        folder: where everything goes: images, weights, state, report.
-        seed: of the split, the training, the patches and the noise.
-        quick: a few epochs on fewer images, to see that it works; the numbers mean little.
-        device: where the model is trained and run.
-        progress: show bars.
+        folder: output folder of images, weights, state and report.
+        seed: seed of the split, the training, the patches and the noise.
+        quick: fewer epochs and images, as a smoke test; the numbers mean little.
+        device: device on which the model is trained and run.
+        progress: show progress bars.
 
     Raises:
-        InputError: `folder` holds a folder `images` that no demo wrote.
+        InputError: `folder` holds a folder `images` that was not written by the demo.
         OodEngineError: an optional package is missing, or the folder cannot be written.
     """
     folder = Path(folder)
@@ -108,7 +108,7 @@ def run_demo(
         batch_size=BATCH,
         progress=progress,
     )
-    # A picture of every detector is long; the defaults beside plain Energy fit on a page.
+    # A figure of every detector is long; the default detectors and plain Energy fit on a page.
     headline = evaluation.only(("energy", *DEFAULT_DETECTORS))
     files = [*write_report(evaluation, folder), *write_figures(headline, folder / "headline")]
     table = folder / "table.md"
@@ -117,7 +117,7 @@ def run_demo(
 
 
 def train(data: ImageDataset, seed: int, epochs: int, device: torch.device, progress: bool) -> SmallCNN:
-    """SGD with momentum 0.9, weight decay 5e-4 and a cosine schedule; shifts by up to one pixel."""
+    """SGD with Nesterov momentum 0.9, weight decay 5e-4 and a cosine schedule; random shifts by up to one pixel."""
     images, labels = (torch.cat(column).to(device) for column in zip(*data.loader(BATCH), strict=True))
     model = SmallCNN(ID_CLASSES, seed).to(device).train()
     generator = torch.Generator().manual_seed(seed)
@@ -135,7 +135,7 @@ def train(data: ImageDataset, seed: int, epochs: int, device: torch.device, prog
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Weights that do not depend on the number of cores; images this small gain little from more."""
+    """Train on one thread: the weights then do not depend on the number of cores, and images this small gain little from more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -150,7 +150,7 @@ def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def write_images(folder: Path, seed: int, quick: bool) -> None:
-    """A folder of PNG files for every part and every OOD set."""
+    """Write one folder of PNG files per ID split and OOD set."""
     from sklearn.datasets import load_digits, load_sample_images
     from sklearn.model_selection import train_test_split
 
@@ -192,9 +192,9 @@ def _save(folder: Path, images: Iterable[tuple[int, np.ndarray]]) -> None:
 
 @contextmanager
 def _fresh(folder: Path) -> Iterator[None]:
-    """An empty folder; an older one is removed only where a demo wrote it."""
+    """Make an empty folder; an existing one is replaced only if the demo wrote it."""
     if folder.exists() and not (folder / MARKER).is_file():
-        raise InputError(f"{folder}: is there already and no demo wrote it; choose another --output")
+        raise InputError(f"{folder}: exists, and no demo wrote it; choose another --output")
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

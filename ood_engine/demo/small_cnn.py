@@ -9,13 +9,13 @@ __all__ = ["SmallCNN", "small_cnn"]
 
 
 class SmallCNN(nn.Module):
-    """A classifier for tiny grey images [N, 1, H, W]: three 3×3 convolutions with batch norm and ReLU, mean, linear head.
+    """A classifier of tiny grey images [N, 1, H, W]: three 3×3 convolutions with batch norm and ReLU, mean, linear head.
 
-    Images are enlarged twofold inside, so that 8×8 scans leave a feature map of [N, 64, 8, 8] before the mean.
+    Images are upsampled twofold first, so that 8×8 scans yield a feature map [N, 64, 8, 8].
 
     Args:
-        classes: outputs.
-        seed: of the initial weights; the global random state stays as it was.
+        classes: number of classes.
+        seed: seed of the initial weights; the global random state is left untouched.
     """
 
     def __init__(self, classes: int = 8, seed: int = 0) -> None:
@@ -44,5 +44,5 @@ def _block(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
 
 
 def small_cnn() -> SmallCNN:
-    """The demo's model, eight classes, for `--model ood_engine.demo:small_cnn`."""
+    """The demo's model with eight classes, for `--model ood_engine.demo:small_cnn`."""
     return SmallCNN()

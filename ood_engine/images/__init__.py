@@ -1,1 +1,1 @@
-"""Images from folders and arrays, and their preprocessing."""
+"""Image datasets from folders and arrays, and their preprocessing."""

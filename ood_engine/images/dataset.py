@@ -1,6 +1,6 @@
-"""Images from disk: a folder, a `.npy` or an `.npz` file becomes numbered samples of float32 [C, H, W].
+"""Image datasets on disk: a folder, a `.npy` or a `.npz` file as indexed samples of float32 [C, H, W].
 
-What cannot be read is a sample with its error, never an exception, so one broken file does not end a run.
+An unreadable image is a sample with an error message, never an exception, so that one broken file does not end a run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ PREFETCHED_BATCHES = 2
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a dataset: `image` is float32 [C, H, W], or None where `error` says why, in one line."""
+    """One sample of a dataset.
+
+    Attributes:
+        index: position in the dataset.
+        name: path relative to the folder, or `file.npy[17]`.
+        image: float32 [C, H, W]; None if unreadable.
+        label: class number; None without labels.
+        error: one line with the reason why `image` is None; else None.
+    """
 
     index: int
     name: str
@@ -40,9 +48,13 @@ class Sample:
 class Batch:
     """Consecutive samples of a dataset.
 
-    `indices` and `names` have one entry a sample, `labels` (int64 [n], or None) too. `images` is float32 [g, C, H, W]
-    of the g readable ones, None for g = 0; `good` are their positions in the batch, in order, and `errors` maps the
-    other positions to one line each.
+    Attributes:
+        indices: [n] positions in the dataset.
+        names: [n] names of the samples.
+        images: float32 [g, C, H, W], the g readable images; None if g = 0.
+        good: [g] positions of the readable images in the batch, in order.
+        errors: position of each unreadable image in the batch → one line with the reason.
+        labels: int64 [n]; None without labels.
     """
 
     indices: list[int]
@@ -54,11 +66,13 @@ class Batch:
 
 
 class ImageDataset:
-    """Numbered images with names, made by `open_dataset`.
+    """Indexed images, made by `open_dataset`; without resizing, all must have the size of the first readable one.
 
-    `names` are paths relative to the folder (with `/`), or `file.npy[17]`; `labels` is int64 [N] or None, and
-    `class_names` the names of the class folders or None. Without a resize all images must have the size of the first
-    readable one.
+    Attributes:
+        names: paths relative to the folder (with `/`), or `file.npy[17]`.
+        labels: int64 [N]; None without labels.
+        class_names: names of the class folders; None without them.
+        preprocess: the preprocessing applied to each image.
     """
 
     def __init__(self, source: ImageSource, preprocess: Preprocess) -> None:
@@ -72,7 +86,11 @@ class ImageDataset:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at `index`; only an index out of range raises (IndexError)."""
+        """The sample at `index`.
+
+        Raises:
+            IndexError: an index out of range; nothing else raises.
+        """
         index = range(len(self))[index]
         image, error = self._image_or_error(index)
         if image is not None and image.shape != self._first_shape:
@@ -83,17 +101,22 @@ class ImageDataset:
         return Sample(index, self.names[index], image, label, error)
 
     def subset(self, indices: list[int]) -> ImageDataset:
-        """The samples at these indices, in this order, as a dataset of their own."""
+        """A dataset of the samples at the given indices, in the given order."""
         labels = None if self.labels is None else self.labels[indices]
         names = [self.names[index] for index in indices]
         source = ImageSource(names, lambda position: self._read(indices[position]), labels, self.class_names)
         return ImageDataset(source, self.preprocess)
 
     def batches(self, batch_size: int, start: int = 0, workers: int = 4) -> Iterator[Batch]:
-        """Batches in order from sample `start` on, decoded ahead by `workers` threads.
+        """Iterate over the samples from `start` on in batches, prefetched by `workers` threads.
 
-        The division into batches counts from `start`; the last batch may be smaller. Raises InputError for a batch
-        size or a number of workers below 1 and a start outside [0, N].
+        Args:
+            batch_size: samples per batch; the last batch may be smaller.
+            start: first sample; batches are counted from it.
+            workers: number of decoding threads.
+
+        Raises:
+            InputError: a batch size or number of workers below 1, or a start outside [0, N].
         """
         _check_count("batch_size", batch_size, 1)
         _check_count("workers", workers, 1)
@@ -101,7 +124,7 @@ class ImageDataset:
         return self._batches(batch_size, start, workers)
 
     def loader(self, batch_size: int, workers: int = 4) -> ImageLoader:
-        """The readable images alone, for fitting and calibrating."""
+        """A loader of the readable images, for fitting and calibration."""
         _check_count("batch_size", batch_size, 1)
         _check_count("workers", workers, 1)
         return ImageLoader(self, batch_size, workers)
@@ -146,16 +169,24 @@ class ImageDataset:
         except OodEngineError as error:
             return None, one_line(error)
         except FileNotFoundError:
-            return None, "the file does not exist; was it moved, or is it a link to nothing?"
+            return None, "the file does not exist; was it moved, or is it a broken link?"
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, … on damaged files
             return None, f"cannot be read as an image ({one_line(error, with_type=True)})"
 
 
 class ImageLoader:
-    """Yields images [n, C, H, W], or (images, labels [n]) where the dataset has labels, leaving out what is unreadable.
+    """Iterable over the readable images: yields images [n, C, H, W], or (images, labels [n]) if the dataset has labels.
 
-    `skipped` lists (name, error) of what the latest pass left out so far. A pass that yields nothing at all raises
-    DataError. `len` is the largest number of batches a pass may have.
+    Its length is an upper bound of the number of batches.
+
+    Attributes:
+        dataset: the dataset.
+        batch_size: images per batch, at most.
+        workers: number of decoding threads.
+        skipped: (name, error) of each image skipped so far in the latest pass.
+
+    Raises:
+        DataError: a pass that yields no image at all.
     """
 
     def __init__(self, dataset: ImageDataset, batch_size: int, workers: int) -> None:
@@ -179,18 +210,24 @@ class ImageLoader:
 
 
 def open_dataset(path: str | Path, preprocess: Preprocess) -> ImageDataset:
-    """The images at `path`, with their labels where there are any.
+    """Open the images at `path`, with their labels if there are any.
 
-    - A folder with image files (`IMAGE_ENDINGS`, in any case; other and hidden files are ignored): no labels.
-    - A folder with a folder a class: labels are the positions of the class folders' names in sorted order; files lie
-      anywhere below them. A class folder may be a link, links to folders further down are not followed.
-    - `.npy`: [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3, uint8 or float, mapped and not read.
-    - `.npz`: such an array called `images`, or the only one that fits, and integers `labels` [N] where present.
+    - A folder of image files (`IMAGE_ENDINGS`, case-insensitive; other and hidden files are ignored): no labels.
+    - A folder with one folder per class: class folders are numbered in sorted order; files may be nested at any depth. A class
+      folder may be a link; links to folders below it are not followed.
+    - `.npy`: [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3, uint8 or float, memory-mapped.
+    - `.npz`: such an array named `images`, or the only suitable one, and integers `labels` [N] if present.
 
-    Of files with several frames the first is taken; EXIF orientation is not applied. Nothing is unpickled.
+    The first frame of multi-frame files is used; EXIF orientation is not applied. Nothing is unpickled. Single unreadable images
+    appear later, as samples with an error.
 
-    Raises DataError where nothing is there, nothing fits, or it is not clear what fits; OodEngineError where Pillow is
-    needed and not installed. Unreadable single images are found later, as samples with an error.
+    Args:
+        path: a folder, a `.npy` or a `.npz` file.
+        preprocess: preprocessing of each image.
+
+    Raises:
+        DataError: nothing at `path`, nothing suitable, or an ambiguous choice.
+        OodEngineError: Pillow is needed and not installed.
     """
     path = Path(path)
     try:

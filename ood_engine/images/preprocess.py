@@ -1,4 +1,4 @@
-"""From decoded pixels to the model's input: channels, size, range, mean and standard deviation."""
+"""Preprocessing of decoded pixels: channels, size, range, mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Preprocess", "import_pillow", "pillow_pixels"]
 
-LUMA = np.array([19595, 38470, 7471])  # / 65536: ITU-R 601-2 luma, in the integers Pillow rounds with
+LUMA = np.array([19595, 38470, 7471])  # / 65536: ITU-R 601-2 luma, in Pillow's fixed-point integers
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From pixels to the model's input: x ↦ (x - mean) / std, with x in [0, 1], as float32 [C, H, W].
+    """Preprocessing of pixels to the model's input: (x - mean) / std with x in [0, 1], as float32 [C, H, W].
 
-    Parameters
-    ----------
-    size : (height, width) to resize to, by Pillow's antialiased bilinear filter; None leaves sizes as they are.
-    channels : 3 (RGB) or 1 (gray); images are converted. An alpha channel is dropped.
-    mean, std : one number for all channels, or one a channel, in units of [0, 1].
+    Attributes:
+        size: (height, width) to resize to, with Pillow's antialiased bilinear filter; None: no resizing.
+        channels: 3 (RGB) or 1 (gray); images are converted, and an alpha channel is dropped.
+        mean: one number for all channels, or one per channel, in units of [0, 1].
+        std: likewise; above 0.
 
-    Raises InputError where a value is not of this kind.
+    Raises:
+        InputError: an invalid value.
     """
 
     size: tuple[int, int] | None = None
@@ -55,20 +56,26 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Preprocess:
-        """The inverse of `to_dict`; raises InputError for unknown fields and wrong values."""
+        """The inverse of `to_dict`.
+
+        Raises:
+            InputError: unknown fields or invalid values.
+        """
         known = set(cls.__dataclass_fields__)
         if not isinstance(fields, Mapping) or not set(fields) <= known:
             raise InputError(f"preprocess {fields!r}: expected a mapping with {', '.join(sorted(known))}")
         return cls(**fields)
 
     def __call__(self, image: PillowImage.Image | np.ndarray) -> Tensor:
-        """One image to float32 [C, H, W].
+        """Preprocess one image to float32 [C, H, W].
 
-        A Pillow image of any mode; 16-bit gray is divided by 65535, and 16-bit colour is what Pillow makes of it (8
-        bit). Or an array [H, W] or [H, W, 1 or 3]: uint8, divided by 255, or floats in [0, 1]. Floats outside [0, 1]
-        pass only where mean is 0 and std is 1, as values that are normalised already.
+        Args:
+            image: a Pillow image of any mode (16-bit gray is divided by 65535; 16-bit colour is reduced to 8 bits by Pillow), or an
+                array [H, W] or [H, W, 1 or 3] of uint8, divided by 255, or of floats in [0, 1]. Floats outside [0, 1] are accepted
+                only with mean 0 and std 1, as already normalised values.
 
-        Raises InputError for NaN, Inf and anything else that is not such an image.
+        Raises:
+            InputError: any other input, and NaN or Inf.
         """
         pixels = _bytes_or_floats(image if isinstance(image, np.ndarray) else pillow_pixels(image))
         mean, std = (np.array(values, dtype=np.float32) for values in (self.mean, self.std))
@@ -81,7 +88,11 @@ class Preprocess:
 
 
 def import_pillow() -> Any:
-    """The module PIL.Image; raises OodEngineError with the way to install it."""
+    """Import the module PIL.Image.
+
+    Raises:
+        OodEngineError: Pillow is not installed.
+    """
     try:
         from PIL import Image
     except ImportError as error:
@@ -90,10 +101,13 @@ def import_pillow() -> Any:
 
 
 def pillow_pixels(image: PillowImage.Image) -> np.ndarray:
-    """The pixels of a Pillow image: uint8 [H, W] or [H, W, 3], or float32 [H, W] for deep gray.
+    """The pixels of a Pillow image: uint8 [H, W] or [H, W, 3], or float32 [H, W] for 16-bit gray and float images.
 
-    16-bit gray is divided by 65535; a float image passes as it is. Raises InputError where 32-bit integers exceed 16
-    bit, as their range is unknown, and what Pillow raises on damaged data.
+    16-bit gray is divided by 65535; float images are returned unchanged.
+
+    Raises:
+        InputError: integers beyond 16 bits, whose range is unknown.
+        Exception: whatever Pillow raises on damaged data.
     """
     if not isinstance(image, import_pillow().Image):
         raise InputError(f"image is a {type(image).__name__}; expected a Pillow image or a NumPy array")
@@ -103,12 +117,12 @@ def pillow_pixels(image: PillowImage.Image) -> np.ndarray:
         deep = np.asarray(image)
         if deep.min() < 0 or deep.max() > 65535:
             raise InputError(
-                f"pixels from {deep.min()} to {deep.max()}; expected integers of at most 16 bit, 0 to 65535"
+                f"pixels from {deep.min()} to {deep.max()}; expected integers of at most 16 bits, 0 to 65535"
             )
         return deep.astype(np.float32) / 65535
     if image.mode in ("1", "L", "LA", "La"):
         return np.asarray(image.convert("L"))
-    if image.mode == "P":  # straight to RGB, Pillow warns where the palette is transparent
+    if image.mode == "P":  # direct conversion to RGB warns if the palette is transparent
         image = image.convert("RGBA")
     return np.asarray(image.convert("RGB"))
 
@@ -119,7 +133,7 @@ def _bytes_or_floats(pixels: np.ndarray) -> np.ndarray:
         pixels = pixels[:, :, None]
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or pixels.size == 0:
         raise InputError(
-            f"image of shape {list(pixels.shape)}; expected [H, W], [H, W, 1] or [H, W, 3], none of them 0"
+            f"image of shape {list(pixels.shape)}; expected [H, W], [H, W, 1] or [H, W, 3], all sizes above 0"
         )
     if pixels.dtype == np.uint8:
         return pixels
@@ -137,7 +151,7 @@ def _check_unit_range(pixels: np.ndarray) -> None:
     if low < 0 or high > 1:
         raise InputError(
             f"float pixels from {low:.4g} to {high:.4g}; expected [0, 1] before mean and std are applied "
-            "(values already normalised need mean 0 and std 1)"
+            "(already normalised values need mean 0 and std 1)"
         )
 
 

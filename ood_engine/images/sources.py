@@ -1,4 +1,4 @@
-"""What lies on disk: a folder of images, or a NumPy file, as names and a function that reads one image."""
+"""Image sources on disk: a folder or a NumPy file, as names and a function that reads one image."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .preprocess import import_pillow, pillow_pixels
 __all__ = ["IMAGE_ENDINGS", "ImageSource", "array_source", "folder_source"]
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-# Named, because Pillow would otherwise go by content and hand a PostScript file called x.png to an interpreter.
+# Explicit, because Pillow would otherwise go by content and pass a PostScript file named x.png to an interpreter.
 PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 
 
 class ImageSource(NamedTuple):
-    """Numbered images: `read(index)` gives the pixels [H, W] or [H, W, C] and raises where it cannot."""
+    """Indexed images: `read(index)` returns pixels [H, W] or [H, W, C], and raises if they cannot be read."""
 
     names: list[str]
     read: Callable[[int], np.ndarray]
@@ -35,22 +35,29 @@ class ImageSource(NamedTuple):
 
 
 def folder_source(root: Path) -> ImageSource:
-    """The images of a folder, or of a folder a class; raises DataError where it is neither."""
+    """The images of a flat folder, or of one folder per class.
+
+    Raises:
+        DataError: a folder of neither kind.
+    """
     files = sorted(entry.name for entry in root.iterdir() if _is_image(entry.name) and not entry.is_dir())
     folders = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    own_parents = {root.resolve(), *root.resolve().parents}  # a link to these would make the whole folder a class
+    own_parents = {
+        root.resolve(),
+        *root.resolve().parents,
+    }  # a link to one of these would make the whole folder a class
     below = {name: _images_below(root / name) for name in sorted(folders) if (root / name).resolve() not in own_parents}
     filled = [name for name, paths in below.items() if paths]
     if files and filled:
         raise DataError(
             f"{root}: holds image files (such as {_printable(files[0])}) beside class folders (such as "
-            f"{_printable(filled[0])}); keep only the files, or only a folder a class"
+            f"{_printable(filled[0])}); keep only the files, or only one folder per class"
         )
     if files:
         return ImageSource([_printable(name) for name in files], partial(_read_file, [root / name for name in files]))
     if not filled:
         raise DataError(
-            f"{root}: holds no image; expected files ending in {' '.join(IMAGE_ENDINGS)}, or a folder a class"
+            f"{root}: holds no image; expected files ending in {' '.join(IMAGE_ENDINGS)}, or one folder per class"
         )
     if len(filled) < len(below):
         empty = next(name for name, paths in below.items() if not paths)
@@ -87,14 +94,20 @@ def _read_file(paths: list[Path], index: int) -> np.ndarray:
         with image_module.open(path, formats=PILLOW_FORMATS) as image:
             limit = image_module.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
-                raise DataError(f"{image.height}x{image.width} pixels are more than the {limit} Pillow takes for safe")
+                raise DataError(
+                    f"{image.height}x{image.width} pixels exceed the limit of {limit} that Pillow considers safe"
+                )
             return pillow_pixels(image)
     except image_module.UnidentifiedImageError as error:
         raise DataError(f"not a readable image; expected one of {', '.join(PILLOW_FORMATS)}") from error
 
 
 def array_source(path: Path) -> ImageSource:
-    """The images of a `.npy` or `.npz` file; raises DataError where it does not hold images."""
+    """The images of a `.npy` or `.npz` file.
+
+    Raises:
+        DataError: a file without images.
+    """
     labels = None
     try:
         if path.suffix.lower() == ".npy":
@@ -121,7 +134,7 @@ def _from_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             return _member(archive, "images"), labels
         fitting = []
         for name in archive.files:
-            with contextlib.suppress(ValueError):  # objects or other files, which cannot be the images
+            with contextlib.suppress(ValueError):  # object arrays or other files, which cannot be the images
                 array = _member(archive, name)
                 if array.ndim in (3, 4) and (array.dtype == np.uint8 or array.dtype.kind == "f"):
                     fitting.append(array)
@@ -136,23 +149,23 @@ def _from_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 def _member(archive: NpzFile, name: str) -> np.ndarray:
     array = archive[name]
     if not isinstance(array, np.ndarray):
-        raise ValueError(f"{name!r} is no array")
+        raise ValueError(f"{name!r} is not an array")
     return array
 
 
 def _checked_layout(images: np.ndarray, path: Path) -> bool:
-    """Whether the channels come before height and width; raises DataError for what is not a stack of images."""
+    """Whether the channels come before height and width; raises DataError if the array is not a stack of images."""
     if images.dtype != np.uint8 and images.dtype.kind != "f":
         raise DataError(f"{path}: images of dtype {images.dtype}; save them as uint8, or as float in [0, 1]")
     if images.ndim not in (3, 4):
         raise DataError(f"{path}: images of shape {list(images.shape)}; save [N, H, W], [N, H, W, C] or [N, C, H, W]")
     if images.size == 0:
-        raise DataError(f"{path}: images of shape {list(images.shape)} are none at all; save at least one image")
+        raise DataError(f"{path}: images of shape {list(images.shape)} are empty; save at least one image")
     if images.ndim == 3:
         return False
     first, last = (images.shape[axis] in (1, 3) for axis in (1, 3))
     if first == last:
-        problem = "could be read either way" if first else "have neither 1 nor 3 channels"
+        problem = "are ambiguous" if first else "have neither 1 nor 3 channels"
         raise DataError(
             f"{path}: images of shape {list(images.shape)} {problem}; save [N, H, W], or [N, H, W, C] or [N, C, H, W] "
             "with C = 1 or 3 and other heights and widths"
@@ -177,5 +190,5 @@ def _read_row(images: np.ndarray, channels_first: bool, index: int) -> np.ndarra
 
 
 def _printable(name: str) -> str:
-    """The name as text that can be encoded, whatever bytes the file system holds."""
+    """The name as encodable text, whatever bytes the file system returns."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
