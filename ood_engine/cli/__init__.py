@@ -1,4 +1,4 @@
-"""The command line `ood-engine`; what it needs comes with `pip install 'ood-engine[cli]'`."""
+"""The command line `ood-engine`; its dependencies come with `pip install 'ood-engine[cli]'`."""
 
 from __future__ import annotations
 

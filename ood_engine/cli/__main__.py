@@ -1,4 +1,4 @@
-"""`python -m ood_engine.cli`: the command line."""
+"""The command line as `python -m ood_engine.cli`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The group of commands, and how every command ends: an exit code, and one line where something is wrong."""
+"""The command group, and the end of every command: an exit code, and one line per error."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .common import Interrupted
 __all__ = ["COMMANDS", "application", "run"]
 
 COMMANDS = {
-    "demo": "Scanned digits, a small classifier, all detectors, a report.",
+    "demo": "Run all detectors on a small classifier of scanned digits.",
     "fit": "Fit detectors to a model and its ID images.",
     "score": "Score images into a Parquet or CSV table.",
-    "evaluate": "Measure ID against OOD sets and write a report.",
-    "explain": "Show why one image's gradient is unusual.",
-    "inspect": "Show what a state file holds, without a model.",
-    "bench": "Measure what scoring adds to a model's forward here.",
+    "evaluate": "Evaluate detectors on ID and OOD sets and write a report.",
+    "explain": "Explain the score of one image.",
+    "inspect": "Show the contents of a state file, without a model.",
+    "bench": "Measure the overhead of scoring over a model's forward pass.",
 }
-"""Command, which is also the name of its module and function → one line for the overview."""
+"""Command, also the name of its module and function → its line in the overview."""
 
 
 class _LazyGroup(click.Group):
-    """A group that imports a command's module when the command is called; its overview imports none."""
+    """A group that imports the module of a command only when the command is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -61,7 +61,7 @@ def application(context: click.Context) -> None:
     Scores: HIGHER = MORE IN-DISTRIBUTION.
 
     \b
-    ood-engine demo                     trains a small classifier, fits all detectors, writes a report
+    ood-engine demo                     train a small classifier, fit all detectors, write a report
     ood-engine fit --help               fit detectors to your own model and images
     """
     if context.invoked_subcommand is None:
@@ -86,12 +86,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
         except (click.ClickException, OodEngineError) as error:
             return _fail(str(error), 2)
         except torch.OutOfMemoryError as error:
-            return _fail(f"the device is out of memory ({error}); give a smaller --batch-size", 2)
+            return _fail(f"the device is out of memory ({error}); use a smaller --batch-size", 2)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 return _reader_left()
             return _fail(
-                f"{error.filename or 'file'}: {error.strerror or error}; check the path, its access and free space", 2
+                f"{error.filename or 'file'}: {error.strerror or error}; check the path, its permissions and free space",
+                2,
             )
 
 
@@ -101,7 +102,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _reader_left() -> int:
-    """End as quietly as other tools do under `| head`."""
+    """End silently when the reader of a pipe has closed it, as under `| head`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 

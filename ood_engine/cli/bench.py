@@ -1,4 +1,4 @@
-"""`ood-engine bench`: what scoring adds to a model's forward on this machine."""
+"""`ood-engine bench`: overhead of scoring over a model's forward pass on this machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["bench"]
 
 BATCHES = (1, 8, 64)
 QUICK, FULL = (1.0, 5), (10.0, 20)
-"""Seconds a batch size, and its least number of rounds."""
+"""Seconds per batch size, and minimum number of rounds."""
 
 BUILT_IN = "built-in SmallCNN"
 BUILT_IN_IMAGES, BUILT_IN_SHAPE = 512, (1, 32, 32)
@@ -34,10 +34,14 @@ BUILT_IN_IMAGES, BUILT_IN_SHAPE = 512, (1, 32, 32)
 
 @click.command()
 @click.option("--model", metavar="SPEC", help="package.module:factory or file.py:factory.  [a small CNN, untrained]")
-@click.option("--weights", type=click.Path(path_type=Path), help="Its .safetensors, or a state_dict by torch.save.")
-@click.option("--state", type=click.Path(path_type=Path), help="What `ood-engine fit` wrote for this model.")
+@click.option(
+    "--weights", type=click.Path(path_type=Path), help="Its weights: .safetensors, or a state_dict saved by torch.save."
+)
+@click.option("--state", type=click.Path(path_type=Path), help="State file of this model, from `ood-engine fit`.")
 @click.option("--quick", is_flag=True, help="A tenth of the time, with fewer rounds.")
-@click.option("--output", default=Path("bench-output"), type=click.Path(path_type=Path), help="Folder for bench.json.")
+@click.option(
+    "--output", default=Path("bench-output"), type=click.Path(path_type=Path), help="Output folder for bench.json."
+)
 @device_option
 @json_option
 def bench(
@@ -49,11 +53,11 @@ def bench(
     device: torch.device,
     as_json: bool,
 ) -> None:
-    """Measure what scoring adds to a model's forward: latency, throughput and peak memory for 1, 8 and 64 images.
+    """Measure the overhead of scoring over a model's forward pass: latency, throughput and peak memory for 1, 8 and 64 images.
 
-    Forward alone and forward with scores run in turns on random images of the size in the state, which are on the device
-    already: reading and preprocessing are not measured. Without a model a small CNN is fitted to noise with the default
-    detectors; its forward is small, so the share of the scores is larger than beside a real one. Measure on an idle machine.
+    The forward pass alone and with scoring run in turns on random images of the size in the state, already on the device: loading
+    and preprocessing are not measured. Without a model, a small CNN is fitted to noise with the default detectors; its forward
+    pass is cheap, so the relative overhead exceeds that of a real model. Run on an idle machine.
 
     \b
     Examples:
@@ -62,7 +66,7 @@ def bench(
     """
     if (model is None) != (state is None) or (model is None and weights is not None):
         raise click.UsageError(
-            "--model and --state belong together, and --weights to them: give both, or none of them."
+            "--model and --state belong together, and --weights requires both: give both, or none of them."
         )
     check_output(output, folder=True)
     if model is None or state is None:
@@ -88,7 +92,7 @@ def _from_files(spec: str, weights: Path | None, state: Path, device: torch.devi
     network = load_model(spec, weights).to(device)
     engine = Engine.load(state, network)
     if engine.image_shape is None:
-        raise InputError(f"{state}: fitted on images of several sizes: expected one; give `ood-engine fit` a --size")
+        raise InputError(f"{state}: fitted on images of several sizes: expected one; run `ood-engine fit` with --size")
     return network, engine
 
 
@@ -122,7 +126,7 @@ def _row(network: nn.Module, engine: Engine, batch: int, seconds: float, least_r
             logits: Tensor = network(images)
         return logits
 
-    # The engine comes first: it says in one line why a model rejects the images.
+    # The engine runs first, because it reports in one line why a model rejects the images.
     calls = {"with_scores": lambda: engine.score(images), "forward": forward}
     rounds = interleave(calls, weight.device, seconds=seconds, least_rounds=least_rounds)
     row: dict[str, Any] = {"batch": batch, "rounds": len(rounds["forward"])}
@@ -130,7 +134,7 @@ def _row(network: nn.Module, engine: Engine, batch: int, seconds: float, least_r
         row[name] = summary_ms(rounds[name]) | {"peak_mib": peak_mib(calls[name], weight.device)}
         row[name]["images_per_second"] = 1000 * batch / row[name]["median_ms"]
     added = summary_ms([both - alone for both, alone in zip(rounds["with_scores"], rounds["forward"], strict=True)])
-    # The least difference of a round is one where the forward alone was disturbed.
+    # The smallest difference within a round comes from a disturbed forward pass.
     added["min_ms"] = row["with_scores"]["min_ms"] - row["forward"]["min_ms"]
     row["added"] = added | {"share_of_forward": added["median_ms"] / row["forward"]["median_ms"]}
     return row

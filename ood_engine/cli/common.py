@@ -1,4 +1,4 @@
-"""What the commands share: options, values that are parsed, and the ways to print."""
+"""Options, option parsing and output shared by the commands."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NAMED_SKIPPED = 3
 
 
 class Interrupted(Exception):
-    """Ctrl-C, with a line that says what is kept and how to go on."""
+    """Ctrl-C, with a message on what is kept and how to continue."""
 
 
 class _Size(click.ParamType):
@@ -62,7 +62,7 @@ class _Numbers(click.ParamType):
         try:
             return tuple(float(part) for part in value.split(","))
         except ValueError:
-            self.fail(f"{value!r}: expected one number, or one a channel, such as 0.485,0.456,0.406", param, ctx)
+            self.fail(f"{value!r}: expected one number, or one per channel, such as 0.485,0.456,0.406", param, ctx)
 
 
 class _Device(click.ParamType):
@@ -86,40 +86,46 @@ def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Com
 
 
 device_option = click.option(
-    "--device", type=_Device(), default="auto", help="Where the model runs; auto takes CUDA where there is one."
+    "--device", type=_Device(), default="auto", help="Device of the model; auto: CUDA if available, else CPU."
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object for machines.")
-seed_option = click.option("--seed", default=0, type=click.IntRange(0, 2**31 - 1), help="Of everything that is drawn.")
-batch_size_option = click.option("--batch-size", default=64, type=click.IntRange(1), help="Images a forward pass.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one machine-readable JSON object.")
+seed_option = click.option("--seed", default=0, type=click.IntRange(0, 2**31 - 1), help="Seed of all random draws.")
+batch_size_option = click.option("--batch-size", default=64, type=click.IntRange(1), help="Images per forward pass.")
 state_option = click.option(
-    "--state", required=True, type=click.Path(path_type=Path), help="What `ood-engine fit` wrote."
+    "--state", required=True, type=click.Path(path_type=Path), help="State file from `ood-engine fit`."
 )
 model_options = _together(
     click.option(
         "--model",
         required=True,
         metavar="SPEC",
-        help="package.module:factory or file.py:factory; factory() is the model.",
+        help="package.module:factory or file.py:factory; factory() returns the model.",
     ),
-    click.option("--weights", type=click.Path(path_type=Path), help="Its .safetensors, or a state_dict by torch.save."),
+    click.option(
+        "--weights",
+        type=click.Path(path_type=Path),
+        help="Its weights: .safetensors, or a state_dict saved by torch.save.",
+    ),
 )
 image_options = _together(
     click.option(
         "--size", metavar="HxW", type=_Size(), help="Resize images to height x width; one number for a square."
     ),
-    click.option("--channels", type=click.Choice(["1", "3"]), help="Grey or RGB.  [3 where the state names none]"),
+    click.option(
+        "--channels", type=click.Choice(["1", "3"]), help="1 (grey) or 3 (RGB).  [3 unless stored in the state]"
+    ),
     click.option(
         "--mean",
         metavar="NUMBERS",
         type=_Numbers(),
-        help="Subtracted from pixels in [0, 1]; one number or one a channel.",
+        help="Mean subtracted from pixels in [0, 1]; one number, or one per channel.",
     ),
-    click.option("--std", metavar="NUMBERS", type=_Numbers(), help="What they are then divided by."),
+    click.option("--std", metavar="NUMBERS", type=_Numbers(), help="Standard deviation to divide by, likewise."),
 )
 
 
 def make_preprocess(given: Mapping[str, Any], stored: Mapping[str, Any] | None = None) -> Preprocess:
-    """Preprocessing by the stored fields, each replaced by an option that was given."""
+    """Preprocessing by the stored fields, overridden by the given options."""
     chosen = {name: value for name, value in given.items() if value is not None}
     if "channels" in chosen:
         chosen["channels"] = int(chosen["channels"])
@@ -129,24 +135,23 @@ def make_preprocess(given: Mapping[str, Any], stored: Mapping[str, Any] | None =
 def load_engine(
     state: Path, model: str, weights: Path | None, device: torch.device, image_fields: Mapping[str, Any]
 ) -> tuple[Engine, nn.Module, Preprocess]:
-    """The engine of a state file, its model, and the preprocessing it was fitted with."""
+    """Load the engine of a state file, its model, and the preprocessing it was fitted with."""
     network = load_model(model, weights).to(device)
     engine = Engine.load(state, network)
     stored = engine.information.get("preprocess")
     if stored is None and all(value is None for value in image_fields.values()):
         click.echo(
-            f"warning: {state} does not say how images are preprocessed: RGB in [0, 1] is assumed; see --size, --channels, --mean,"
-            " --std",
+            f"warning: {state} stores no preprocessing: RGB in [0, 1] is assumed; see --size, --channels, --mean, --std",
             err=True,
         )
     return engine, network, make_preprocess(image_fields, stored)
 
 
 def check_output(path: Path, *, folder: bool = False) -> None:
-    """Refuse before the work what could not be written after it, and make the folders above.
+    """Check before the work that the output can be written, and create its parent folders.
 
     Raises:
-        InputError: a file where a folder belongs or the other way round, or no access.
+        InputError: a file in place of a folder or vice versa, or missing permissions.
     """
     directory = path if folder else path.parent
     try:
@@ -154,18 +159,18 @@ def check_output(path: Path, *, folder: bool = False) -> None:
     except OSError as error:
         raise InputError(f"{directory}: cannot be made a folder ({error.strerror}); choose another --output") from error
     if not folder and path.is_dir():
-        raise InputError(f"{path}: is a folder; expected the name of a file for --output")
+        raise InputError(f"{path}: is a folder; expected a file name for --output")
     if not os.access(directory, os.W_OK):
         raise InputError(f"{directory}: cannot be written; choose another --output")
 
 
 def echo_json(document: Mapping[str, Any]) -> None:
-    """One JSON object on standard output."""
+    """Print one JSON object to standard output."""
     click.echo(json.dumps(document, indent=2, allow_nan=False, default=str))
 
 
 def echo_skipped(skipped: Sequence[tuple[str, str]], what: str) -> list[dict[str, str]]:
-    """Name the first images that were left out, on standard error; returns all of them."""
+    """Name the first skipped images on standard error, and return all of them."""
     for name, error in skipped[:NAMED_SKIPPED]:
         click.echo(f"warning: left out of {what}: {name}: {error}", err=True)
     if len(skipped) > NAMED_SKIPPED:

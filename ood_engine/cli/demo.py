@@ -1,4 +1,4 @@
-"""`ood-engine demo`: the whole way on real scanned digits, in under a minute."""
+"""`ood-engine demo`: training, fitting, scoring and a report on scanned digits, in under a minute."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ __all__ = ["demo"]
     "--output",
     default=Path("demo-output"),
     type=click.Path(path_type=Path),
-    help="Folder for images, model, state and report.",
+    help="Output folder for images, model, state and report.",
 )
-@click.option("--quick", is_flag=True, help="Fewer images and epochs: shows that it works, the numbers mean little.")
+@click.option("--quick", is_flag=True, help="Smoke test with fewer images and epochs; the numbers mean little.")
 @seed_option
 @device_option
 @json_option
 def demo(output: Path, quick: bool, seed: int, device: torch.device, as_json: bool) -> None:
     """Train a small classifier on scanned digits, fit all detectors, and write a report.
 
-    In-distribution are the digits 0 to 7 of scikit-learn's scans; OOD are its digits 8 and 9, patches of its two photographs, and
-    noise. Nothing is downloaded. The images, weights and state are left for the other commands.
+    In-distribution: the digits 0 to 7 of scikit-learn's scans. OOD: its digits 8 and 9, patches of its two photographs, and noise.
+    Nothing is downloaded. The images, weights and state remain for the other commands.
 
     \b
     Examples:
@@ -43,7 +43,7 @@ def demo(output: Path, quick: bool, seed: int, device: torch.device, as_json: bo
     try:
         result = run_demo(output, seed=seed, quick=quick, device=device, progress=True)
     except KeyboardInterrupt as error:
-        raise Interrupted(f"stopped; {output} is not complete: run the demo again to make it anew") from error
+        raise Interrupted(f"stopped; {output} is incomplete: run the demo again to recreate it") from error
     seconds = time.perf_counter() - started
     if as_json:
         document = json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
@@ -52,6 +52,6 @@ def demo(output: Path, quick: bool, seed: int, device: torch.device, as_json: bo
         return
     print_table(result.evaluation)
     click.echo(f"accuracy on {result.evaluation.id_name}: {100 * (result.evaluation.accuracy or 0):.2f} %")
-    click.echo(f"\n{output}/report.html shows it with pictures; made in {seconds:.1f} s. Try next:\n")
+    click.echo(f"\n{output}/report.html holds the full report; finished in {seconds:.1f} s. Try next:\n")
     for command in result.commands():
         click.echo(f"  {command}\n")

@@ -1,4 +1,4 @@
-"""`ood-engine evaluate`: the table of detectors by OOD sets, and a report with pictures."""
+"""`ood-engine evaluate`: the table of detectors by OOD sets, and a report with figures."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ID_NAME = "in-distribution"
     required=True,
     metavar="DATA",
     type=click.Path(path_type=Path),
-    help="Fresh ID images; labels give the accuracy.",
+    help="Held-out ID images; with labels the accuracy is measured too.",
 )
 @click.option(
     "--ood",
@@ -49,13 +49,13 @@ ID_NAME = "in-distribution"
     required=True,
     multiple=True,
     metavar="NAME=DATA",
-    help="A set of OOD images and its name; repeatable.",
+    help="Name and images of an OOD set; repeatable.",
 )
 @click.option(
     "--output",
     required=True,
     type=click.Path(path_type=Path),
-    help="Folder for evaluation.json, report.html and pictures.",
+    help="Output folder for evaluation.json, report.html and figures.",
 )
 @click.option("--title", default="Out-of-distribution detection", help="Heading of the report.")
 @sweep_options
@@ -83,14 +83,14 @@ def evaluate(
     as_json: bool,
     **image_fields: Any,
 ) -> None:
-    """Measure how well every detector separates OOD sets from ID images, and write a report.
+    """Evaluate how well each detector separates OOD sets from ID images, and write a report.
 
     Prints AUROC and FPR95, and writes evaluation.json, report.html (self-contained), histograms.png and roc.png. The ID images
-    should be ones that neither `fit` nor its calibration has seen. With labels it measures the accuracy too, and beside OPNP,
-    OPP or ONP the expected calibration error of the head, unpruned and pruned.
+    should be held out of `fit` and its calibration. With labels, the accuracy is measured too, and for OPNP, OPP and ONP the
+    expected calibration error of the unpruned and the pruned head.
 
-    With --sweep it fits low_dim_gradient to the images of --fit with every basis, number of components and head instead, and
-    writes sweep.csv, sweep.json, and AUROC against components and cost as sweep_components.png and sweep_cost.png.
+    With --sweep, low_dim_gradient is instead fitted to the images of --fit with each basis, number of components and head; output
+    is sweep.csv, sweep.json, and AUROC over components and over cost in sweep_components.png and sweep_cost.png.
 
     \b
     Examples:
@@ -157,20 +157,20 @@ def _places(entries: tuple[str, ...]) -> dict[str, Path]:
         if not (separator and name and path):
             raise click.UsageError(f"--ood {entry}: expected NAME=DATA, such as textures=data/dtd.")
         if name in places or name == ID_NAME:
-            raise click.UsageError(f"--ood {entry}: the name {name!r} is taken; give every set a name of its own.")
+            raise click.UsageError(f"--ood {entry}: the name {name!r} is taken; give each set a unique name.")
         places[name] = Path(path)
     return places
 
 
 def _number_classes(id_data: ImageDataset, fitted: list[str] | None, classes: int, lost: str) -> None:
-    """Number the labels as the model's classes are, or leave them out where that is not known."""
+    """Renumber the labels to the model's classes, or drop them with a warning if the mapping is unknown."""
     if id_data.labels is None:
         return
     names = id_data.class_names
     if names and fitted:
         unknown = [name for name in names if name not in fitted]
         if unknown:
-            problem = f"the class folder {unknown[0]!r} was not there when the state was fitted"
+            problem = f"the class folder {unknown[0]!r} was absent when the state was fitted"
         else:
             number = torch.tensor([fitted.index(name) for name in names])
             id_data.labels = number[id_data.labels]
@@ -178,6 +178,6 @@ def _number_classes(id_data: ImageDataset, fitted: list[str] | None, classes: in
     elif int(id_data.labels.max()) < classes and int(id_data.labels.min()) >= 0:
         return
     else:
-        problem = f"labels reach from {int(id_data.labels.min())} to {int(id_data.labels.max())}, the model has {classes} classes"
+        problem = f"labels range from {int(id_data.labels.min())} to {int(id_data.labels.max())}, the model has {classes} classes"
     click.echo(f"warning: {lost}: {problem}", err=True)
     id_data.labels = None

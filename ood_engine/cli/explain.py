@@ -1,4 +1,4 @@
-"""`ood-engine explain`: which classes, channels and places made one image's gradient unusual."""
+"""`ood-engine explain`: contributions of classes, channels and positions to the score of one image."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ __all__ = ["explain"]
 @state_option
 @model_options
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Images: a folder, .npy or .npz.")
-@click.option("--image", required=True, help="Its name in the data, as `score` writes it, or its number.")
+@click.option("--image", required=True, help="Name of the image in the data, as written by `score`, or its number.")
 @click.option("--detector", default="low_dim_gradient", help="A low-dimensional-gradient detector of the state.")
-@click.option("--output", type=click.Path(path_type=Path), help="Picture to write: .png.")
+@click.option("--output", type=click.Path(path_type=Path), help="Figure to write, a .png file.")
 @click.option("--top", default=10, type=click.IntRange(1), help="Classes and channels to show.")
 @image_options
 @device_option
@@ -56,7 +56,7 @@ def explain(
     as_json: bool,
     **image_fields: Any,
 ) -> None:
-    """Explain one image's score by contributions that add up to it: of classes, of channels, and of places in the image.
+    """Explain the score of one image as a sum of contributions of classes, channels and image positions.
 
     \b
     Examples:
@@ -93,7 +93,7 @@ def _index(names: list[str], image: str) -> int:
 
 
 def _visible(image: Tensor, preprocess: Preprocess) -> Tensor:
-    """The preprocessed image with its normalisation undone."""
+    """The image with its normalisation undone."""
     mean, std = (torch.tensor(value).reshape(-1, 1, 1) for value in (preprocess.mean, preprocess.std))
     pixels = image * std + mean
     return pixels if pixels.shape[0] in (1, 3) else pixels.mean(0, keepdim=True)
@@ -116,7 +116,7 @@ def _print(document: dict[str, Any]) -> None:
     console = Console()
     console.print(
         f"{document['image']}: {document['detector']} {document['score']:.5g} (predicted class {document['predicted']};"
-        f" {document['offset']:.5g} belongs to no part of the image)",
+        f" {document['offset']:.5g} independent of the image)",
         highlight=False,
         markup=False,
     )

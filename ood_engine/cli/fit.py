@@ -1,4 +1,4 @@
-"""`ood-engine fit`: run the model once over ID images, fit and calibrate the detectors, write a state file."""
+"""`ood-engine fit`: detectors fitted and calibrated in one pass of the model over ID images, and saved to a state file."""
 
 from __future__ import annotations
 
@@ -39,45 +39,47 @@ __all__ = ["fit"]
     "--data",
     required=True,
     type=click.Path(path_type=Path),
-    help="ID images: a folder (flat or a folder a class), .npy or .npz.",
+    help="ID images: a folder (flat, or one folder per class), .npy or .npz.",
 )
 @click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="State file to write, such as state.safetensors."
 )
-@click.option("--calibration", type=click.Path(path_type=Path), help="Fresh ID images to set thresholds from.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="Held-out ID images for the thresholds.")
 @click.option(
     "--calibration-share",
     type=click.FloatRange(0, 1, max_open=True),
-    help="Or this share held out of --data; 0 sets no thresholds.  [0.2]",
+    help="Share of --data to hold out instead; 0: no thresholds.  [0.2]",
 )
 @click.option(
     "--false-alarm-rate",
     default=0.05,
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Share of ID images to flag.",
+    help="Share of ID images flagged as OOD.",
 )
 @click.option(
     "--detectors",
-    help="Names, comma-separated, or all.  [" + ",".join(DEFAULT_DETECTORS) + " as far as the model allows]",
+    help="Comma-separated names, or all.  [" + ",".join(DEFAULT_DETECTORS) + ", if the model supports them]",
 )
 @click.option(
     "--set", "settings", multiple=True, metavar="DETECTOR.SETTING=VALUE", help="A detector's setting; repeatable."
 )
-@click.option("--tune", is_flag=True, help="Choose settings on corrupted calibration images, which stand in for OOD.")
-@click.option("--head", help="Name of the head, where it is not to be found.")
-@click.option("--feature-map", help="Name of the module whose output is the feature map, where it is not to be found.")
-@click.option("--rectify", is_flag=True, help="Let NAP see ReLU(map), for maps with negative values.")
+@click.option("--tune", is_flag=True, help="Choose settings on pseudo-OOD data: corrupted calibration images.")
+@click.option("--head", help="Name of the head, if not found automatically.")
+@click.option("--feature-map", help="Module that outputs the feature map, if not found automatically.")
+@click.option("--rectify", is_flag=True, help="Apply ReLU to the feature map for NAP, for maps with negative values.")
 @image_options
 @batch_size_option
 @click.option(
-    "--cache-limit", default=4096, type=click.IntRange(0), help="MiB of features kept in memory; beyond that on disk."
+    "--cache-limit", default=4096, type=click.IntRange(0), help="MiB of features held in memory; beyond that on disk."
 )
-@click.option("--cache-directory", type=click.Path(path_type=Path), help="Where they go then.  [a temporary folder]")
+@click.option(
+    "--cache-directory", type=click.Path(path_type=Path), help="Folder of features on disk.  [a temporary folder]"
+)
 @click.option(
     "--cache-dtype",
     default="float32",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="What features are kept in until everything is fitted.",
+    help="Storage type of features during fitting.",
 )
 @seed_option
 @device_option
@@ -107,8 +109,8 @@ def fit(
 ) -> None:
     """Fit detectors to a model and its in-distribution images, and write a state file.
 
-    The model runs once over the images. Thresholds come from ID images that were not fitted. Images that cannot be read are left
-    out and named. Class folders are numbered in sorted order, which should be the order of the model's classes.
+    The model runs once over the images. Thresholds are set on held-out ID images. Unreadable images are skipped and named. Class
+    folders are numbered in sorted order, which should match the order of the model's classes.
 
     \b
     Examples:
@@ -173,8 +175,8 @@ def _split(
     held_out = round(share * len(dataset))
     if not 0 < held_out < len(dataset):
         raise InputError(
-            f"--calibration-share {share:g} of {len(dataset)} images holds out {held_out}: expected some, and some left to fit;"
-            " give more images, or --calibration"
+            f"--calibration-share {share:g} of {len(dataset)} images holds out {held_out}: expected at least one held out, and one"
+            " to fit; give more images, or --calibration"
         )
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     return dataset.subset(sorted(order[held_out:])), dataset.subset(sorted(order[:held_out]))
@@ -235,14 +237,14 @@ def _summary(engine: Engine, output: Path, skipped: list[dict[str, str]], second
 def _print(summary: dict[str, Any]) -> None:
     plan = summary["plan"]
     map_name = (
-        f"{plan['feature_map']} ({'proven' if plan['proven'] else 'not proven'})" if plan["feature_map"] else "none"
+        f"{plan['feature_map']} ({'verified' if plan['proven'] else 'unverified'})" if plan["feature_map"] else "none"
     )
     click.echo(f"head {plan['head']}, feature map {map_name}: {plan['reason']}")
     click.echo(f"fitted {', '.join(summary['detectors'])} on {summary['fit_images']} images")
     if summary["label_agreement"] is not None:
         click.echo(f"the model agrees with {100 * summary['label_agreement']:.1f} % of the labels")
     if summary["thresholds"]:
-        click.echo(f"thresholds from {summary['calibration_images']} fresh images")
+        click.echo(f"thresholds from {summary['calibration_images']} held-out images")
     for row in summary["tuned"]:
         settings = ", ".join(f"{key}={value}" for key, value in row["settings"].items())
         click.echo(f"tuned {row['detector']}: {settings} (AUROC {100 * row['auroc']:.2f} % on pseudo-OOD)")

@@ -1,4 +1,4 @@
-"""`ood-engine inspect`: what a state file holds, without a model."""
+"""`ood-engine inspect`: contents of a state file, without a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, 
 @click.argument("state", type=click.Path(path_type=Path))
 @json_option
 def inspect(state: Path, as_json: bool) -> None:
-    """Show what a state file holds: versions, head and map, detectors, thresholds, tuning, tensors. No model is needed.
+    """Show the contents of a state file: versions, head and feature map, detectors, thresholds, tuning, tensors.
+
+    No model is needed.
 
     \b
     Examples:
@@ -59,7 +61,7 @@ def _tensors(state: Path) -> list[dict[str, Any]]:
 
 def _facts(state: Path, header: dict[str, Any]) -> dict[str, str]:
     plan, head = header["plan"], header["head"]
-    map_words = "none" if plan["feature_map"] is None else f"{plan['feature_map']}, {_proof(plan)}"
+    map_words = "none" if plan["feature_map"] is None else f"{plan['feature_map']}, {_verified(plan)}"
     facts = {
         "file": f"{state} ({_size(state.stat().st_size)}, format {header['format']})",
         "written by": f"ood-engine {header['package']}, torch {header['torch']}",
@@ -74,8 +76,8 @@ def _facts(state: Path, header: dict[str, Any]) -> dict[str, str]:
     return facts | {str(key): _short(value) for key, value in header["information"].items()}
 
 
-def _proof(plan: dict[str, Any]) -> str:
-    return "proven" if plan["proven"] else "not proven"
+def _verified(plan: dict[str, Any]) -> str:
+    return "verified" if plan["proven"] else "unverified"
 
 
 def _calibration(header: dict[str, Any]) -> str:
@@ -121,9 +123,9 @@ def _detector_table(header: dict[str, Any]) -> Table:
 
 
 def _subspace_table(subspaces: list[dict[str, Any]]) -> Table:
-    title = f"\nGradient subspaces, a batch of {subspaces[0]['samples']}; * the form in use"
-    table = Table("Subspace", "K", "Form", title=title, title_justify="left", box=None, pad_edge=False)
-    for heading in ("MFLOP", "basis", "workspace", "estimate"):
+    title = f"\nGradient subspaces, a batch of {subspaces[0]['samples']}; * = basis in use"
+    table = Table("Subspace", "K", "Basis", title=title, title_justify="left", box=None, pad_edge=False)
+    for heading in ("MFLOP", "size", "workspace", "estimate"):
         table.add_column(heading, justify="right")
     for subspace in subspaces:
         in_use = subspace["form"].removesuffix("Basis").lower()

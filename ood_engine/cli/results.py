@@ -1,8 +1,7 @@
-"""Tables of results on disk that survive a killed process and a full disk.
+"""Result tables on disk that survive a killed process and a full disk.
 
-A Parquet file has its footer at the end, so a killed one is lost, and a broken CSV does not show that it is broken.
-Rows are therefore written as small complete part files beside the table, and merged into it at the end, or kept as a
-folder of parts.
+A truncated Parquet file is lost, because its footer comes last, and a truncated CSV goes unnoticed. Rows are therefore written as
+small complete part files beside the table, and either merged into it at the end or kept as a folder of parts.
 """
 
 from __future__ import annotations
@@ -28,33 +27,30 @@ ENDINGS = (".parquet", ".csv")
 ROWS_PER_GROUP = 16384
 PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
 JOB = "_job.json"
-"""Readers of a folder of Parquet files skip names that begin with an underscore."""
+"""Readers of Parquet folders skip names that begin with an underscore."""
 
 
 class ResultWriter:
-    """Writes a table in parts, and continues one that was broken off.
+    """Writes a table in parts, and resumes an interrupted one.
 
-    The parts are `<path>.parts/part-00000.parquet`, `part-00001.parquet`, …, whatever the ending of `path`: a Parquet
-    part that was cut short is always recognised, a CSV part is not. A part is written to a temporary name, flushed to
-    the disk and renamed, so every part under its final name is whole. `finish` merges them, holding about one row
-    group in memory; the table does not depend on how the rows were divided into parts. For a path that ends in a slash
-    the parts are the table, and `finish` renames their folder.
+    The parts are `<path>.parts/part-00000.parquet`, `part-00001.parquet`, …, for every format: a truncated Parquet part is always
+    detected, a truncated CSV is not. Each part is written under a temporary name, flushed to disk and renamed, so every part under
+    its final name is complete. `finish` merges the parts with about one row group in memory; the result does not depend on the
+    division into parts. For a path with a trailing slash the parts are the table, and `finish` renames their folder.
 
-    Parameters
-    ----------
-    path : the table to write; the ending `.parquet`, `.csv` or `/` chooses the format. An older file of this name stays
-        as it is until `finish` replaces it; an older folder is refused.
-    columns : name -> "string", "float" (64 bit), "int" (64 bit) or "bool", in the table's order. Every column may hold
-        None: an empty cell in CSV, where an empty string is `""`. Floats are written in full and read back bitwise.
-    job : what is being computed, as JSON values (a digest of the state, the data and their number, …). A run continues
-        only where this is the same.
-    resume : continue from the parts that are there; with nothing there, start from the beginning.
+    Args:
+        path: the table to write; the ending `.parquet`, `.csv` or `/` selects the format. An existing file is kept until `finish`
+            replaces it; an existing folder is refused.
+        columns: name → "string", "float" (64 bits), "int" (64 bits) or "bool", in table order. Every column may hold None: an empty
+            cell in CSV, where an empty string is `""`. Floats round-trip bitwise.
+        job: identity of the computation in JSON values (a digest of the state, the data and their number, …); a run is resumed
+            only with an equal job.
+        resume: continue from existing parts; without any, start from the beginning.
 
-    Raises
-    ------
-    InputError : another ending, an unknown column type, parts of a broken run without `resume`, `resume` on a table
-        that is complete or on parts of another job.
-    OodEngineError : pyarrow is not installed; the disk is full or may not be written.
+    Raises:
+        InputError: an unknown ending or column type, parts of an interrupted run without `resume`, or `resume` with a complete
+            table or parts of another job.
+        OodEngineError: pyarrow is not installed, or the disk is full or not writable.
     """
 
     def __init__(
@@ -84,13 +80,14 @@ class ResultWriter:
             self._start({"job": _as_json(job), "columns": self.columns}, resume)
 
     def write(self, rows: Mapping[str, list[Any]]) -> None:
-        """Write rows, given as column -> values (None for a missing one), as one part that is safe on return.
+        """Write rows, given as column → values (None if missing), as one part, safely on disk on return.
 
-        Raises InputError for missing or unknown columns, columns of unequal length and values of another type, and
-        OodEngineError when the disk refuses: no row of the call is kept then, all earlier ones are.
+        Raises:
+            InputError: missing or unknown columns, columns of unequal length, or values of the wrong type.
+            OodEngineError: the part cannot be written; earlier rows are kept, none of this call are.
         """
         if self._finished:
-            raise InputError(f"{self.path}: the table is finished; make a new ResultWriter to write another")
+            raise InputError(f"{self.path}: the table is finished; create a new ResultWriter to write another")
         table = self._table(rows)
         if table.num_rows == 0:
             return
@@ -100,10 +97,10 @@ class ResultWriter:
         self.rows_done += table.num_rows
 
     def finish(self) -> None:
-        """Merge the parts into the table, in order, and remove them; the table appears whole or not at all."""
+        """Merge the parts into the table, atomically, and remove them."""
         if self._finished:
             return
-        # Renamed before it is deleted: a kill while deleting would leave parts with a gap.
+        # Renamed before deletion, because a kill during deletion would leave a gap in the parts.
         leftover = self._merged_folder()
         with self._saving():
             if not self._is_folder:
@@ -118,7 +115,7 @@ class ResultWriter:
         if self.parts_folder.exists():
             if not resume:
                 raise InputError(
-                    f"{self.parts_folder}: parts of an unfinished run are here; use --resume to continue, or delete it"
+                    f"{self.parts_folder}: holds parts of an unfinished run; use --resume to continue, or delete it"
                 )
             self._continue(job)
         elif resume and self.path.exists():
@@ -133,7 +130,7 @@ class ResultWriter:
                 raise
 
     def _continue(self, job: dict[str, Any]) -> None:
-        """Check the job, delete what is not complete and count the rows that are."""
+        """Check the job, delete incomplete parts and count the complete rows."""
         if not self.parts_folder.is_dir():
             raise InputError(f"{self.parts_folder}: a file is where the folder of parts belongs; move it away")
         for leftover in self.parts_folder.glob("*" + TEMPORARY):
@@ -153,10 +150,10 @@ class ResultWriter:
             self.rows_done += rows
 
     def _drop(self, numbers: list[int]) -> None:
-        """Delete the parts from the first damaged or missing one on: their rows have to be computed again."""
+        """Delete the parts from the first damaged or missing one on; their rows are recomputed."""
         warnings.warn(
             f"{self._part(self._part_count)}: the part is damaged or missing; the run goes on after row "
-            f"{self.rows_done}, and {len(numbers)} part(s) from there on are computed again",
+            f"{self.rows_done}, and {len(numbers)} part(s) from there on are recomputed",
             OodEngineWarning,
             stacklevel=5,
         )
@@ -174,7 +171,7 @@ class ResultWriter:
         return self.path.with_name(self.path.name + ".parts.merged")
 
     def _rows_of_part(self, number: int) -> int | None:
-        """Rows of a part, or None where it cannot be read in full or holds other columns."""
+        """Number of rows of a part; None if it is unreadable or has other columns."""
         try:
             return int(self._read(number).num_rows)
         except OodEngineError:
@@ -205,7 +202,7 @@ class ResultWriter:
         for field in self._schema:
             wanted, values = self.columns[field.name], rows[field.name]
             try:
-                if wanted == "int":  # pyarrow would cut 1.5 to 1
+                if wanted == "int":  # pyarrow would truncate 1.5 to 1
                     values = [None if value is None else operator.index(value) for value in values]
                 arrays.append(self._arrow.array(values, type=field.type, from_pandas=False))
             except (ValueError, TypeError, OverflowError) as error:
@@ -213,7 +210,7 @@ class ResultWriter:
         return self._arrow.table(arrays, schema=self._schema)
 
     def _merge(self, file: BinaryIO) -> None:
-        """Write the rows in groups of one size, whatever the size of the parts."""
+        """Write the rows in groups of equal size, independent of the size of the parts."""
         parquet = self.path.suffix.lower() == ".parquet"
         make = self._arrow.parquet.ParquetWriter if parquet else self._arrow.csv.CSVWriter
         waiting = self._schema.empty_table()
@@ -238,12 +235,12 @@ class ResultWriter:
         except OSError as error:
             raise OodEngineError(
                 f"{self.path}: cannot write ({error.strerror or one_line(error)}); {self.rows_done} rows are safe in "
-                f"{self.parts_folder.name}: make room or give access, then continue with --resume"
+                f"{self.parts_folder.name}: free some space or grant access, then continue with --resume"
             ) from error
 
 
 def names_folder(path: str | Path) -> bool:
-    """Whether a path is written with a slash at its end, which `Path` drops."""
+    """Whether a path has a trailing slash, which `Path` would drop."""
     return str(path).endswith(("/", os.sep))
 
 
@@ -271,7 +268,7 @@ def _checked_columns(columns: Mapping[str, str]) -> dict[str, str]:
 
 
 def _as_json(job: Mapping[str, Any]) -> dict[str, Any]:
-    """The job as it reads back from a file, so that tuples and lists compare equal."""
+    """The job as read back from a file, so that tuples and lists compare equal."""
     try:
         return dict(json.loads(json.dumps(dict(job), allow_nan=False)))
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""`ood-engine score`: one row an image, written in parts so that a broken run goes on where it stopped."""
+"""`ood-engine score`: a table with one row per image, written in parts so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .results import ResultWriter, names_folder
 __all__ = ["score"]
 
 PART_SECONDS = 30.0
-"""A part is written after this time even if it is not full, so that a kill never costs more."""
+"""Time after which an incomplete part is written, as an upper bound of the work lost by a kill."""
 
 Rows = dict[str, list[Any]]
 
@@ -45,8 +45,8 @@ Rows = dict[str, list[Any]]
 @click.option(
     "--output", required=True, type=click.Path(), help="Table to write: .parquet, .csv, or a folder/ of parts."
 )
-@click.option("--resume", is_flag=True, help="Go on with a run that was broken off.")
-@click.option("--part-rows", default=4096, type=click.IntRange(1), help="Rows a part file, at most.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
+@click.option("--part-rows", default=4096, type=click.IntRange(1), help="Maximum rows per part file.")
 @image_options
 @batch_size_option
 @device_option
@@ -64,15 +64,15 @@ def score(
     as_json: bool,
     **image_fields: Any,
 ) -> None:
-    """Score images and write a table with one row an image.
+    """Score images and write a table with one row per image.
 
-    Columns: path, then for every detector its score (higher = more in-distribution), p-value and decision (true =
-    out-of-distribution; p-value and decision are empty for a state without calibration), and error. An image that cannot be read,
-    or gives no sound score, is a row with its error and nothing else.
+    Columns: path; for each detector its score (higher = more in-distribution), p-value and decision (true = out-of-distribution;
+    p-value and decision are empty without calibration); error. An unreadable image, or one without finite scores, is a row with
+    its error alone.
 
-    Rows are kept in part files beside the table until it is complete; a run that was stopped or killed goes on with --resume.
-    An output that ends in a slash becomes a folder of these parts, in Parquet, which are not merged.
-    Images are preprocessed as in `fit`, unless options say otherwise.
+    Rows are kept in part files beside the table until it is complete; --resume continues a run that was stopped or killed. An
+    output with a trailing slash becomes a folder of these Parquet parts, unmerged. Images are preprocessed as in `fit`, unless
+    options override it.
 
     \b
     Examples:
@@ -95,8 +95,8 @@ def score(
         writer.finish()
     except KeyboardInterrupt as error:
         raise Interrupted(
-            f"stopped; {writer.rows_done} of {len(dataset)} rows are kept in {writer.parts_folder}: give the same command with"
-            " --resume to go on"
+            f"stopped; {writer.rows_done} of {len(dataset)} rows are kept in {writer.parts_folder}: repeat the command with"
+            " --resume to continue"
         ) from error
     summary = _summary(table, list(engine.detectors), bool(engine.calibrations))
     summary |= {"resumed_after": before, "images_per_second": round((len(dataset) - before) / max(seconds, 1e-9), 1)}
@@ -114,7 +114,7 @@ def _columns(engine: Engine) -> dict[str, str]:
 
 
 def _job(model: nn.Module, state: Path, data: Path, dataset: ImageDataset) -> dict[str, Any]:
-    """What must be the same for a run to go on."""
+    """Identity of a run; must be equal to resume it."""
     names = hashlib.sha256("\0".join(dataset.names).encode("utf-8", "surrogateescape"))
     return {
         "state": hashlib.sha256(state.read_bytes()).hexdigest(),
@@ -154,7 +154,7 @@ def _joined(parts: list[Rows]) -> Rows:
 
 
 def _rows(engine: Engine, batch: Batch) -> Rows:
-    """The rows of one batch; what has no sound score has an error instead."""
+    """The rows of one batch; an image without finite scores gets an error instead."""
     scores = {} if batch.images is None else {name: value.cpu() for name, value in engine.score(batch.images).items()}
     rows: Rows = {"path": list(batch.names)}
     unsound: dict[int, list[str]] = {}
@@ -172,7 +172,7 @@ def _rows(engine: Engine, batch: Batch) -> Rows:
         rows[f"{name}_p_value"] = _spread(batch, p_values, sound)
         rows[f"{name}_out_of_distribution"] = _spread(batch, decisions, sound)
     reasons = {
-        position: f"no sound score: activations are NaN or infinite ({_which(names, engine)})"
+        position: f"no finite score: activations are NaN or infinite ({_which(names, engine)})"
         for position, names in unsound.items()
     }
     errors = {**batch.errors, **reasons}
@@ -185,7 +185,7 @@ def _which(names: list[str], engine: Engine) -> str:
 
 
 def _spread(batch: Batch, values: Tensor | None, sound: list[bool]) -> list[Any]:
-    """The values of the readable images at their places in the batch, None elsewhere."""
+    """The values of the readable images at their positions in the batch, None elsewhere."""
     column: list[Any] = [None] * len(batch.names)
     if values is not None:
         for position, value, is_sound in zip(batch.good, values.tolist(), sound, strict=True):
@@ -194,7 +194,7 @@ def _spread(batch: Batch, values: Tensor | None, sound: list[bool]) -> list[Any]
 
 
 def _summary(output: Path, detectors: list[str], is_calibrated: bool) -> dict[str, Any]:
-    """Counts over the whole table, whichever run wrote its rows."""
+    """Counts over the whole table, including the rows of earlier runs."""
     decisions = [f"{name}_out_of_distribution" for name in detectors]
     columns = _read_columns(output, [*decisions, "error"])
     flagged = {name: sum(map(bool, columns[column])) for name, column in zip(detectors, decisions, strict=True)}

@@ -1,4 +1,4 @@
-"""`ood-engine evaluate --sweep`: bases × components × heads from features that are extracted once."""
+"""`ood-engine evaluate --sweep`: bases × components × heads, from features extracted once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ class _Names(click.ParamType):
         names = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
         unknown = [name for name in names if name not in self.known]
         if unknown:
-            self.fail(f"{unknown[0]!r} is not known: expected some of {', '.join(self.known)}, with commas", param, ctx)
+            self.fail(
+                f"{unknown[0]!r} is unknown: expected a comma-separated choice of {', '.join(self.known)}", param, ctx
+            )
         return tuple(names)
 
 
@@ -45,25 +47,27 @@ class _Counts(click.ParamType):
             return value
         parts = [part.strip() for part in value.split(",")]
         if not all(part.isdecimal() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r}: expected whole numbers of at least 1 with commas, such as 8,32,128", param, ctx)
+            self.fail(f"{value!r}: expected comma-separated integers of at least 1, such as 8,32,128", param, ctx)
         return tuple(int(part) for part in parts)
 
 
 _OPTIONS = (
     click.option("--sweep", "is_sweep", is_flag=True, help="Compare bases x K x heads of low_dim_gradient instead."),
     click.option(
-        "--fit", "fit_path", metavar="DATA", type=click.Path(path_type=Path), help="ID images a sweep fits on."
+        "--fit", "fit_path", metavar="DATA", type=click.Path(path_type=Path), help="Sweep: ID images to fit on."
     ),
-    click.option("--bases", metavar="NAMES", type=_Names(tuple(BASES)), help=f"Of a sweep.  [{','.join(BASES)}]"),
+    click.option("--bases", metavar="NAMES", type=_Names(tuple(BASES)), help=f"Sweep: bases.  [{','.join(BASES)}]"),
     click.option(
         "--components",
         metavar="NUMBERS",
         type=_Counts(),
-        help=f"K of a sweep.  [{','.join(map(str, COMPONENTS))} as far as the data allow]",
+        help=f"Sweep: values of K.  [{','.join(map(str, COMPONENTS))}, up to what the data span]",
     ),
-    click.option("--heads", metavar="NAMES", type=_Names(HEADS), help="Of a sweep, such as knn,vim.  [all]"),
-    click.option("--normalisations", metavar="NAMES", type=_Names(NORMALISATIONS), help="Of a sweep.  [none]"),
-    click.option("--basis-limit", type=click.IntRange(1), help="MiB of the largest basis of a sweep.  [2048]"),
+    click.option("--heads", metavar="NAMES", type=_Names(HEADS), help="Sweep: heads, such as knn,vim.  [all]"),
+    click.option(
+        "--normalisations", metavar="NAMES", type=_Names(NORMALISATIONS), help="Sweep: normalisations.  [none]"
+    ),
+    click.option("--basis-limit", type=click.IntRange(1), help="Sweep: maximum MiB of a basis.  [2048]"),
 )
 
 
@@ -75,9 +79,11 @@ def sweep_options(command: Command) -> Command:
 
 
 def check_sweep(is_sweep: bool, fit_path: Path | None, options: Mapping[str, Any]) -> None:
-    """Refuse a sweep without fit images, and options of a sweep without one."""
+    """Refuse a sweep without fit images, and sweep options without a sweep."""
     if is_sweep and fit_path is None:
-        raise click.UsageError("--sweep needs ID images to fit on, which a state file does not hold: give --fit DATA.")
+        raise click.UsageError(
+            "--sweep needs ID images to fit on, which a state file does not contain: give --fit DATA."
+        )
     given = [name for name, value in {"fit": fit_path, **options}.items() if value is not None]
     if given and not is_sweep:
         raise click.UsageError(
@@ -97,7 +103,7 @@ def run_sweep(
     as_json: bool,
     id_name: str,
 ) -> None:
-    """Run the model once over every set, sweep over the features, and write the files; sweep.json grows as rows come."""
+    """Run the model once over each set, sweep over the features, and write the files; sweep.json is updated after each row."""
     path = output / "sweep.json"
     kept = 0
     try:
@@ -139,7 +145,7 @@ def run_sweep(
     files = [write_sweep_json(rows, facts, path), write_sweep_table(rows, output / "sweep.csv")]
     files += write_sweep_figures(rows, output)
     if all(row["refused"] is not None for row in rows):
-        raise OodEngineError(f"no combination could be fitted, reasons in {path}; the first: {rows[0]['refused']}")
+        raise OodEngineError(f"no combination could be fitted; reasons in {path}, the first: {rows[0]['refused']}")
     if as_json:
         document = json.loads(path.read_text(encoding="utf-8"))
         echo_json(document | {"skipped": skipped, "files": [str(file) for file in files]})

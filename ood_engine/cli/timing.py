@@ -1,4 +1,4 @@
-"""Time and memory of calls that are compared with each other."""
+"""Interleaved timing and peak memory of calls to be compared."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ WARM_UP = 3
 def interleave(
     calls: Mapping[str, Callable[[], object]], device: torch.device, *, seconds: float, least_rounds: int
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call a round, measured in turns, so that a slow spell of the machine meets all of them.
+    """Time calls in turns, so that disturbances of the machine affect all of them alike.
 
-    In a round every call runs once until the device has finished it; the order is reversed from round to round. `WARM_UP` rounds
-    are not kept.
+    In each round every call runs once, up to device synchronisation; the order alternates between rounds. The first `WARM_UP`
+    rounds are discarded.
 
     Args:
         calls: name → call.
-        device: where they compute.
-        seconds: time after which no round begins.
-        least_rounds: rounds that are run even if that takes longer.
+        device: device of the calls.
+        seconds: time after which no further round starts.
+        least_rounds: minimum number of rounds, even if they take longer.
+
+    Returns:
+        Name → milliseconds per round.
     """
     order = list(calls)
     rounds_ms: dict[str, list[float]] = {name: [] for name in order}
@@ -47,14 +50,14 @@ def interleave(
 
 
 def summary_ms(rounds_ms: Sequence[float]) -> dict[str, float]:
-    """Median, minimum, and 5th and 95th percentile."""
+    """Median, minimum, and 5th and 95th percentiles."""
     times = torch.tensor(rounds_ms, dtype=torch.float64)
     quantiles = times.quantile(torch.tensor([0.5, 0.0, 0.05, 0.95], dtype=torch.float64))
     return dict(zip(("median_ms", "min_ms", "p5_ms", "p95_ms"), quantiles.tolist(), strict=True))
 
 
 def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
-    """Largest sum that torch's allocator handed out during the call, results included; None where it is not counted."""
+    """Peak memory allocated by torch during the call, results included; None on devices without accounting."""
     if device.type == "cuda":
         _synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -64,7 +67,7 @@ def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
         return (torch.cuda.max_memory_allocated(device) - before) / MIB
     if device.type != "cpu":
         return None
-    # Kineto otherwise writes a line to standard error at every start and stop.
+    # Kineto would otherwise log to standard error at every start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recording:
         call()

@@ -280,7 +280,7 @@ def test_unreadable_images_and_unsound_scores_are_rows_with_an_error(place, call
     np.save(tmp_path / "huge.npy", huge)
     call(place.score(tmp_path / "h.parquet", "--mean", "0", "--std", "1", data=str(tmp_path / "huge.npy")))
     row = read(tmp_path / "h.parquet")[3]
-    assert row["error"].startswith("no sound score: ")
+    assert row["error"].startswith("no finite score: ")
     assert row["nap_energy_score"] is None
     assert row["nap_energy_out_of_distribution"] is None
 
@@ -468,7 +468,7 @@ def test_class_folders_are_numbered_as_they_were_fitted(tmp_path, place, call):
 def test_inspect_shows_the_state_without_a_model(place, call):
     code, out, _ = call(["inspect", place.state])
     assert code == 0
-    for word in ("head: 8 classes × 64 features", "body, proven", "nap_energy", "false-alarm rate 5 %", "mean=[0.3]"):
+    for word in ("head: 8 classes × 64 features", "body, verified", "nap_energy", "false-alarm rate 5 %", "mean=[0.3]"):
         assert word in out
     code, out, _ = call(["inspect", place.state, "--json"])
     document = json.loads(out)
