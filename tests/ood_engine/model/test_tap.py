@@ -572,7 +572,11 @@ class AssertsSilently(Net):
         (net, torch.zeros(2, 3, 2, 2), r"images \[2, 3, 2, 2\]: the model rejects them; .*Kernel size"),
         (net, torch.zeros(2, 3), r"images \[2, 3\]: the model rejects them"),
         (lambda: sizes(8), torch.zeros(2, 3, 9, 9), r"images \[2, 3, 9, 9\]: .*mat1 and mat2"),
-        (Asserts, torch.zeros(2, 3, 9, 9), r"size it was trained on \(Input height doesn't match the model and a second line.*\)$"),
+        (
+            Asserts,
+            torch.zeros(2, 3, 9, 9),
+            r"size it was trained on \(Input height doesn't match the model and a second line.*\)$",
+        ),
         (AssertsSilently, torch.zeros(2, 3, 9, 9), r"size it was trained on \(.*\)$"),
         (
             lambda: nn.Sequential(nn.BatchNorm2d(3), net()),
