@@ -25,9 +25,7 @@ def residual_of(gradients, index):
     return 1 - float((gradients @ inside.T).square().sum() / gradients.square().sum())
 
 
-@pytest.mark.parametrize("kind", COTANGENTS)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("method", ANCHOR_METHODS)
+@pytest.mark.pairwise(method=ANCHOR_METHODS, bias=[True, False], kind=COTANGENTS)
 def test_residual_is_that_of_projecting_materialised_gradients(method, bias, kind, make_problem):
     p, h, *_ = make_problem(40, 4)
     found = choose_anchors(p, h, 9, method=method, cotangent=kind, bias=bias)
@@ -62,17 +60,8 @@ def test_class_balanced_takes_equal_numbers_and_what_a_small_class_lacks_from_ot
     p, h, *_ = make_problem(12)
     labels = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 3])
     assert choose_anchors(p, h, 5, method="class_balanced", labels=labels).index.tolist() == [0, 1, 6, 7, 11]
-    assert choose_anchors(p, h, 9, method="class_balanced", labels=labels).index.tolist() == [
-        0,
-        1,
-        2,
-        3,
-        6,
-        7,
-        8,
-        9,
-        11,
-    ]
+    found = choose_anchors(p, h, 9, method="class_balanced", labels=labels).index
+    assert found.tolist() == [*range(4), *range(6, 10), 11]
 
 
 def test_class_balanced_takes_predicted_classes_where_labels_are_missing(make_problem):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ood_engine.detectors import create_detector
-from ood_engine.errors import InputError, OodEngineWarning
+from ood_engine.errors import InputError
 from ood_engine.subspace import ClassAverageBasis, DualBasis, ExplicitBasis, FactoredBasis
 from ood_engine.subspace.eigen import LARGEST_EIGENPROBLEM, centre, gram_pca
 
@@ -55,16 +55,6 @@ def test_duplicates_add_no_component(seed, distinct, copies):
     coefficients, eigenvalues, *_ = gram_pca(gradients @ gradients.T, 1 - 1e-9)
     assert coefficients.shape[1] == len(eigenvalues) <= distinct - 1
     assert coefficients.isfinite().all()
-
-
-def test_dual_basis_of_few_directions(make_problem):
-    p, h, *_ = make_problem(5)
-    p, h = p.repeat(9, 1), h.repeat(9, 1)
-    with pytest.warns(OodEngineWarning, match="the 45 anchor gradients span 4 directions, so 4 are kept"):
-        assert DualBasis.fit(p, h, n_components=20).n_components == 4
-    assert DualBasis.fit(p, h, n_components=0.999999).n_components <= 4
-    with pytest.raises(InputError, match="all 9 anchor gradients are equal"):
-        DualBasis.fit(p[:1].repeat(9, 1), h[:1].repeat(9, 1))
 
 
 @pytest.mark.parametrize(
