@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,17 @@ class Cnn(nn.Sequential):
         )
 
 
+class Doubled(nn.Module):
+    """Pools a map to twice its mean, so that no map is proven."""
+
+    def __init__(self, model: nn.Sequential) -> None:
+        super().__init__()
+        self.body, self.head = nn.Sequential(*list(model)[:4]), model[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(2 * self.body(x).mean((2, 3)))
+
+
 def make_images(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Images [n, 3, 8, 8] in [0, 1]: a pattern a class, dimmed, with noise; and their classes."""
     patterns = torch.rand((CLASSES, 3, 8, 8), generator=torch.Generator().manual_seed(99))
@@ -55,6 +67,12 @@ def make_model() -> Callable[..., nn.Module]:
             return Cnn(activation, bias).eval()
 
     return make
+
+
+@pytest.fixture
+def unproven_model(make_model) -> nn.Module:
+    """A model whose map has to be named by hand: `body`."""
+    return Doubled(make_model())
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +126,15 @@ def test_images() -> Tensor:
 def engine(model, id_batches, fresh_batches) -> oe.Engine:
     """Every detector, fitted and calibrated. Not to be changed by a test; see `make_engine`."""
     return oe.Engine(model, oe.available_detectors()).fit(id_batches).calibrate(fresh_batches, 0.1)
+
+
+@pytest.fixture(scope="session")
+def state(engine, tmp_path_factory) -> Path:
+    """The state of every detector. Not to be changed by a test."""
+    path = tmp_path_factory.mktemp("state") / "state.safetensors"
+    engine.information["note"] = "kept"
+    engine.save(path)
+    return path
 
 
 @pytest.fixture

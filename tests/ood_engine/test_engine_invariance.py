@@ -48,8 +48,14 @@ def test_order_of_the_detectors(model, id_batches, test_images, engine, assert_s
 
 
 @pytest.mark.parametrize("name", oe.available_detectors())
-def test_company_of_other_detectors(name, model, id_batches, test_images, engine, assert_same_scores):
-    alone = oe.Engine(model, [name]).fit(id_batches).score(test_images)
+def test_alone_a_detector_scores_as_in_company_and_as_from_its_file(
+    name, model, id_batches, test_images, engine, tmp_path, assert_same_scores
+):
+    fitted = oe.Engine(model, [name]).fit(id_batches)
+    alone = fitted.score(test_images)
+    fitted.save(tmp_path / "state.safetensors")
+    loaded = oe.Engine.load(tmp_path / "state.safetensors", model)
+    assert_same_scores(loaded.score(test_images), alone, 0)
     # Beside a NAP detector the features are pooled from the map, alone they are what the head received: fp32 rounding apart. A
     # residual is a difference of large numbers, in which that shows.
     tolerance = 1e-4 if name.endswith(("residual", "vim")) else 1e-5
