@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import cache
 from itertools import combinations, product
 from pathlib import Path
@@ -40,20 +40,21 @@ def is_numeric(file: Path) -> bool:
     return not elsewhere and COMPARES_NUMBERS.search(file.read_text(encoding="utf-8")) is not None
 
 
-def pairwise(*factors: Sequence[object]) -> list[tuple[object, ...]]:
+def pairwise(*factors: Iterable[object]) -> list[tuple[object, ...]]:
     """Rows of values in which any two values of different factors meet, far fewer than their product has."""
-    rows = list(product(*(range(len(factor)) for factor in factors)))
+    values = [tuple(factor) for factor in factors]
+    rows = list(product(*(range(len(choices)) for choices in values)))
     pairs = {row: set(combinations(enumerate(row), 2)) for row in rows}
     missing: set[object] = set().union(*pairs.values())
     chosen: list[tuple[int, ...]] = []
     used: Counter[tuple[int, int]] = Counter()
     while missing:
         # Of rows that add as many pairs, the one whose values are rare so far.
-        best = max(rows, key=lambda row: (len(pairs[row] & missing), -sum(used[value] for value in enumerate(row))))
+        best = max(rows, key=lambda row: (len(pairs[row] & missing), -sum(used[choice] for choice in enumerate(row))))
         chosen.append(best)
         used.update(enumerate(best))
         missing -= pairs[best]
-    return [tuple(factor[index] for factor, index in zip(factors, row, strict=True)) for row in sorted(chosen)]
+    return [tuple(choices[index] for choices, index in zip(values, row, strict=True)) for row in sorted(chosen)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -122,17 +122,17 @@ def test_probe_skips_a_last_batch_of_one():
 
 
 @pytest.mark.parametrize("make", [lambda: KNearestNeighbours(2), Mahalanobis, LinearProbe])
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_heads_keep_bad_values_in_their_row(make, bad):
+def test_heads_keep_bad_values_in_their_row(make):
     head = make()
     arguments = {KNearestNeighbours: (), Mahalanobis: (torch.arange(50) % 2,), LinearProbe: (torch.arange(50) % 2, 2)}
     head.fit(vectors(50), *arguments[type(head)])
     x = vectors(5, seed=1)
     sound = head(x)
-    x[2, 1] = bad
-    found = head(x)
-    assert found.isfinite().tolist() == [True, True, False, True, True]
-    assert torch.equal(found[[0, 1, 3, 4]], sound[[0, 1, 3, 4]])
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        x[2, 1] = bad
+        found = head(x)
+        assert found.isfinite().tolist() == [True, True, False, True, True]
+        assert torch.equal(found[[0, 1, 3, 4]], sound[[0, 1, 3, 4]])
 
 
 @pytest.mark.parametrize("head", [head for head in HEADS if head not in ("vim", "projected_norm")])
@@ -154,16 +154,17 @@ def test_scores_are_the_heads_on_the_coordinates(head, engine, test_images):
     assert (found - expected.float()).abs().max() <= tolerance * expected.abs().max()
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_a_detector_can_be_sent_to_another_process(head, engine, test_images):
-    detector = engine.detectors[f"low_dim_gradient_{head}"]
+def test_a_detector_can_be_sent_to_another_process(engine, test_images):
     signals = engine.scorer.signals(engine.scorer.run(test_images).feature_map, None)
-    assert torch.equal(pickle.loads(pickle.dumps(detector))(signals), detector(signals))
+    for name, detector in engine.detectors.items():
+        assert torch.equal(pickle.loads(pickle.dumps(detector))(signals), detector(signals)), name
 
 
-def test_default_is_mahalanobis(engine, test_images):
+def test_default_is_mahalanobis_and_the_ensemble_probe_and_energy(engine, test_images):
     scores = engine.score(test_images)
     assert torch.equal(scores["low_dim_gradient"], scores["low_dim_gradient_mahalanobis"])
+    expected = scores["low_dim_gradient_probe_energy"] + scores["energy"]
+    assert torch.allclose(scores["low_dim_gradient_ensemble"], expected, rtol=1e-6)
 
 
 def test_anchors_are_not_what_the_heads_are_fitted_on(make_engine):
@@ -201,12 +202,6 @@ def test_ensemble_adds_the_forward_side(head, make_engine, test_images, monkeypa
     assert torch.allclose(scores["low_dim_gradient"], expected.float(), rtol=1e-6)
 
 
-def test_ensemble_of_probe_and_energy(engine, test_images):
-    scores = engine.score(test_images)
-    expected = scores["low_dim_gradient_probe_energy"] + scores["energy"]
-    assert torch.allclose(scores["low_dim_gradient_ensemble"], expected, rtol=1e-6)
-
-
 def test_weight_of_the_forward_side_can_be_configured(make_engine, test_images):
     engine = make_engine(("low_dim_gradient_ensemble", "energy"))
     detector = engine.detectors["low_dim_gradient_ensemble"]
@@ -242,18 +237,8 @@ def test_labels_are_used(make_engine, model, id_batches):
 
 
 def test_components_cotangent_and_anchors_are_settings(make_engine):
-    engine = make_engine(
-        ("low_dim_gradient_knn",),
-        settings={
-            "low_dim_gradient_knn": {
-                "n_components": 3,
-                "cotangent": "uniform",
-                "max_anchors": 50,
-                "k": 4,
-                "basis": "dual",
-            }
-        },
-    )
+    settings = {"n_components": 3, "cotangent": "uniform", "max_anchors": 50, "k": 4, "basis": "dual"}
+    engine = make_engine(("low_dim_gradient_knn",), settings={"low_dim_gradient_knn": settings})
     detector = engine.detectors["low_dim_gradient_knn"]
     assert detector.basis.n_components == 3
     assert detector.basis.cotangent == "uniform"
@@ -278,6 +263,11 @@ def test_components_cotangent_and_anchors_are_settings(make_engine):
         ({"a": 1, "head": "residual"}, r"a=1 with the residual head: it has no forward side"),
         ({"a": 1, "head": "vim"}, r"a=1 with the vim head: it has no forward side"),
         ({"head": "probe_react", "react_from": -1}, r"react_from=-1, react_quantile=0.9: expected a dimension"),
+        ({"basis": "pca"}, "basis='pca': expected one of auto, dual, explicit, factored, class_average"),
+        ({"normalisation": "nfk"}, "normalisation='nfk' with basis='auto': expected one of none, nfk-separable"),
+        ({"basis": "dual", "normalisation": "x"}, "normalisation='x' with basis='dual': expected one of none, nfk-sep"),
+        ({"anchors": "best"}, "anchors='best': expected one of first, class_balanced, pivoted"),
+        ({"anchors": "pivoted", "basis": "factored"}, "anchors='pivoted' with basis='factored': expected 'first'"),
     ],
 )
 def test_settings_are_checked_before_anything_is_run(settings, message):
@@ -414,19 +404,6 @@ def test_a_class_average_needs_no_number_of_components(make_engine):
     assert engine.detectors["low_dim_gradient"].basis.n_components == engine.head.weight.shape[0]
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"basis": "pca"}, "basis='pca': expected one of auto, dual, explicit, factored, class_average"),
-        ({"normalisation": "nfk"}, "normalisation='nfk' with basis='auto': expected one of none, nfk-separable"),
-        ({"basis": "dual", "normalisation": "x"}, "normalisation='x' with basis='dual': expected one of none, nfk-sep"),
-    ],
-)
-def test_basis_and_normalisation_are_checked(settings, message):
-    with pytest.raises(InputError, match=message):
-        create_detector("low_dim_gradient", **settings)
-
-
 @pytest.mark.parametrize("anchors", ["class_balanced", "pivoted"])
 def test_anchors_are_chosen_from_more_samples(anchors, model, id_batches, test_images):
     settings = {"basis": "dual", "max_anchors": 8, "anchors": anchors, "n_components": 4}
@@ -449,15 +426,3 @@ def test_anchors_are_chosen_from_more_samples(anchors, model, id_batches, test_i
     first = oe.subspace.DualBasis.fit(signals.probabilities, signals.features, max_anchors=8, n_components=4)
     assert not torch.equal(found.fitted("anchor_features"), first.fitted("anchor_features"))
     assert engine.score(test_images)["low_dim_gradient"].isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"anchors": "best"}, "anchors='best': expected one of first, class_balanced, pivoted"),
-        ({"anchors": "pivoted", "basis": "factored"}, "anchors='pivoted' with basis='factored': expected 'first'"),
-    ],
-)
-def test_refuses_other_choices_of_anchors(settings, message):
-    with pytest.raises(InputError, match=message):
-        create_detector("low_dim_gradient", **settings)

@@ -135,31 +135,21 @@ def test_grids_are_valid_and_reach_no_pruning():
 @pytest.mark.parametrize(
     "keep", [(0.5, 0.5), (0.9, 0.1), (-0.1, 1.0), (0.0, 1.1), (5, 99.5), (0.1,), (math.nan, 1.0), 0.5, None, "ab"]
 )
-@pytest.mark.parametrize(
-    ("name", "part"), [("opnp", "weight_range"), ("opnp", "neuron_range"), ("onp", "neuron_range")]
-)
-def test_ranges_are_two_fractions(name, part, keep):
-    with pytest.raises(InputError, match=rf"{part}=.*: expected two fractions with 0 ≤ lower < upper ≤ 1"):
-        create_detector(name, **{part: keep})
+def test_ranges_are_two_fractions(keep):
+    for name, part in (("opnp", "weight_range"), ("opnp", "neuron_range"), ("onp", "neuron_range")):
+        with pytest.raises(InputError, match=rf"{part}=.*: expected two fractions with 0 ≤ lower < upper ≤ 1"):
+            create_detector(name, **{part: keep})
 
 
-def test_masks_are_computed_in_the_single_pass(engine, test_images, monkeypatch):
+@pytest.mark.parametrize(("has_map", "operator"), [(True, "score"), (False, "masked_energy")])
+def test_masks_are_computed_in_the_pass_of_the_plain_energy(has_map, operator, engine, test_images, monkeypatch):
     calls = []
     for name in ("score", "masked_energy", "pool_nap", "project_gradients"):
         original = getattr(ok, name)
         count = lambda *a, name=name, original=original, **k: calls.append(name) or original(*a, **k)  # noqa: E731
         monkeypatch.setattr(ok, name, count)
-    signals = engine.scorer.signals(engine.scorer.run(test_images).feature_map, None)
+    captured = engine.scorer.run(test_images)
+    signals = engine.scorer.signals(*((captured.feature_map, None) if has_map else (None, captured.head_input)))
     pruner = next(detector for detector in engine.detectors.values() if detector.prunes)
     signals.lse, signals.probabilities, signals.pruned_lse(pruner)
-    assert calls == ["score"]
-
-
-def test_masks_are_computed_in_the_pass_of_the_plain_energy_without_a_map(engine, test_images, monkeypatch):
-    calls = []
-    original = ok.masked_energy
-    monkeypatch.setattr(ok, "masked_energy", lambda *a, **k: calls.append(1) or original(*a, **k))
-    signals = engine.scorer.signals(None, engine.scorer.run(test_images).head_input)
-    pruner = next(detector for detector in engine.detectors.values() if detector.prunes)
-    signals.lse, signals.probabilities, signals.pruned_lse(pruner)
-    assert calls == [1]
+    assert calls == [operator]

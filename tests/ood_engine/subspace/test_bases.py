@@ -65,7 +65,7 @@ def definition(case, anchors):
     return means / means.norm(dim=1, keepdim=True), between / anchors.square().sum()
 
 
-@pytest.mark.pairwise(case=list(CASES), cotangent=COTANGENTS, bias=[True, False], samples=[24, 60])
+@pytest.mark.pairwise(case=CASES, cotangent=COTANGENTS, bias=[True, False], samples=[24, 60])
 def test_is_its_definition_on_autograds_gradients(case, cotangent, bias, samples, make_problem, autograd_gradients):
     p, h, weight, head_bias = make_problem(samples + 10)
     basis = fit(case, p[:samples], h[:samples], cotangent=cotangent, bias=bias)
