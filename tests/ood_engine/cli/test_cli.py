@@ -18,7 +18,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import ood_engine as oe
-from ood_engine.cli import main
 from ood_engine.cli import score as score_module
 from ood_engine.cli.application import COMMANDS, application
 from ood_engine.demo import SmallCNN
@@ -26,94 +25,18 @@ from ood_engine.evaluation.tune import tune
 from ood_engine.model.loading import load_model
 from ood_engine.state import read_header
 
-DETECTORS = ["nap_energy", "low_dim_gradient"]
-SPEC = "ood_engine.demo:small_cnn"
-
-
-class Place:
-    """Files of one user: weights, image arrays and a calibrated state."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        generator = np.random.default_rng(0)
-        patterns = generator.random((8, 8, 8))
-        for name, count in (("fit", 200), ("test", 60)):
-            labels = generator.integers(0, 8, count)
-            images = 0.7 * patterns[labels] + 0.3 * generator.random((count, 8, 8))
-            np.savez(folder / f"{name}.npz", images=images.astype(np.float32), labels=labels)
-        np.save(folder / "noise.npy", generator.random((50, 8, 8)).astype(np.float32))
-        save_file(SmallCNN(seed=3).state_dict(), folder / "net.safetensors")
-        self.model = ["--model", SPEC, "--weights", str(folder / "net.safetensors")]
-        self.state = str(folder / "state.safetensors")
-        self.fit_code = main(self.fit("--detectors", ",".join(DETECTORS), "--output", self.state))
-        self.use = ["--state", self.state, *self.model]
-
-    def __getitem__(self, name: str) -> str:
-        return str(self.folder / name)
-
-    def fit(self, *more: str) -> list[str]:
-        return [
-            "fit",
-            *self.model,
-            "--data",
-            self["fit.npz"],
-            "--channels",
-            "1",
-            "--mean",
-            "0.3",
-            "--std",
-            "0.35",
-            *more,
-        ]
-
-    def score(self, output: object, *more: str, data: str = "noise.npy") -> list[str]:
-        return ["score", *self.use, "--data", self[data], "--output", str(output), "--batch-size", "8", *more]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    made = Place(tmp_path_factory.mktemp("place"))
-    assert made.fit_code == 0
-    return made
-
-
-@pytest.fixture
-def call(capsys):
-    """Runs a command: (exit code, standard output, standard error)."""
-
-    def run(arguments):
-        capsys.readouterr()
-        code = main(arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-def refused(call, arguments, *words):
-    code, out, err = call(arguments)
-    assert code == 2
-    assert out == ""
-    assert len(err.splitlines()) == 1, err
-    assert err.startswith("ood-engine: ")
-    for word in words:
-        assert word in err
-
 
 def read(path):
     return pq.read_table(path).to_pylist()
 
 
-@pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS]])
-def test_help_fits_a_terminal(call, command):
-    code, out, _ = call([*command, "--help"])
-    assert code == 0
-    assert "Usage: ood-engine" in out
-    assert max(map(len, out.splitlines())) <= 101
-    assert not command or "ood-engine " + command[0] in out.split("Options:")[0]
-
-
-def test_without_a_command_help_is_shown(call):
+def test_help_fits_a_terminal(call):
+    for command in ([], *([name] for name in COMMANDS)):
+        code, out, _ = call([*command, "--help"])
+        assert code == 0
+        assert "Usage: ood-engine" in out
+        assert max(map(len, out.splitlines())) <= 101
+        assert not command or "ood-engine " + command[0] in out.split("Options:")[0]
     assert call([])[0] == 0
 
 
@@ -123,11 +46,11 @@ def test_without_a_command_help_is_shown(call):
 def test_fit_stores_preprocessing_and_settings(place, call, tmp_path):
     output = tmp_path / "deep" / "state.safetensors"
     more = ["--detectors", "nap_energy,opnp", "--set", "nap_energy.w=0.4", "--set", "opnp.weight_range=0.2,0.99"]
-    code, out, _ = call(place.fit(*more, "--output", str(output), "--json", "--calibration-share", "0.3"))
+    code, out, _ = call(place.fit(output, *more, "--json", "--calibration-share", "0.3"))
     summary = json.loads(out)
     assert code == 0
     assert (summary["fit_images"], summary["calibration_images"]) == (140, 60)
-    engine = oe.Engine.load(output, load_model(SPEC, place["net.safetensors"]))
+    engine = oe.Engine.load(output, load_model(place.spec, place["net.safetensors"]))
     assert engine.detectors["nap_energy"].settings["w"] == 0.4
     assert tuple(engine.detectors["opnp"].settings["weight_range"]) == (0.2, 0.99)
     assert engine.information["preprocess"] == {"size": None, "channels": 1, "mean": [0.3], "std": [0.35]}
@@ -137,7 +60,7 @@ def test_fit_stores_preprocessing_and_settings(place, call, tmp_path):
 @pytest.mark.parametrize(("given", "size"), [("9x7", [9, 7]), ("8", [8, 8])])
 def test_a_size_is_height_by_width(place, call, tmp_path, given, size):
     path = tmp_path / "state.safetensors"
-    assert call(place.fit("--size", given, "--detectors", "energy", "--output", str(path)))[0] == 0
+    assert call(place.fit(path, "--size", given, "--detectors", "energy"))[0] == 0
     assert read_header(path)["information"]["preprocess"]["size"] == size
 
 
@@ -145,18 +68,14 @@ def test_fit_drops_calibration_images_that_were_fitted(place, call, tmp_path):
     archive = np.load(place["fit.npz"])
     fresh = np.load(place["test.npz"])["images"]
     np.save(tmp_path / "mixed.npy", np.concatenate([archive["images"][:5], fresh]))
-    arguments = place.fit(
-        "--calibration", str(tmp_path / "mixed.npy"), "--output", str(tmp_path / "s.safetensors"), "--json"
-    )
+    arguments = place.fit(tmp_path / "s.safetensors", "--calibration", str(tmp_path / "mixed.npy"), "--json")
     assert json.loads(call(arguments)[1])["calibration_images"] == 60
 
 
 def test_fit_without_calibration_gives_scores_without_decisions(place, call, tmp_path):
     state = str(tmp_path / "s.safetensors")
-    assert call(place.fit("--calibration-share", "0", "--detectors", "energy", "--output", state))[0] == 0
-    arguments = place.score(tmp_path / "t.parquet")
-    arguments[arguments.index(place.state)] = state
-    code, out, _ = call(arguments)
+    assert call(place.fit(state, "--calibration-share", "0", "--detectors", "energy"))[0] == 0
+    code, out, _ = call(place.score(tmp_path / "t.parquet", state=state))
     assert code == 0
     assert "not calibrated" in out
     row = read(tmp_path / "t.parquet")[0]
@@ -167,7 +86,7 @@ def test_fit_without_calibration_gives_scores_without_decisions(place, call, tmp
 
 def test_fit_tunes_on_corrupted_calibration_images(place, call, tmp_path, monkeypatch):
     monkeypatch.setitem(tune.__kwdefaults__, "corruptions", ("contrast",))
-    arguments = place.fit("--tune", "--detectors", "nap_energy", "--output", str(tmp_path / "s.safetensors"), "--json")
+    arguments = place.fit(tmp_path / "s.safetensors", "--tune", "--detectors", "nap_energy", "--json")
     summary = json.loads(call(arguments)[1])
     assert [row["detector"] for row in summary["tuned"]] == ["nap_energy"]
     assert summary["detectors"]["nap_energy"]["w"] == summary["tuned"][0]["settings"]["w"]
@@ -177,8 +96,7 @@ def test_fit_names_images_it_left_out(place, call, tmp_path):
     images = np.load(place["fit.npz"])["images"]
     images[:5] = np.nan
     np.save(tmp_path / "some.npy", images)
-    arguments = place.fit("--output", str(tmp_path / "s.safetensors"), "--calibration-share", "0", "--json")
-    arguments[arguments.index(place["fit.npz"])] = str(tmp_path / "some.npy")
+    arguments = place.fit(tmp_path / "s.safetensors", "--calibration-share", "0", "--json", data=tmp_path / "some.npy")
     code, out, err = call(arguments)
     assert code == 0
     assert err.count("warning: left out of fitting: some.npy[") == 3
@@ -207,15 +125,15 @@ def test_fit_names_images_it_left_out(place, call, tmp_path):
         (["--cache-limit", "-1"], ["--cache-limit"]),
     ],
 )
-def test_fit_refuses(place, call, tmp_path, more, words):
-    refused(call, [*place.fit("--output", str(tmp_path / "s.safetensors")), *more], *words)
+def test_fit_refuses(refused, place, tmp_path, more, words):
+    refused([*place.fit(tmp_path / "s.safetensors"), *more], *words)
     assert not (tmp_path / "s.safetensors").exists()
 
 
-def test_unwritable_outputs_are_refused_before_the_work(place, call, tmp_path):
+def test_unwritable_outputs_are_refused_before_the_work(refused, place, tmp_path):
     (tmp_path / "file").touch()
-    refused(call, place.fit("--output", str(tmp_path)), "is a folder")
-    refused(call, place.fit("--output", str(tmp_path / "file" / "s.safetensors")), "choose another --output")
+    refused(place.fit(tmp_path), "is a folder")
+    refused(place.fit(tmp_path / "file" / "s.safetensors"), "choose another --output")
 
 
 # score
@@ -225,25 +143,25 @@ def test_score_writes_what_the_engine_says(place, call, tmp_path):
     code, out, err = call(place.score(tmp_path / "t.parquet", "--json"))
     assert (code, err) == (0, "")
     rows = read(tmp_path / "t.parquet")
-    engine = oe.Engine.load(place.state, load_model(SPEC, place["net.safetensors"]))
+    engine = oe.Engine.load(place.state, load_model(place.spec, place["net.safetensors"]))
     images = (torch.from_numpy(np.load(place["noise.npy"]))[:, None] - 0.3) / 0.35
     batches = images.split(8)  # as the command does, for rounding depends on the size of a batch
     scores, p_values, flagged = (
-        {name: torch.cat([part[name] for part in parts]) for name in DETECTORS}
+        {name: torch.cat([part[name] for part in parts]) for name in place.detectors}
         for parts in zip(*[(engine.score(x), engine.p_values(x), engine.predict(x)) for x in batches], strict=True)
     )
     assert list(rows[0]) == [
         "path",
-        *[f"{name}_{what}" for name in DETECTORS for what in ("score", "p_value", "out_of_distribution")],
+        *[f"{name}_{what}" for name in place.detectors for what in ("score", "p_value", "out_of_distribution")],
         "error",
     ]
     assert [row["path"] for row in rows] == [f"noise.npy[{index}]" for index in range(50)]
-    for name in DETECTORS:
+    for name in place.detectors:
         np.testing.assert_allclose([row[f"{name}_score"] for row in rows], scores[name], rtol=1e-6)
         np.testing.assert_allclose([row[f"{name}_p_value"] for row in rows], p_values[name], rtol=1e-6)
         assert [row[f"{name}_out_of_distribution"] for row in rows] == flagged[name].tolist()
     summary = json.loads(out)
-    assert summary["flagged"] == {name: int(flagged[name].sum()) for name in DETECTORS}
+    assert summary["flagged"] == {name: int(flagged[name].sum()) for name in place.detectors}
     assert (summary["images"], summary["errors"]) == (50, 0)
 
 
@@ -266,7 +184,7 @@ def test_unreadable_images_and_unsound_scores_are_rows_with_an_error(place, call
         Image.fromarray(np.full((8, 8), 40 * index, dtype=np.uint8)).save(folder / f"{index}.png")
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:50])
     (folder / "2.png").write_text("hello")
-    code, out, _ = call(place.score(tmp_path / "t.csv", "--json", data=str(folder)))
+    code, out, _ = call(place.score(tmp_path / "t.csv", "--json", data=folder))
     with open(tmp_path / "t.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert code == 0
@@ -278,14 +196,14 @@ def test_unreadable_images_and_unsound_scores_are_rows_with_an_error(place, call
     huge = np.load(place["noise.npy"])
     huge[3] = 3e38
     np.save(tmp_path / "huge.npy", huge)
-    call(place.score(tmp_path / "h.parquet", "--mean", "0", "--std", "1", data=str(tmp_path / "huge.npy")))
+    call(place.score(tmp_path / "h.parquet", "--mean", "0", "--std", "1", data=tmp_path / "huge.npy"))
     row = read(tmp_path / "h.parquet")[3]
     assert row["error"].startswith("no finite score: ")
     assert row["nap_energy_score"] is None
     assert row["nap_energy_out_of_distribution"] is None
 
 
-def test_a_broken_run_goes_on_and_gives_the_same_table(place, call, tmp_path, monkeypatch):
+def test_a_broken_run_goes_on_and_gives_the_same_table(refused, place, call, tmp_path, monkeypatch):
     output = tmp_path / "t.parquet"
     score_batch, calls = oe.Engine.score, []
 
@@ -301,23 +219,23 @@ def test_a_broken_run_goes_on_and_gives_the_same_table(place, call, tmp_path, mo
     assert code == 130
     assert "16 of 50 rows are kept" in err
     assert "--resume" in err
-    refused(call, place.score(output), "unfinished run", "--resume")
-    refused(call, place.score(output, "--resume", "--mean", "0.1"), "'preprocess' was")
+    refused(place.score(output), "unfinished run", "--resume")
+    refused(place.score(output, "--resume", "--mean", "0.1"), "'preprocess' was")
     code, out, _ = call(place.score(output, "--part-rows", "16", "--resume", "--json"))
     assert (code, json.loads(out)["resumed_after"]) == (0, 16)
     call(place.score(tmp_path / "whole.parquet"))
     assert read(output) == read(tmp_path / "whole.parquet")
-    refused(call, place.score(output, "--resume"), "already complete")
+    refused(place.score(output, "--resume"), "already complete")
 
 
-def test_an_output_with_a_slash_is_a_folder_of_parts(place, call, tmp_path):
+def test_an_output_with_a_slash_is_a_folder_of_parts(refused, place, call, tmp_path):
     assert call(place.score(tmp_path / "whole.parquet"))[0] == 0
     code, out, _ = call(place.score(f"{tmp_path}/new/parts/", "--part-rows", "16", "--json"))
     assert code == 0
     assert json.loads(out)["images"] == 50
     assert len(list((tmp_path / "new" / "parts").glob("part-*.parquet"))) == 4
     assert read(tmp_path / "new" / "parts") == read(tmp_path / "whole.parquet")
-    refused(call, place.score(f"{tmp_path}/new/parts/"), "is a folder already")
+    refused(place.score(f"{tmp_path}/new/parts/"), "is a folder already")
 
 
 def test_parts_are_written_by_the_clock_too(place, call, tmp_path, monkeypatch):
@@ -336,14 +254,14 @@ def test_other_weights_below_the_same_head_do_not_continue_a_run(place, call, tm
     assert call(place.score(tmp_path / "t.parquet"))[0] == 130
     state = SmallCNN(seed=3).state_dict()
     save_file(state | {"body.1.weight": state["body.1.weight"] * 1.0001}, tmp_path / "other.safetensors")
-    arguments = place.score(tmp_path / "t.parquet", "--resume")
-    arguments[arguments.index(place["net.safetensors"])] = str(tmp_path / "other.safetensors")
-    code, _, err = call(arguments)
+    code, _, err = call(
+        place.score(tmp_path / "t.parquet", "--resume", "--weights", str(tmp_path / "other.safetensors"))
+    )
     assert code == 2
     assert "'model' was" in err
 
 
-def test_a_full_disk_keeps_the_rows_so_far(place, call, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_rows_so_far(refused, place, call, tmp_path, monkeypatch):
     write, parts = os.fsync, []
 
     def full(handle):
@@ -354,13 +272,8 @@ def test_a_full_disk_keeps_the_rows_so_far(place, call, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        refused(
-            call,
-            place.score(tmp_path / "t.parquet", "--part-rows", "8"),
-            "No space left",
-            "--resume",
-            "t.parquet.parts",
-        )
+        scoring = place.score(tmp_path / "t.parquet", "--part-rows", "8")
+        refused(scoring, "No space left", "--resume", "t.parquet.parts")
     code, out, _ = call(place.score(tmp_path / "t.parquet", "--resume", "--json"))
     assert code == 0
     assert json.loads(out)["resumed_after"] > 0
@@ -370,38 +283,34 @@ def test_a_full_disk_keeps_the_rows_so_far(place, call, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"--data": "nope"}, ["nope", "does not exist"]),
-        ({"--output": "t.txt"}, [".parquet or .csv"]),
-        ({"--state": "nope"}, ["no such state file"]),
-        ({"--weights": "nope"}, ["no such file"]),
-        ({"--model": "nope:make"}, ["nope"]),
-        ({"--batch-size": "0"}, ["--batch-size"]),
+        (["--data", "nope"], ["nope", "does not exist"]),
+        (["--output", "t.txt"], [".parquet or .csv"]),
+        (["--state", "nope"], ["no such state file"]),
+        (["--weights", "nope"], ["no such file"]),
+        (["--model", "nope:make"], ["nope"]),
+        (["--batch-size", "0"], ["--batch-size"]),
     ],
 )
-def test_score_refuses(place, call, tmp_path, change, words):
-    arguments = place.score(tmp_path / "t.csv")
-    for option, value in change.items():
-        arguments[arguments.index(option) + 1] = value
-    refused(call, arguments, *words)
+def test_score_refuses(refused, place, tmp_path, change, words):
+    refused(place.score(tmp_path / "t.csv", *change), *words)
 
 
-def test_images_that_the_model_rejects_stop_the_run(place, call, tmp_path):
-    refused(call, place.score(tmp_path / "t.csv", "--channels", "3"), "the channels and size of fit")
+def test_images_that_the_model_rejects_stop_the_run(refused, place, tmp_path):
+    refused(place.score(tmp_path / "t.csv", "--channels", "3"), "the channels and size of fit")
 
 
 # evaluate and inspect
 
 
 def test_evaluate_writes_the_report(place, call, tmp_path):
-    sets = ["--id", place["test.npz"], "--ood", f"noise={place['noise.npy']}", "--output", str(tmp_path / "out")]
-    code, out, err = call(["evaluate", *place.use, *sets])
+    code, out, err = call(place.evaluate(tmp_path / "out"))
     assert (code, err) == (0, "")
     assert "nap_energy" in out
     assert "accuracy on ID images" in out
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {"evaluation.json", "report.html", "histograms.png", "roc.png"}
     document = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    model, archive = load_model(SPEC, place["net.safetensors"]), np.load(place["test.npz"])
+    model, archive = load_model(place.spec, place["net.safetensors"]), np.load(place["test.npz"])
     predicted = model((torch.from_numpy(archive["images"])[:, None] - 0.3) / 0.35).argmax(1).numpy()
     assert document["accuracy"] == pytest.approx(float((predicted == archive["labels"]).mean()))
 
@@ -414,30 +323,22 @@ def test_evaluate_writes_the_report(place, call, tmp_path):
         (["a=nowhere"], ["nowhere", "does not exist"]),
     ],
 )
-def test_evaluate_refuses(place, call, tmp_path, ood, words):
-    sets = [part for entry in ood for part in ("--ood", entry)]
-    refused(call, ["evaluate", *place.use, "--id", place["test.npz"], *sets, "--output", str(tmp_path / "e")], *words)
+def test_evaluate_refuses(refused, place, tmp_path, ood, words):
+    first, *others = ood
+    refused(place.evaluate(tmp_path / "e", *(part for entry in others for part in ("--ood", entry)), ood=first), *words)
 
 
 def test_labels_beyond_the_model_give_no_accuracy(place, call, tmp_path):
     archive = np.load(place["test.npz"])
     np.savez(tmp_path / "far.npz", images=archive["images"], labels=archive["labels"] + 5)
-    sets = [
-        "--id",
-        str(tmp_path / "far.npz"),
-        "--ood",
-        f"noise={place['noise.npy']}",
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    code, out, err = call(["evaluate", *place.use, *sets, "--json"])
+    code, out, err = call(place.evaluate(tmp_path / "out", "--json", data=tmp_path / "far.npz"))
     assert code == 0
     assert "no accuracy" in err
     assert json.loads(out)["accuracy"] is None
 
 
 def test_class_folders_are_numbered_as_they_were_fitted(tmp_path, place, call):
-    model = load_model(SPEC, place["net.safetensors"])
+    model = load_model(place.spec, place["net.safetensors"])
     images = np.load(place["noise.npy"])
     pixels = (images * 255).round().astype(np.uint8)
     predicted = model((torch.from_numpy(pixels)[:, None] / 255 - 0.3) / 0.35).argmax(1).tolist()
@@ -451,16 +352,7 @@ def test_class_folders_are_numbered_as_they_were_fitted(tmp_path, place, call):
             folder = tmp_path / "id" / "abcdefgh"[label]
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[index]).save(folder / f"{index}.png")
-    sets = [
-        "--id",
-        str(tmp_path / "id"),
-        "--ood",
-        f"noise={place['noise.npy']}",
-        "--output",
-        str(tmp_path / "out"),
-        "--json",
-    ]
-    code, out, _ = call(["evaluate", "--state", str(state), *place.model, *sets])
+    code, out, _ = call(place.evaluate(tmp_path / "out", "--json", data=tmp_path / "id", state=str(state)))
     assert code == 0
     assert json.loads(out)["accuracy"] == 1.0
 
@@ -470,51 +362,44 @@ def test_inspect_shows_the_state_without_a_model(place, call):
     assert code == 0
     for word in ("head: 8 classes × 64 features", "body, verified", "nap_energy", "false-alarm rate 5 %", "mean=[0.3]"):
         assert word in out
-    code, out, _ = call(["inspect", place.state, "--json"])
-    document = json.loads(out)
-    assert document["bytes"] == Path(place.state).stat().st_size
-    total = sum(row["bytes"] for row in document["tensors"])
-    assert 0 < total < document["bytes"]
-
-
-def test_inspect_shows_what_each_form_of_a_subspace_costs(place, call):
+    assert "Gradient subspaces, a batch of 64" in out
+    assert "explicit" in out
     document = json.loads(call(["inspect", place.state, "--json"])[1])
+    assert document["bytes"] == Path(place.state).stat().st_size
+    assert 0 < sum(row["bytes"] for row in document["tensors"]) < document["bytes"]
     (subspace,) = document["subspaces"]
     assert subspace["detectors"] == ["low_dim_gradient"]
     assert {"explicit"} <= {cost["form"] for cost in subspace["costs"]} <= {"dual", "explicit"}
     assert subspace["cheapest"] == subspace["costs"][0]["form"]
-    out = call(["inspect", place.state])[1]
-    assert "Gradient subspaces, a batch of 64" in out
-    assert "explicit" in out
 
 
-def test_inspect_refuses_what_is_no_state(place, call):
-    refused(call, ["inspect", place["net.safetensors"]], "not an ood-engine state")
-    refused(call, ["inspect", place["noise.npy"]], "not a safetensors file")
+def test_inspect_refuses_what_is_no_state(refused, place):
+    refused(["inspect", place["net.safetensors"]], "not an ood-engine state")
+    refused(["inspect", place["noise.npy"]], "not a safetensors file")
 
 
 # how commands end
 
 
-def test_usage_errors_are_one_line(call):
-    refused(call, ["fit"], "Missing option", "ood-engine fit --help")
-    refused(call, ["fits"], "No such command")
-    refused(call, ["inspect", "x", "--nope"], "--nope")
+def test_usage_errors_are_one_line(refused):
+    refused(["fit"], "Missing option", "ood-engine fit --help")
+    refused(["fits"], "No such command")
+    refused(["inspect", "x", "--nope"], "--nope")
 
 
 def test_ctrl_c_without_anything_kept(place, call, tmp_path, monkeypatch):
     monkeypatch.setattr(oe.Engine, "fit", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
-    code, _, err = call(place.fit("--output", str(tmp_path / "s.safetensors")))
+    code, _, err = call(place.fit(tmp_path / "s.safetensors"))
     assert code == 130
     assert "nothing was written" in err
 
 
-def test_out_of_memory_names_the_way_out(place, call, tmp_path, monkeypatch):
+def test_out_of_memory_names_the_way_out(refused, place, tmp_path, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried a lot")
 
     monkeypatch.setattr(oe.Engine, "score", full)
-    refused(call, place.score(tmp_path / "t.csv"), "--batch-size")
+    refused(place.score(tmp_path / "t.csv"), "--batch-size")
 
 
 def test_without_the_extra_one_line_says_how_to_install_it(call, monkeypatch):
@@ -545,9 +430,9 @@ def test_as_a_module_it_is_the_same_program(place):
 # explain
 
 
-def test_explain_gives_contributions_and_a_picture(place, call, tmp_path):
+def test_explain_gives_contributions_and_a_picture(refused, place, call, tmp_path):
     state = str(tmp_path / "state.safetensors")
-    assert call(place.fit("--detectors", "low_dim_gradient", "--output", state))[0] == 0
+    assert call(place.fit(state, "--detectors", "low_dim_gradient"))[0] == 0
     use = ["explain", "--state", state, *place.model, "--data", place["test.npz"]]
     picture = tmp_path / "why.png"
     code, out, _ = call([*use, "--image", "3", "--output", str(picture), "--json"])
@@ -561,8 +446,6 @@ def test_explain_gives_contributions_and_a_picture(place, call, tmp_path):
     code, out, _ = call([*use, "--image", document["image"], "--top", "2"])
     assert code == 0
     assert "predicted class" in out
-    refused(call, [*use, "--image", "999"], "--image '999'", "expected a name in --data", "or a number below 60")
-    refused(call, [*use, "--image", "3", "--output", str(tmp_path / "why.txt")], "expected a name that ends in .png")
-    refused(
-        call, [*use, "--image", "3", "--detector", "energy"], "explain 'energy'", "expected a low-dimensional-gradient"
-    )
+    refused([*use, "--image", "999"], "--image '999'", "expected a name in --data", "or a number below 60")
+    refused([*use, "--image", "3", "--output", str(tmp_path / "why.txt")], "expected a name that ends in .png")
+    refused([*use, "--image", "3", "--detector", "energy"], "explain 'energy'", "expected a low-dimensional-gradient")

@@ -1,28 +1,19 @@
 from __future__ import annotations
 
-import csv
-import json
 import math
 import re
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import ood_engine as oe
 import ood_kernels as ok
-from ood_engine.cli import main
-from ood_engine.demo import SmallCNN
 from ood_engine.detectors.low_dim_gradient import HEADS
-from ood_engine.evaluation import sweep as sweeping
 from ood_engine.evaluation.metrics import auroc, fpr_at_tpr
 from ood_engine.evaluation.report.sweep import FAMILIES, combinations, write_sweep_figures
 from ood_engine.evaluation.sweep import COLUMNS, sweep
 from ood_engine.features.cache import CacheRows, FeatureCache
 from ood_engine.runtime import Kernels
-
-SPEC = "ood_engine.demo:small_cnn"
 
 
 @pytest.fixture(scope="module")
@@ -204,112 +195,3 @@ def test_combinations_are_ranked_by_their_mean():
 
 def test_every_head_has_a_place_in_the_pictures():
     assert sorted(head for heads in FAMILIES.values() for head in heads) == sorted(HEADS)
-
-
-class Place:
-    def __init__(self, folder):
-        self.folder = folder
-        generator = np.random.default_rng(0)
-        patterns = generator.random((8, 8, 8))
-        for name, count in (("fit", 160), ("test", 40)):
-            labels = generator.integers(0, 8, count)
-            pixels = 0.7 * patterns[labels] + 0.3 * generator.random((count, 8, 8))
-            np.savez(folder / f"{name}.npz", images=pixels.astype(np.float32), labels=labels)
-        np.save(folder / "noise.npy", generator.random((30, 8, 8)).astype(np.float32))
-        save_file(SmallCNN(seed=3).state_dict(), folder / "net.safetensors")
-        model = ["--model", SPEC, "--weights", str(folder / "net.safetensors")]
-        state = str(folder / "state.safetensors")
-        fit = ["fit", *model, "--data", str(folder / "fit.npz"), "--channels", "1", "--detectors", "energy"]
-        assert main([*fit, "--output", state]) == 0
-        self.evaluate = ["evaluate", "--state", state, *model, "--id", str(folder / "test.npz")]
-        self.evaluate += ["--ood", f"noise={folder / 'noise.npy'}"]
-        self.fit = ["--fit", str(folder / "fit.npz")]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return Place(tmp_path_factory.mktemp("sweep"))
-
-
-def test_the_command_writes_table_and_pictures(place, tmp_path, capsys):
-    command = [
-        *place.evaluate,
-        "--output",
-        str(tmp_path),
-        "--sweep",
-        *place.fit,
-        "--components",
-        "3,9",
-        "--heads",
-        "knn,vim",
-    ]
-    assert main([*command, "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert document["complete"] is True
-    assert (document["fit_samples"], document["id_samples"], document["ood_samples"]) == (160, 40, {"noise": 30})
-    assert len(document["rows"]) == (3 * 2 + 1) * 2
-    saved = json.loads((tmp_path / "sweep.json").read_text())
-    assert saved["rows"] == document["rows"]
-    with open(tmp_path / "sweep.csv", newline="") as file:
-        table = list(csv.DictReader(file))
-    assert [float(row["auroc"]) for row in table] == [row["auroc"] for row in document["rows"]]
-    for name in ("sweep_components.png", "sweep_cost.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-        assert str(tmp_path / name) in document["files"]
-
-
-def test_the_command_prints_the_best_and_the_refused(place, tmp_path, capsys):
-    command = [
-        *place.evaluate,
-        "--output",
-        str(tmp_path),
-        "--sweep",
-        *place.fit,
-        "--components",
-        "3",
-        "--bases",
-        "dual",
-    ]
-    assert main([*command, "--normalisations", "none,nfk", "--heads", "knn,vim"]) == 0
-    out = capsys.readouterr().out
-    assert "2 best of 2 combinations" in out
-    assert "2 not fitted: normalisation='nfk' with basis='dual'" in out
-    assert main([*command, "--normalisations", "nfk"]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("ood-engine: no combination could be fitted")
-
-
-def test_finished_rows_survive_an_interruption(place, tmp_path, capsys, monkeypatch):
-    fit, calls = sweeping._fit, []
-
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return fit(*arguments)
-
-    monkeypatch.setattr(sweeping, "_fit", interrupted)
-    assert main([*place.evaluate, "--output", str(tmp_path), "--sweep", *place.fit, "--bases", "dual"]) == 130
-    saved = json.loads((tmp_path / "sweep.json").read_text())
-    assert saved["complete"] is False
-    assert [row["head"] for row in saved["rows"]] == list(HEADS[:2])
-    assert "2 finished rows are kept" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--sweep"], "give --fit DATA"),
-        (["--heads", "knn"], "--heads belongs to a sweep"),
-        (["--sweep", "--fit", "x", "--bases", "dual,pca"], "'pca' is not known"),
-        (["--sweep", "--fit", "x", "--components", "0"], "expected whole numbers"),
-        (["--sweep", "--fit", "x", "--components", "many"], "expected whole numbers"),
-        (["--sweep", "--fit", "x"], "x"),
-    ],
-)
-def test_the_command_refuses(place, tmp_path, capsys, options, words):
-    assert main([*place.evaluate, "--output", str(tmp_path / "out"), *options]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert len(captured.err.splitlines()) == 1
-    assert words in captured.err

@@ -57,12 +57,15 @@ def test_class_folders_are_labels_in_sorted_order(tmp_path):
     assert [sample.label for sample in dataset] == [0, 1, 2, 2, 3]
 
 
-@pytest.mark.parametrize("ending", ["png", "jpg", "jpeg", "bmp", "gif", "tif", "tiff", "webp", "ppm", "pgm"])
-def test_every_format_is_read(tmp_path, ending):
-    save_image(tmp_path / f"image.{ending}", 128)
-    (sample,) = open_dataset(tmp_path, GRAY)
-    assert sample.error is None
-    assert abs(float(sample.image.mean()) * 255 - 128) < 2
+def test_every_format_is_read(tmp_path):
+    endings = ("png", "jpg", "jpeg", "bmp", "gif", "tif", "tiff", "webp", "ppm", "pgm")
+    for ending in endings:
+        save_image(tmp_path / f"image.{ending}", 128)
+    dataset = open_dataset(tmp_path, GRAY)
+    assert len(dataset) == len(endings)
+    for sample in dataset:
+        assert sample.error is None, sample.name
+        assert abs(float(sample.image.mean()) * 255 - 128) < 2, sample.name
 
 
 def test_16_bit_png_keeps_its_depth(tmp_path):
@@ -167,26 +170,24 @@ BYTES = np.arange(2 * 5 * 4 * 3, dtype=np.uint8).reshape(2, 5, 4, 3)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float16", "float32", ">f4", "float64"])
-@pytest.mark.parametrize("layout", ["NHWC", "NCHW", "fortran"])
-def test_every_layout_and_dtype_gives_the_same_images(tmp_path, dtype, layout):
+def test_every_layout_and_dtype_gives_the_same_images(tmp_path, dtype):
     images = BYTES if dtype == "uint8" else (BYTES / 255).astype(dtype)
-    images = {"NHWC": images, "NCHW": images.transpose(0, 3, 1, 2), "fortran": np.asfortranarray(images)}[layout]
-    np.save(tmp_path / "data.npy", images)
-    dataset = open_dataset(tmp_path / "data.npy", Preprocess())
-    assert dataset.names == ["data.npy[0]", "data.npy[1]"]
     expected = torch.from_numpy(BYTES.astype(np.float32) / 255).permute(0, 3, 1, 2)
     tolerance = 1e-3 if dtype == "float16" else 1e-6
-    torch.testing.assert_close(torch.stack([s.image for s in dataset]), expected, atol=tolerance, rtol=0)
-    assert dataset.labels is None
+    for layout in (images, images.transpose(0, 3, 1, 2), np.asfortranarray(images)):
+        np.save(tmp_path / "data.npy", layout)
+        dataset = open_dataset(tmp_path / "data.npy", Preprocess())
+        assert dataset.names == ["data.npy[0]", "data.npy[1]"]
+        torch.testing.assert_close(torch.stack([s.image for s in dataset]), expected, atol=tolerance, rtol=0)
+        assert dataset.labels is None
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 4), (2, 5, 4, 1), (2, 1, 5, 4)])
-def test_gray_arrays_have_one_channel_or_none(tmp_path, shape):
-    np.save(tmp_path / "data.npy", BYTES[..., 0].reshape(shape))
-    images = torch.stack([sample.image for sample in open_dataset(tmp_path / "data.npy", GRAY)])
-    assert torch.equal(images, torch.from_numpy(BYTES[..., 0].astype(np.float32) / 255)[:, None])
-    colour = open_dataset(tmp_path / "data.npy", Preprocess((3, 3), 3))[1].image
-    assert colour.shape == (3, 3, 3)
+def test_gray_arrays_have_one_channel_or_none(tmp_path):
+    for shape in ((2, 5, 4), (2, 5, 4, 1), (2, 1, 5, 4)):
+        np.save(tmp_path / "data.npy", BYTES[..., 0].reshape(shape))
+        images = torch.stack([sample.image for sample in open_dataset(tmp_path / "data.npy", GRAY)])
+        assert torch.equal(images, torch.from_numpy(BYTES[..., 0].astype(np.float32) / 255)[:, None])
+        assert open_dataset(tmp_path / "data.npy", Preprocess((3, 3), 3))[1].image.shape == (3, 3, 3)
 
 
 def test_npy_is_mapped_and_not_read(tmp_path):
@@ -235,13 +236,13 @@ def test_npz_takes_the_only_array_that_fits(tmp_path):
         (np.array([[[None]]]), "without pickles"),
     ],
 )
-@pytest.mark.parametrize("ending", ["npy", "npz"])
-def test_what_is_no_stack_of_images_is_refused(tmp_path, images, message, ending):
-    path = tmp_path / f"data.{ending}"
-    np.save(path, images) if ending == "npy" else np.savez(path, images=images)
-    with pytest.raises(DataError, match=message) as caught:
-        open_dataset(path, GRAY)
-    assert "\n" not in str(caught.value)
+def test_what_is_no_stack_of_images_is_refused(tmp_path, images, message):
+    np.save(tmp_path / "data.npy", images)
+    np.savez(tmp_path / "data.npz", images=images)
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(DataError, match=message) as caught:
+            open_dataset(path, GRAY)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
