@@ -47,8 +47,12 @@ def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
     done, sync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda handle: (done.append("sync"), sync(handle)))
     monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
-    write_atomically(tmp_path / "file", b"content")
+    path, older = tmp_path / "file", tmp_path / "older"
+    older.write_bytes(b"older")
+    path.hardlink_to(older)
+    write_atomically(path, b"content")
     assert done == ["sync", "replace", "sync"]
+    assert (path.read_bytes(), older.read_bytes()) == (b"content", b"older")
 
 
 def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch):

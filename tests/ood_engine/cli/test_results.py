@@ -129,15 +129,7 @@ def test_any_values_survive(values, ending, size):
 def test_not_a_number_is_not_a_missing_value(tmp_path, ending):
     path = tmp_path / f"scores.{ending}"
     writer = ResultWriter(path, COLUMNS, job={})
-    writer.write(
-        {
-            "path": ["a", "b"],
-            "energy": [float("nan"), None],
-            "label": [1, 2],
-            "flagged": [True] * 2,
-            "error": [None] * 2,
-        }
-    )
+    writer.write(make_rows(1, 3) | {"energy": [float("nan"), None]})
     writer.finish()
     energy = read_back(path)["energy"]
     assert math.isnan(energy[0])
@@ -218,45 +210,35 @@ def test_a_path_with_a_slash_becomes_a_folder_of_parts(tmp_path):
             ResultWriter(path, COLUMNS, job=JOB, resume=resume)
 
 
-@pytest.mark.parametrize(("damaged", "safe"), [(4, 32), (1, 8)])
-def test_a_truncated_part_is_computed_again(tmp_path, damaged, safe):
-    path = tmp_path / "scores.csv"
-    write_parts(path, 0, 40)
-    part = parts_of(path) / f"part-{damaged:05d}.parquet"
+def truncate(part: Path) -> None:
     os.truncate(part, part.stat().st_size - 20)
-    with pytest.warns(OodEngineWarning, match=f"part-{damaged:05d}.parquet: the part is damaged or missing"):
-        writer = write_parts(path, safe, 40, resume=True)
-    assert writer.rows_done == 40
-    writer.finish()
-    assert path.read_bytes() == uninterrupted(tmp_path / "whole.csv")
 
 
-def test_a_changed_byte_in_a_part_is_noticed(tmp_path):
-    path = tmp_path / "scores.csv"
-    write_parts(path, 0, 40)
-    part = parts_of(path) / "part-00003.parquet"
+def change_a_byte(part: Path) -> None:
     content = bytearray(part.read_bytes())
     content[content.index(b"unreadable")] ^= 1
     part.write_bytes(content)
-    with pytest.warns(OodEngineWarning, match="part-00003"):
-        assert ResultWriter(path, COLUMNS, job=JOB, resume=True).rows_done == 24
 
 
-def test_a_missing_part_is_computed_again(tmp_path):
-    path = tmp_path / "scores.parquet"
-    write_parts(path, 0, 40)
-    (parts_of(path) / "part-00002.parquet").unlink()
-    with pytest.warns(OodEngineWarning, match="goes on after row 16, and 2 part"):
-        assert ResultWriter(path, COLUMNS, job=JOB, resume=True).rows_done == 16
-    assert sorted(os.listdir(parts_of(path))) == ["_job.json", "part-00000.parquet", "part-00001.parquet"]
+def replace_columns(part: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"other": [1.0]}), part)
 
 
-def test_parts_of_other_columns_are_not_merged(tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "damaged"),
+    [(truncate, 4), (truncate, 1), (change_a_byte, 3), (Path.unlink, 2), (replace_columns, 1)],
+)
+def test_a_damaged_part_and_all_behind_it_are_computed_again(tmp_path, damage, damaged):
     path = tmp_path / "scores.csv"
-    write_parts(path, 0, 8)
-    pyarrow.parquet.write_table(pyarrow.table({"other": [1.0]}), parts_of(path) / "part-00001.parquet")
-    with pytest.warns(OodEngineWarning, match="part-00001"):
-        assert ResultWriter(path, COLUMNS, job=JOB, resume=True).rows_done == 8
+    write_parts(path, 0, 40)
+    damage(parts_of(path) / f"part-{damaged:05d}.parquet")
+    left = 5 - damaged - (damage is Path.unlink)
+    message = f"part-{damaged:05d}.parquet: the part is damaged or missing.* after row {8 * damaged}, and {left} part"
+    with pytest.warns(OodEngineWarning, match=message):
+        assert ResultWriter(path, COLUMNS, job=JOB, resume=True).rows_done == 8 * damaged
+    assert len(os.listdir(parts_of(path))) == 1 + damaged
+    write_parts(path, 8 * damaged, 40, resume=True).finish()
+    assert path.read_bytes() == uninterrupted(tmp_path / "whole.csv")
 
 
 def test_damage_found_while_merging_is_one_line(tmp_path):
@@ -308,18 +290,17 @@ def test_a_disk_full_while_merging_keeps_the_parts_and_the_older_table(tmp_path,
     assert path.read_bytes() == uninterrupted(tmp_path / f"whole.{ending}")
 
 
-def test_no_permission_is_one_line(tmp_path, monkeypatch):
-    def forbidden(self, *_, **__):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
-
-    monkeypatch.setattr(Path, "mkdir", forbidden)
-    with pytest.raises(OodEngineError, match=r"cannot write \(Permission denied\); 0 rows are safe"):
-        ResultWriter(tmp_path / "scores.csv", COLUMNS, job=JOB)
+def forbidden(self, *_, **__):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
 
 
-def test_a_disk_full_at_the_start_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OodEngineError, match="0 rows are safe"):
+@pytest.mark.parametrize(
+    ("owner", "name", "broken", "said"),
+    [(Path, "mkdir", forbidden, "Permission denied"), (os, "fsync", no_space, "No space left on device")],
+)
+def test_an_error_at_the_start_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, owner, name, broken, said):
+    monkeypatch.setattr(owner, name, broken)
+    with pytest.raises(OodEngineError, match=rf"cannot write \({said}\); 0 rows are safe"):
         ResultWriter(tmp_path / "scores.csv", COLUMNS, job=JOB)
     assert os.listdir(tmp_path) == []
 
@@ -352,12 +333,6 @@ def test_a_damaged_job_file_is_refused(tmp_path, content):
         ResultWriter(path, COLUMNS, job=JOB, resume=True)
 
 
-def test_the_job_file_holds_the_job_and_the_columns(tmp_path):
-    write_parts(tmp_path / "scores.csv", 0, 8)
-    stored = json.loads((tmp_path / "scores.csv.parts" / "_job.json").read_text())
-    assert stored == {"job": JOB, "columns": COLUMNS}
-
-
 def test_resume_where_nothing_is_starts_from_the_beginning(tmp_path):
     path = tmp_path / "scores.csv"
     assert ResultWriter(path, COLUMNS, job=JOB, resume=True).rows_done == 0
@@ -370,6 +345,7 @@ def test_resume_where_nothing_is_starts_from_the_beginning(tmp_path):
 def test_parts_without_resume_are_kept(tmp_path):
     path = tmp_path / "scores.csv"
     write_parts(path, 0, 16)
+    assert json.loads((parts_of(path) / "_job.json").read_text()) == {"job": JOB, "columns": COLUMNS}
     with pytest.raises(InputError, match="use --resume to continue, or delete it"):
         ResultWriter(path, COLUMNS, job=JOB)
     assert ResultWriter(path, COLUMNS, job=JOB, resume=True).rows_done == 16

@@ -25,20 +25,27 @@ def caches(engine, images, loader):
     return engine.cache, id_cache, {"noise": engine.extract([noise]), "dark": engine.extract([dark])}
 
 
+@pytest.fixture
+def run(engine, caches):
+    """run(**options) → the rows of a sweep of one small basis, unless the options say otherwise."""
+    small = {"bases": ["dual"], "components": [4], "heads": ["knn"], "kernels": Kernels()}
+
+    def sweep_with(fit_cache=caches[0], id_cache=caches[1], ood_caches=caches[2], **options):
+        options = {**small, **options}
+        return sweep(engine.head, options.pop("kernels"), fit_cache, id_cache, ood_caches, **options)
+
+    return sweep_with
+
+
 @pytest.mark.parametrize(("basis", "head"), [("dual", "knn"), ("explicit", "vim"), ("factored", "projected_norm")])
-def test_rows_are_those_of_a_detector_fitted_alone(engine, model, id_batches, caches, basis, head):
-    fit_cache, id_cache, ood_caches = caches
-    rows = sweep(
-        engine.head, Kernels(), fit_cache, id_cache, ood_caches, bases=[basis], components=[6], heads=[head, "residual"]
-    )
+def test_rows_are_those_of_a_detector_fitted_alone(run, model, id_batches, caches, basis, head):
+    _, id_cache, ood_caches = caches
+    rows = run(bases=[basis], components=[6], heads=[head, "residual"])
     assert [(row["head"], row["ood_set"]) for row in rows] == [
         (name, ood_set) for name in (head, "residual") for ood_set in ("noise", "dark")
     ]
-    alone = oe.Engine(
-        model,
-        ["low_dim_gradient"],
-        settings={"low_dim_gradient": {"basis": basis, "head": head, "n_components": 6}},
-    ).fit(id_batches)
+    settings = {"low_dim_gradient": {"basis": basis, "head": head, "n_components": 6}}
+    alone = oe.Engine(model, ["low_dim_gradient"], settings=settings).fit(id_batches)
     scores = {name: alone.scorer.score_cache(cache)["low_dim_gradient"] for name, cache in ood_caches.items()}
     id_scores = alone.scorer.score_cache(id_cache)["low_dim_gradient"]
     fitted = alone.detectors["low_dim_gradient"].basis
@@ -55,7 +62,7 @@ def test_rows_are_those_of_a_detector_fitted_alone(engine, model, id_batches, ca
     assert rows[0]["bytes"] - rows[2]["bytes"] == 4 * bank
 
 
-def test_what_is_measured_is_computed_by_the_kernels_given(engine, caches, monkeypatch):
+def test_what_is_measured_is_computed_by_the_kernels_given(run, monkeypatch):
     seen, masked_energy = set(), ok.masked_energy
 
     def spy(*arguments, precision, **options):
@@ -63,23 +70,14 @@ def test_what_is_measured_is_computed_by_the_kernels_given(engine, caches, monke
         return masked_energy(*arguments, precision=precision, **options)
 
     monkeypatch.setattr(ok, "masked_energy", spy)
-    kernels = Kernels(oe.Runtime(precision="tf32"))
-    sweep(engine.head, kernels, *caches, bases=["dual"], components=[4], heads=["knn"])
+    run(kernels=Kernels(oe.Runtime(precision="tf32")))
     assert seen == {"tf32"}
 
 
 @pytest.mark.filterwarnings("ignore:n_components=500")
-def test_what_cannot_be_fitted_is_a_row_and_the_sweep_goes_on(engine, caches):
-    rows = sweep(
-        engine.head,
-        Kernels(),
-        *caches,
-        bases=["dual", "explicit"],
-        components=[4, 500],
-        heads=["knn", "residual"],
-        normalisations=["none", "nfk"],
-        max_bytes=30_000,
-    )
+def test_what_cannot_be_fitted_is_a_row_and_the_sweep_goes_on(run):
+    grid = {"bases": ["dual", "explicit"], "components": [4, 500], "normalisations": ["none", "nfk"]}
+    rows = run(**grid, heads=["knn", "residual"], max_bytes=30_000)
     reasons = {(row["basis"], row["normalisation"], row["components_wanted"]): row["refused"] for row in rows}
     assert reasons["dual", "none", 4] is None
     assert reasons["explicit", "nfk", 4] is None
@@ -90,24 +88,21 @@ def test_what_cannot_be_fitted_is_a_row_and_the_sweep_goes_on(engine, caches):
     assert len(refused) == 6 * 2 - 2
     assert all(row["auroc"] is None and row["ood_set"] is None for row in refused)
     assert all("\n" not in row["refused"] for row in refused)
-    assert [
-        row["refused"]
-        for row in sweep(engine.head, Kernels(), *caches, bases=["dual"], components=[4], heads=["knn"], max_bytes=9)
-    ]
+    assert [row["refused"] for row in run(max_bytes=9)]
 
 
-def test_a_head_that_fails_leaves_the_others(engine, caches):
+def test_a_head_that_fails_leaves_the_others(run, caches):
     small = FeatureCache(caches[0].rows.select(slice(0, 16)))
-    rows = sweep(engine.head, Kernels(), small, *caches[1:], bases=["dual"], components=[3], heads=["residual", "knn"])
+    rows = run(small, components=[3], heads=["residual", "knn"])
     assert [row["refused"] is None for row in rows] == [True, True, False]
     assert "k=10 neighbours with a bank of 8" in rows[-1]["refused"]
 
 
 @pytest.mark.filterwarnings("ignore:n_components=32")
-def test_default_components_are_what_the_anchors_can_span(engine, caches):
+def test_default_components_are_what_the_anchors_can_span(run, caches):
     def wanted(samples):
         fit_cache = FeatureCache(caches[0].rows.select(slice(0, samples)))
-        rows = sweep(engine.head, Kernels(), fit_cache, *caches[1:], heads=["residual"])
+        rows = run(fit_cache, bases=("dual", "class_average"), components=None, heads=["residual"])
         return {row["components_wanted"] for row in rows if row["basis"] == "dual"}, rows
 
     assert wanted(240)[0] == {8, 32}
@@ -115,52 +110,36 @@ def test_default_components_are_what_the_anchors_can_span(engine, caches):
     assert {row["n_components"] for row in wanted(240)[1] if row["basis"] == "class_average"} == {5}
 
 
-def test_rows_are_handed_over_as_they_come(engine, caches):
+def test_rows_are_handed_over_as_they_come(run):
     lengths = []
-    sweep(
-        engine.head,
-        Kernels(),
-        *caches,
-        bases=["dual"],
-        components=[3],
-        heads=["knn", "vim"],
-        on_rows=lambda r: lengths.append(len(r)),
-    )
+    run(heads=["knn", "vim"], on_rows=lambda rows: lengths.append(len(rows)))
     assert lengths == [2, 4]
 
 
-def test_fit_samples_and_broken_ones_are_not_measured(engine, caches):
+def test_fit_samples_and_broken_ones_are_not_measured(run, caches):
     fit_cache, id_cache, ood_caches = caches
-    options = {"bases": ["dual"], "components": [4], "heads": ["knn"]}
-    expected = [row["auroc"] for row in sweep(engine.head, Kernels(), *caches, **options)]
+    expected = [row["auroc"] for row in run()]
     mixed = FeatureCache(CacheRows(*(torch.cat(pair) for pair in zip(id_cache.rows, fit_cache.rows, strict=True))))
     broken = ood_caches["noise"].rows.select(slice(None))
     features = torch.cat([broken.features, torch.full((1, 12), math.nan)])
     others = [torch.cat([column, column[:1]]) for column in broken[1:]]
     with pytest.warns(oe.errors.OodEngineWarning) as caught:
-        rows = sweep(
-            engine.head,
-            Kernels(),
-            fit_cache,
-            mixed,
-            {**ood_caches, "noise": FeatureCache(CacheRows(features, *others))},
-            **options,
-        )
+        rows = run(id_cache=mixed, ood_caches={**ood_caches, "noise": FeatureCache(CacheRows(features, *others))})
     assert {str(warning.message) for warning in caught} == {
         "ID: 240 of 280 samples are also fit samples, and are left out",
         "noise: 1 of 31 samples have NaN or infinite features, and are left out",
     }
     assert [row["auroc"] for row in rows] == expected
     with pytest.raises(oe.errors.InputError, match="all 240 samples of ID are also fit samples"):
-        sweep(engine.head, Kernels(), fit_cache, fit_cache, ood_caches, **options)
+        run(id_cache=fit_cache)
 
 
 @pytest.mark.filterwarnings("default::ood_engine.errors.OodEngineWarning")
-def test_a_warning_comes_once(engine, caches):
+def test_a_warning_comes_once(run, caches):
     rows = caches[0].rows
     unlabelled = FeatureCache(rows._replace(labels=torch.full_like(rows.labels, -1)))
     with pytest.warns(oe.errors.OodEngineWarning) as caught:
-        sweep(engine.head, Kernels(), unlabelled, *caches[1:], components=[3, 4], heads=["mahalanobis"])
+        run(unlabelled, bases=["dual", "class_average"], components=[3, 4], heads=["mahalanobis"])
     assert [str(warning.message).split(",")[0] for warning in caught] == ["120 samples have no label"]
 
 
@@ -176,9 +155,9 @@ def test_a_warning_comes_once(engine, caches):
         ({"components": []}, "whole numbers"),
     ],
 )
-def test_bad_options(engine, caches, options, words):
+def test_bad_options(run, options, words):
     with pytest.raises(oe.errors.InputError, match=words):
-        sweep(engine.head, Kernels(), *caches, **options)
+        run(**options)
 
 
 def test_combinations_are_ranked_by_their_mean():
