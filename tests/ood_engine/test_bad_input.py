@@ -35,11 +35,11 @@ def changed(batches, value: float, row: int = 70):
 def test_bad_pixels_at_fit_and_calibrate(value, make_model, make_engine, id_batches, fresh_batches):
     for activation in (nn.ReLU, nn.ReLU6):
         with refused(
-            InputError, "sample 70 of 240 gives NaN or infinite features: expected finite ID images; look at that image"
+            InputError, "sample 70 of 240 has NaN or infinite features: expected finite ID images; check that image"
         ):
             oe.Engine(make_model(activation), ["energy"]).fit(changed(id_batches, value))
     with refused(
-        CalibrationError, "1 of 100 calibration scores of 'energy' are NaN or infinite: expected sound ID images"
+        CalibrationError, "1 of 100 calibration scores of 'energy' are NaN or infinite: expected finite ID images"
     ):
         make_engine(("energy",)).calibrate(changed(fresh_batches, value))
 
@@ -90,7 +90,8 @@ def test_bad_weights(value, make_model):
         model = make_model()
         dict(model.named_parameters())[place].data.view(-1)[0] = value
         with refused(
-            TapError, f"the model's '{place}' has 1 NaN or infinite values of .*: expected finite weights; load a sound"
+            TapError,
+            f"the model's '{place}' has 1 NaN or infinite values of .*: expected finite weights; load an intact",
         ):
             oe.Engine(model)
 
@@ -169,7 +170,7 @@ def test_labels_out_of_range(label, model, id_batches):
     [torch.zeros(33), torch.zeros(32, dtype=torch.int64), torch.zeros((33, 1), dtype=torch.int64), torch.ones(33) > 0],
 )
 def test_labels_of_another_kind(labels, model, test_images):
-    with refused(InputError, r"labels of batch 0: expected whole numbers \[33\], one an image, got torch"):
+    with refused(InputError, r"labels of batch 0: expected whole numbers \[33\], one per image, got torch"):
         oe.Engine(model, ["energy"]).fit([(test_images, labels)])
     with refused(
         InputError, r"labels of batch 0: expected whole numbers \[33\], one an image, got a list that is no array"
@@ -245,7 +246,7 @@ def test_features_of_another_kind(engine, test_images):
     ):
         with refused(InputError, rf"feature_map: expected a floating point \[N, D, H, W\], got {came}"):
             engine.score_features(bad)
-    with refused(InputError, r"feature_map \[33, 7, 4, 4\]: expected \[N, 12, H, W\] of a proven map"):
+    with refused(InputError, r"feature_map \[33, 7, 4, 4\]: expected \[N, 12, H, W\] of a verified map"):
         engine.score_features(feature_map[:, :7])
     with refused(InputError, r"feature_map none: expected \[N, 12, H, W\]"):
         engine.score_features(None)

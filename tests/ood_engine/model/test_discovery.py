@@ -194,7 +194,7 @@ def test_the_map_of_every_style_is_found_and_gives_the_logits(style):
         plan = tap.find(x)
         assert plan.proven, dtype
         assert (plan.feature_map, plan.call, plan.layout, plan.relu, plan.tail) == expected
-        assert plan.reason.startswith("proven: its spatial mean")
+        assert plan.reason.startswith("verified: its spatial mean")
         assert (plan.tail is None) == ("through" not in plan.reason)
         captured = tap(x)
         assert captured.feature_map.shape[:2] == (5, WIDTH)
@@ -242,7 +242,7 @@ def test_the_reason_names_the_closest_module():
             x = 1.02 * self.layer4(self.relu(self.bn1(self.conv1(x))))
             return self.fc(x.mean((2, 3)))
 
-    assert "; the closest, 'layer4', is 0.02 off relative to its size" in Tap(build(Gated)).find(images()).reason
+    assert "; the closest, 'layer4', has a relative difference of 0.02" in Tap(build(Gated)).find(images()).reason
     # In bfloat16 logits are compared loosely, the mean is not.
     assert not Tap(build(Gated).bfloat16()).find(images()).proven
 
@@ -261,7 +261,7 @@ def test_a_map_named_by_hand_is_unproven_and_its_values_are_those_the_module_ret
     tap = Tap(model, feature_map="features.0")
     plan = tap.find(images())
     assert (plan.feature_map, plan.proven, plan.relu, plan.layout) == ("features.0", False, False, "NCHW")
-    assert plan.reason == "named by hand, unproven: its spatial mean is not what 'classifier.2' received"
+    assert plan.reason == "named by hand, unverified: its spatial mean differs from the input of 'classifier.2'"
     found = tap(images()).feature_map
     assert torch.equal(found, model.features[0](images()))  # and not what the ReLU in place behind it left
     assert Tap(model, feature_map="avgpool").find(images()).feature_map == "avgpool"
@@ -457,7 +457,7 @@ def test_a_head_named_by_hand_must_make_the_output():
             lambda m, h: m.fc(h) / 0,
             r"the model's output has NaN or infinite values for finite images \(torch\.float32\)",
         ),
-        (lambda m, h: m.fc(h)[:2], "returned 2 rows of logits for 5 images: expected one row an image"),
+        (lambda m, h: m.fc(h)[:2], "returned 2 rows of logits for 5 images: expected one row per image"),
         (lambda m, h: {"out": m.fc(h)}, r"the model's output: expected logits \[N, C\], or \.logits.* got dict"),
         (lambda m, h: m.fc(h)[:, :, None], r"the model's output: .* got shape \[5, 4, 1\]"),
         (lambda m, h: (None, m.fc(h)), "the model's output: .* got NoneType"),
