@@ -173,7 +173,7 @@ def test_labels_of_another_kind(labels, model, test_images):
     with refused(InputError, r"labels of batch 0: expected whole numbers \[33\], one per image, got torch"):
         oe.Engine(model, ["energy"]).fit([(test_images, labels)])
     with refused(
-        InputError, r"labels of batch 0: expected whole numbers \[33\], one an image, got a list that is no array"
+        InputError, r"labels of batch 0: expected whole numbers \[33\], one per image, got a list that is no array"
     ):
         oe.Engine(model, ["energy"]).fit([(test_images, ["cat"] * 33)])
 
@@ -252,7 +252,7 @@ def test_features_of_another_kind(engine, test_images):
         engine.score_features(None)
     features = torch.rand(33, 12)
     for bad in (features[:, :7], features[:1], features.long(), features[0]):
-        with refused(InputError, r"features: expected a floating point \[33, 12\] as the head receives them, got"):
+        with refused(InputError, r"features: expected a floating point head input \[33, 12\], got"):
             engine.score_features(feature_map, bad)
     with refused(OodEngineError, r"NAP needs the feature map: pass feature_map \[N, D, H, W\]"):
         engine.score_features(None, features)
