@@ -58,9 +58,14 @@ def pairwise(*factors: Iterable[object]) -> list[tuple[object, ...]]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run tests marked `pairwise(name=values, ...)` once a row."""
+    """Run tests marked `pairwise(name=values, ...)` once a row; names given alone before them are of fixtures."""
+
+    def written(value: object) -> str | None:
+        return str(value) if isinstance(value, (torch.dtype, tuple)) else None
+
     for marker in metafunc.definition.iter_markers("pairwise"):
-        metafunc.parametrize(list(marker.kwargs), pairwise(*marker.kwargs.values()))
+        rows = pairwise(*marker.kwargs.values())
+        metafunc.parametrize(list(marker.kwargs), rows, indirect=list(marker.args), ids=written)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,8 @@
-"""Shared by the tests of the functional layer: layouts, an ownership check and small well-formed problems."""
+"""Shared by the tests of the kernels: layouts, an ownership check and small well-formed problems."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -11,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ood_kernels as ok
+from ood_kernels.bases import BASES
 
-Problem = tuple[Tensor, ok.Head, ok.DualTensors]
+Problem = tuple[Tensor, ok.Head, ok.BasisTensors | None]
 
 
 def _strided(tensor: Tensor) -> Tensor:
@@ -91,9 +93,14 @@ def largest_tensor() -> Callable[[Callable[[], object]], int]:
     return count
 
 
-@pytest.fixture
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The same normal numbers in every dtype."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.fixture(scope="session")
 def make_problem() -> Callable[..., Problem]:
-    """A feature map, a pruned head and a dual basis over real anchors, in any size and dtype."""
+    """A feature map, a pruned head and a basis over real anchors, in any form ("shifted": dual, "": none), size and dtype."""
 
     def make(
         samples: int = 5,
@@ -101,6 +108,7 @@ def make_problem() -> Callable[..., Problem]:
         classes: int = 6,
         side: int = 3,
         *,
+        form: str = "dual",
         anchors: int = 9,
         components: int = 4,
         dtype: torch.dtype = torch.float32,
@@ -108,27 +116,31 @@ def make_problem() -> Callable[..., Problem]:
         bias: bool = True,
         seed: int = 0,
     ) -> Problem:
-        generator = torch.Generator().manual_seed(seed)
+        seeds = itertools.count(10 * seed)
 
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64)
+        def draw(*shape: int) -> Tensor:
+            return normal(*shape, seed=next(seeds))
 
         head = ok.Head(
-            (2 * normal(classes, channels) / channels**0.5).to(dtype),
-            (normal(classes) + 3).to(dtype),
-            normal(classes, channels) > -1,
-            normal(channels) > -1,
+            (2 * draw(classes, channels) / channels**0.5).to(dtype),
+            (draw(classes) + 3).to(dtype),
+            draw(classes, channels) > -1,
+            draw(channels) > -1,
         )
-        features = normal(anchors, channels).relu()
+        features, coefficients, constants = draw(anchors, channels).relu(), draw(anchors, components), draw(components)
         p = torch.nn.functional.linear(features, head.weight.double(), head.bias.double()).softmax(1)
-        basis = ok.DualTensors(
-            ok.reference.cotangent(p, cotangent).to(dtype),
-            features.to(dtype),
-            normal(anchors, components).to(dtype),
-            normal(components).to(dtype),
-            cotangent,
-            bias,
-        )
-        return normal(samples, channels, side, side).relu().to(dtype), head, basis
+        dual = ok.reference.cotangent(p, cotangent), features, coefficients
+        parts: list[Tensor | None] = [*dual, constants, None, None]
+        if form == "shifted":
+            shift = features.mean(0)
+            parts = [*parts[:4], shift, ok.reference.linear_part(*dual, shift, bias)]
+        elif form == "explicit":
+            extended = torch.cat([features, torch.ones(anchors, int(bias), dtype=torch.float64)], 1)
+            parts = [torch.einsum("nk,nc,nd->kcd", coefficients, dual[0], extended), constants]
+        elif form == "factored":
+            parts = [draw(classes, 2), draw(channels + bias, 3), draw(components, 2, 3), constants]
+        kind = BASES["dual" if form == "shifted" else form] if form else None
+        basis = kind and kind.from_parts([part if part is None else part.to(dtype) for part in parts], cotangent, bias)
+        return draw(samples, channels, side, side).relu().to(dtype), head, basis
 
     return make

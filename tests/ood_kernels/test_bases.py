@@ -21,19 +21,15 @@ def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def make(form, classes=4, channels=5, components=3, cotangent="energy", bias=True, dtype=torch.float32):
-    """A basis of every form; "shifted" is a dual one with a shift."""
-    width, rest = channels + bias, (normal(components, dtype=dtype), cotangent, bias)
-    anchors = (normal(7, classes, dtype=dtype), normal(7, channels, dtype=dtype), normal(7, components, dtype=dtype))
-    if form == "dual":
-        return ok.DualTensors(*anchors, *rest)
-    if form == "shifted":
-        shift = normal(channels, seed=1, dtype=dtype)
-        return ok.DualTensors(*anchors, *rest, shift, reference.linear_part(*anchors, shift, bias))
-    if form == "explicit":
-        return ok.ExplicitTensors(normal(components, classes, width, dtype=dtype), *rest)
-    factors = normal(classes, 2, dtype=dtype), normal(width, 3, seed=1, dtype=dtype)
-    return ok.FactoredTensors(*factors, normal(components, 2, 3, seed=2, dtype=dtype), *rest)
+@pytest.fixture(scope="session")
+def make(make_problem):
+    """A basis of any form over 4 classes, 5 features and 3 components."""
+
+    def build(form, classes=4, channels=5, components=3, cotangent="energy", bias=True, dtype=torch.float32):
+        options = {"cotangent": cotangent, "bias": bias, "dtype": dtype}
+        return make_problem(1, channels, classes, form=form, components=components, **options)[2]
+
+    return build
 
 
 FORMS = ("dual", "shifted", "explicit", "factored")
@@ -41,7 +37,7 @@ sizes = st.integers(1, 6)
 
 
 @given(st.sampled_from(FORMS), sizes, sizes, st.integers(0, 6), st.sampled_from(reference.COTANGENTS), st.booleans())
-def test_parts_make_the_same_basis(form, classes, channels, components, cotangent, bias):
+def test_parts_make_the_same_basis(make, form, classes, channels, components, cotangent, bias):
     basis = make(form, classes, channels, components, cotangent, bias)
     again = BASES[basis.kind].from_parts(basis.parts(), basis.cotangent, basis.bias)
     assert type(again) is type(basis)
@@ -50,7 +46,7 @@ def test_parts_make_the_same_basis(form, classes, channels, components, cotangen
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_parts_are_the_tensors_and_nothing_else(form):
+def test_parts_are_the_tensors_and_nothing_else(make, form):
     basis = make(form)
     tensors = {id(part) for part in basis if isinstance(part, Tensor)}
     assert {id(part) for part in basis.parts() if part is not None} == tensors
@@ -59,7 +55,7 @@ def test_parts_are_the_tensors_and_nothing_else(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_another_dtype_is_for_what_is_large(form):
+def test_another_dtype_is_for_what_is_large(make, form):
     basis = make(form, dtype=torch.float64)
     stored = basis.to(torch.bfloat16)
     for name, value in zip(stored._fields, stored, strict=True):
@@ -71,7 +67,7 @@ def test_another_dtype_is_for_what_is_large(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_double_among_the_parts_makes_the_result_double(form):
+def test_a_double_among_the_parts_makes_the_result_double(make, form):
     p, h = normal(2, 4).softmax(1), normal(2, 5)
     basis = make(form)
     assert ok.project_gradients(p, h, basis).dtype == torch.float32
@@ -83,8 +79,8 @@ def test_a_double_among_the_parts_makes_the_result_double(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_unknown_cotangent_is_refused_before_anything_is_computed(form):
-    basis = make(form, cotangent="loss")
+def test_an_unknown_cotangent_is_refused_before_anything_is_computed(make, form):
+    basis = make(form)._replace(cotangent="loss")
     basis = type(basis)(*(part.to("meta") if isinstance(part, Tensor) else part for part in basis))
     with torch.device("meta"):
         p, h, head, feature_map = (

@@ -35,12 +35,13 @@ def expanded(basis):
     return ok.ExplicitTensors(vectors, basis.constants, basis.cotangent, basis.bias)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", reference.COTANGENTS)
-@pytest.mark.parametrize(
-    ("classes", "channels", "ranks"), [(6, 5, (3, 4)), (2, 1, (2, 1)), (9, 7, (1, 8)), (3, 8, (5, 9))]
+@pytest.mark.pairwise(
+    bias=(True, False),
+    kind=reference.COTANGENTS,
+    sizes=[(6, 5, (3, 4)), (2, 1, (2, 1)), (9, 7, (1, 8)), (3, 8, (5, 9))],
 )
-def test_it_is_the_explicit_basis_that_it_expands_to(kind, bias, classes, channels, ranks):
+def test_it_is_the_explicit_basis_that_it_expands_to(kind, bias, sizes):
+    classes, channels, ranks = sizes
     basis = make_basis(classes, channels, ranks, bias=bias, kind=kind)
     p, h = normal(8, classes, seed=5).softmax(1), normal(8, channels, seed=6)
     expected = reference.project_gradients(p, h, expanded(basis))
@@ -72,38 +73,3 @@ def test_linear_in_the_cotangent(seed, samples, bias, scale):
         return reference.project_factored(a, h, *basis[:4], bias)
 
     torch.testing.assert_close(project(first + scale * second), project(first) + scale * project(second), **EXACT)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_computed_in_fp32_and_fp64_in_fp64(dtype):
-    basis = make_basis(dtype=dtype)
-    a, h = normal(4, 6).softmax(1).to(dtype), normal(4, 5, seed=1).to(dtype)
-    result = reference.project_factored(a, h, *basis[:4])
-    wider = torch.float64 if dtype == torch.float64 else torch.float32
-    assert result.dtype == wider
-    widened = reference.project_factored(a.to(wider), h.to(wider), *(part.to(wider) for part in basis[:4]))
-    assert torch.equal(result, widened)
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("which", ["a", "h"])
-def test_a_bad_value_reaches_its_own_sample_alone(bad, which):
-    basis = make_basis()
-    a, h = normal(4, 6).softmax(1), normal(4, 5, seed=1)
-    clean = reference.project_factored(a, h, *basis[:4])
-    (a if which == "a" else h)[1, 3] = bad
-    result = reference.project_factored(a, h, *basis[:4])
-    assert not result[1].isfinite().any()
-    torch.testing.assert_close(result[[0, 2, 3]], clean[[0, 2, 3]], **EXACT)
-
-
-def test_inputs_stay_as_they_were(assert_owned):
-    basis = make_basis()
-    a, h = normal(4, 6).softmax(1), normal(4, 5, seed=1)
-    assert_owned([a, h, *basis[:4]], lambda: [reference.project_factored(a, h, *basis[:4])])
-
-
-def test_no_tensor_of_samples_by_classes_by_features(largest_tensor):
-    basis = make_basis(100, 90, (10, 12), 8)
-    a, h = normal(64, 100).softmax(1), normal(64, 90, seed=1)
-    assert largest_tensor(lambda: reference.project_factored(a, h, *basis[:4])) <= 100 * 91
