@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from ood_kernels import reference
 from ood_kernels.cpu import pooling
 
+PATHS = ("compiled", "eager")
+LAYOUTS = ("nchw", "channels_last", "tokens")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = (
     (1, 1, 1, 1),
@@ -36,7 +38,7 @@ def compiled() -> bool:
     return pooling.is_compiled()
 
 
-@pytest.fixture(params=["compiled", "eager"])
+@pytest.fixture
 def path(request, monkeypatch, compiled) -> str:
     """Both ways to the result; the compiled one only where there is a compiler."""
     if request.param == "eager":
@@ -79,39 +81,35 @@ def check(feature_map, rectify=False):
     return got
 
 
-@pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("layout", ["nchw", "channels_last", "tokens"])
-def test_equals_fp64_in_every_shape_dtype_and_layout(shape, dtype, layout):
+@pytest.mark.pairwise("path", shape=SHAPES, path=PATHS, layout=LAYOUTS, dtype=FLOATS)
+def test_equals_fp64_in_every_shape_dtype_and_layout(shape, path, layout, dtype):
     for rectify in (False, True):
         check(random_map(shape, dtype, layout=layout), rectify)
 
 
-@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("path", PATHS, indirect=True)
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.tuples(st.integers(0, 4), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9)),
     dtype=st.sampled_from(FLOATS),
-    layout=st.sampled_from(["nchw", "channels_last", "tokens"]),
+    layout=st.sampled_from(LAYOUTS),
     rectify=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_equals_fp64_for_random_maps(shape, dtype, layout, rectify, seed):
+def test_equals_fp64_for_random_maps(path, shape, dtype, layout, rectify, seed):
     check(random_map(shape, dtype, seed, layout), rectify)
 
 
-@pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("rectify", [False, True])
-def test_any_strides(relayout, dtype, rectify):
-    check(relayout(random_map((4, 6, 5, 3), dtype)), rectify)
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_any_strides(relayout, path):
+    for dtype, rectify in itertools.product(FLOATS, (False, True)):
+        check(relayout(random_map((4, 6, 5, 3), dtype)), rectify)
 
 
-@pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("layout", ["nchw", "channels_last", "tokens"])
-def test_some_of_the_channels_and_samples(layout):
-    check(random_map((7, 60, 5, 3), layout=layout)[1::2, 3:40])
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_some_of_the_channels_and_samples(path):
+    for layout in LAYOUTS:
+        check(random_map((7, 60, 5, 3), layout=layout)[1::2, 3:40])
 
 
 def check_16_bit_values(dtype, layout, monkeypatch):
@@ -123,10 +121,8 @@ def check_16_bit_values(dtype, layout, monkeypatch):
     assert torch.allclose(got.h, values.float().flatten(1), rtol=1e-6, atol=0)
 
 
-@pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_every_16_bit_value_survives(monkeypatch, dtype, layout):
+@pytest.mark.pairwise("path", path=PATHS, dtype=FLOATS[1:], layout=LAYOUTS[:2])
+def test_every_16_bit_value_survives(monkeypatch, path, dtype, layout):
     check_16_bit_values(dtype, layout, monkeypatch)
 
 
@@ -150,10 +146,10 @@ def with_bits(pattern, dtype):
 SIGNED_NANS = {torch.float32: -(2**22), torch.bfloat16: -64, torch.float16: -512}
 
 
-@pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("layout", ["nchw", "channels_last", "tokens"])
-@pytest.mark.parametrize("bad", ["nan", "signed nan", "inf", "-inf", "inf and -inf", "nan and inf"])
-def test_bad_values_are_those_of_the_reference_and_stay_in_their_sample(layout, bad):
+@pytest.mark.pairwise(
+    "path", path=PATHS, layout=LAYOUTS, bad=["nan", "signed nan", "inf", "-inf", "inf and -inf", "nan and inf"]
+)
+def test_bad_values_are_those_of_the_reference_and_stay_in_their_sample(path, layout, bad):
     for dtype, rectify, negative in itertools.product(FLOATS, (False, True), (False, True)):
         clean = random_map((5, 9, 3, 7), dtype)
         clean[2, 4] = -clean[2, 4].abs() - 1 if negative else clean[2, 4].abs()
@@ -173,21 +169,18 @@ def test_bad_values_are_those_of_the_reference_and_stay_in_their_sample(layout, 
         assert torch.equal(got.maximum.nan_to_num(7), expected.maximum.nan_to_num(7))
 
 
-@pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_a_sum_that_overflows_is_the_references(layout):
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_a_sum_that_overflows_is_the_references(path):
     feature_map = torch.full((2, 3, 4, 4), 1.0)
     feature_map[1, 2] = 3e38
-    feature_map = laid_out(feature_map, layout)
-    got = pooling.pool_statistics(feature_map)
-    assert torch.equal(got.h, reference.pool_statistics(feature_map).h)
-    assert torch.equal(got.maximum, feature_map.amax((2, 3)))
+    for values in (feature_map, laid_out(feature_map, "channels_last")):
+        got = pooling.pool_statistics(values)
+        assert torch.equal(got.h, reference.pool_statistics(values).h)
+        assert torch.equal(got.maximum, values.amax((2, 3)))
 
 
-@pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("layout", ["nchw", "channels_last", "tokens"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_a_sample_alone_is_as_in_a_batch(layout, dtype):
+@pytest.mark.pairwise("path", layout=LAYOUTS, dtype=FLOATS, path=PATHS)
+def test_a_sample_alone_is_as_in_a_batch(layout, dtype, path):
     feature_map = random_map((37, 96, 7, 7), dtype, layout=layout)
     batch = pooling.pool_statistics(feature_map)
     for i in (0, 11, 36):
@@ -204,9 +197,7 @@ def test_compiled_means_do_not_depend_on_the_batch_at_all(compiled):
         assert torch.equal(pooling.pool_statistics(feature_map[5:6]).h, pooling.pool_statistics(feature_map).h[5:6])
 
 
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("block", [40, 200, 700])
+@pytest.mark.pairwise(layout=LAYOUTS[:2], dtype=FLOATS, block=[40, 200, 700])
 def test_eager_blocks_change_nothing(monkeypatch, layout, dtype, block):
     monkeypatch.setattr(pooling, "_load", lambda: None)
     monkeypatch.setattr(pooling, "_BLOCK_ELEMENTS_A_THREAD", block)
@@ -214,11 +205,8 @@ def test_eager_blocks_change_nothing(monkeypatch, layout, dtype, block):
     check(random_map((5, 8, 5, 7), dtype, layout=layout))
 
 
-@pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("rectify", [False, True])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (2, 3, 4, 4)], ids=str)
-def test_outputs_share_no_memory(assert_owned, rectify, dtype, shape):
+@pytest.mark.pairwise("path", path=PATHS, rectify=(False, True), dtype=FLOATS, shape=[(2, 3, 1, 1), (2, 3, 4, 4)])
+def test_outputs_share_no_memory(assert_owned, path, rectify, dtype, shape):
     feature_map = random_map(shape, dtype)
     assert_owned([feature_map], lambda: pooling.pool_statistics(feature_map, rectify))
 
