@@ -58,8 +58,12 @@ def in_dtype(h, weight, bias, weight_mask, neuron_mask, dtype):
 SHAPES = [(1, 1, 2), (3, 5, 7), (17, 33, 16), (2, 100, 17), (33, 64, 70), (1, 512, 20)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("shape", "precision"),
+    [(shape, "ieee") for shape in SHAPES]
+    + [(shape, other) for index, other in enumerate(PRECISIONS[1:]) for shape in SHAPES[index % 2 :: 2]],
+    ids=str,
+)
 def test_as_close_to_fp64_as_torch(make, poisoned, assert_as_good_as_torch, shape, precision):
     h, weight, bias, weight_mask, neuron_mask = arguments = make(*shape)
     ours = masked_energy(h, weight, bias, pack_mask(weight_mask), neuron_mask, precision)
@@ -86,11 +90,10 @@ def test_many_classes_and_many_channels(make, assert_as_good_as_torch, shape):
         assert_as_good_as_torch(value, exact, plain, hair=2e-6)
 
 
-@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=str)
-@pytest.mark.parametrize("precision", ["ieee", "bf16"])
-def test_every_dtype_of_features_and_weight(make, poisoned, assert_as_good_as_torch, dtypes, precision):
+@pytest.mark.pairwise(of_features=DTYPES, of_weight=DTYPES, precision=["ieee", "bf16"])
+def test_every_dtype_of_features_and_weight(make, poisoned, assert_as_good_as_torch, of_features, of_weight, precision):
     h, weight, bias, weight_mask, neuron_mask = make(5, 37, 21)
-    h, weight, bias = h.to(dtypes[0]), weight.to(dtypes[1]), bias.to(dtypes[1])
+    h, weight, bias = h.to(of_features), weight.to(of_weight), bias.to(of_weight)
     ours = masked_energy(h, weight, bias, weight_mask, neuron_mask, precision)
     assert {tensor.dtype for tensor in ours} == {torch.float32}
     dtype = ROUNDED.get(precision, torch.float32)
@@ -99,9 +102,9 @@ def test_every_dtype_of_features_and_weight(make, poisoned, assert_as_good_as_to
         assert_as_good_as_torch(value, exact, plain, hair=2e-6)
 
 
-@pytest.mark.parametrize("kinds", list(itertools.product(("none", "bits", "bytes"), repeat=2)), ids=str)
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_every_kind_of_mask(make, poisoned, assert_as_good_as_torch, kinds, with_bias):
+@pytest.mark.pairwise(weights=("none", "bits", "bytes"), neurons=("none", "bits", "bytes"), with_bias=[True, False])
+def test_every_kind_of_mask(make, poisoned, assert_as_good_as_torch, weights, neurons, with_bias):
+    kinds = (weights, neurons)
     h, weight, bias, weight_mask, neuron_mask = make(3, 75, 19)
     bias = bias if with_bias else None
     store = {"none": lambda mask: None, "bits": pack_mask, "bytes": lambda mask: mask}
@@ -153,18 +156,18 @@ def test_a_class_without_weights_keeps_its_bias(make, assert_as_good_as_torch):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("size", [1e4, -1e4])
-def test_extreme_logits_are_stable(device, precision, size):
+def test_extreme_logits_are_stable(device, precision):
     h = torch.tensor([[1.0], [0.5]], device=device)
-    weight = torch.full((40, 1), size, device=device)
-    weight[::2] /= 2
     every = torch.ones(40, 1, dtype=torch.bool, device=device)
-    ours = masked_energy(h, weight, None, pack_mask(every), None, precision)
-    rounded = weight.to(ROUNDED.get(precision, torch.float32)).float()
-    for value, exact in zip(ours, truth(h, rounded, None, every), strict=True):
-        # tf32 keeps 10 bits, which 1e4 and its half do not need more than.
-        torch.testing.assert_close(value, exact.float(), rtol=1e-3 if precision == "tf32" else 1e-6, atol=1e-6)
-    torch.testing.assert_close(ours[2].sum(1), torch.ones(2, device=device), rtol=1e-6, atol=0)
+    for size in (1e4, -1e4):
+        weight = torch.full((40, 1), size, device=device)
+        weight[::2] /= 2
+        ours = masked_energy(h, weight, None, pack_mask(every), None, precision)
+        rounded = weight.to(ROUNDED.get(precision, torch.float32)).float()
+        for value, exact in zip(ours, truth(h, rounded, None, every), strict=True):
+            # tf32 keeps 10 bits, which 1e4 and its half do not need more than.
+            torch.testing.assert_close(value, exact.float(), rtol=1e-3 if precision == "tf32" else 1e-6, atol=1e-6)
+        torch.testing.assert_close(ours[2].sum(1), torch.ones(2, device=device), rtol=1e-6, atol=0)
 
 
 def test_classes_ruled_out_by_an_infinite_bias(make):
@@ -178,9 +181,11 @@ def test_classes_ruled_out_by_an_infinite_bias(make):
         assert output.isnan().all()
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("kind", ["kept", "pruned neuron", "pruned weight"])
-@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.pairwise(
+    bad=[torch.nan, torch.inf, -torch.inf],
+    kind=["kept", "pruned neuron", "pruned weight"],
+    precision=["ieee", "bf16"],
+)
 def test_a_bad_feature_is_nan_in_its_row_alone_even_where_it_is_pruned(make, poisoned, bad, kind, precision):
     h, weight, bias, weight_mask, neuron_mask = make(4, 40, 21)
     neuron_mask[3] = kind != "pruned neuron"
@@ -194,8 +199,7 @@ def test_a_bad_feature_is_nan_in_its_row_alone_even_where_it_is_pruned(make, poi
         assert torch.equal(ours[others], before[others])
 
 
-@pytest.mark.parametrize("where", ["weight", "bias"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("where", "value"), [("weight", torch.inf), ("weight", torch.nan), ("bias", torch.inf)])
 def test_a_bad_head_gives_no_score_even_where_it_is_pruned(make, where, value):
     h, weight, bias, weight_mask, neuron_mask = make(3, 40, 21)
     h += 1
@@ -219,16 +223,15 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stored", ["bits", "bytes"])
-def test_any_strides(make, poisoned, layout, stored):
+def test_any_strides(make, poisoned, layout):
     h, weight, bias, weight_mask, neuron_mask = make(5, 48, 21)
     move = LAYOUTS[layout]
-    mask = move(pack_mask(weight_mask) if stored == "bits" else weight_mask)
     vectors = (move(bias[None])[0], move(neuron_mask[None])[0])
-    moved = (move(h), move(weight), vectors[0], mask, vectors[1])
-    still = tuple(tensor.contiguous() for tensor in moved)
-    for ours, other in zip(masked_energy(*moved), masked_energy(*still), strict=True):
-        assert torch.equal(ours, other)
+    for mask in (pack_mask(weight_mask), weight_mask):
+        moved = (move(h), move(weight), vectors[0], move(mask), vectors[1])
+        still = tuple(tensor.contiguous() for tensor in moved)
+        for ours, other in zip(masked_energy(*moved), masked_energy(*still), strict=True):
+            assert torch.equal(ours, other)
 
 
 @pytest.mark.parametrize("precision", ["ieee", "bf16"])
@@ -255,8 +258,7 @@ def test_the_order_of_programs_changes_no_bit(make, tile):
     assert all(torch.equal(one, two) for one, two in zip(default, other, strict=True))
 
 
-@pytest.mark.parametrize("channels", [16, 32, 64])
-@pytest.mark.parametrize("stored", ["bits", "bytes"])
+@pytest.mark.parametrize(("channels", "stored"), [(16, "bits"), (16, "bytes"), (32, "bits"), (64, "bytes")])
 def test_any_tile_gives_the_right_result(make, assert_as_good_as_torch, channels, stored):
     h, weight, bias, weight_mask, neuron_mask = arguments = make(18, 150, 40)
     masks = (pack_mask(weight_mask), pack_mask(neuron_mask)) if stored == "bits" else (weight_mask, neuron_mask)
@@ -318,15 +320,14 @@ def test_is_recorded_on_tensors_without_memory():
     assert [launch.wide for launch in launches] == [False, True]
 
 
-@pytest.mark.parametrize("samples", [1, 64, 1024])
-def test_tiles_do_not_follow_from_the_batch(samples):
-    with forced({}) as choices:
-        masked_energy(
-            *(torch.empty(shape, device="meta") for shape in ((samples, 512), (100, 512), (100,))), None, None
-        )
-    with forced({}) as alone:
-        masked_energy(*(torch.empty(shape, device="meta") for shape in ((7, 512), (100, 512), (100,))), None, None)
-    assert choices == alone
+def test_tiles_do_not_follow_from_the_batch():
+    found = []
+    for samples in (1, 7, 64, 1024):
+        shapes = ((samples, 512), (100, 512), (100,))
+        with forced({}) as choices:
+            masked_energy(*(torch.empty(shape, device="meta") for shape in shapes), None, None)
+        found.append(choices)
+    assert all(choices == found[0] for choices in found)
 
 
 @triton.jit

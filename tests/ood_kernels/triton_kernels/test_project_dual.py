@@ -13,10 +13,6 @@ from ood_kernels.triton_kernels.launch import PRECISIONS, forced, record
 from ood_kernels.triton_kernels.project_dual import dual_plan
 
 ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# What a product may lose in each precision: operands keep 24, 21, 11, 11 and 8 bits.
-HAIR = {"ieee": 1e-6, "tf32x3": 2e-6, "tf32": 2e-3, "fp16": 2e-3, "bf16": 1e-2}
-# NumPy, which interprets, warns of Inf - Inf.
-BAD_NUMBERS = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -52,39 +48,6 @@ def truth(*inputs):
     return reference.project_dual(*doubled(inputs))
 
 
-def partials_of(logits, width):
-    """What the head pass leaves of tiles of `width` classes."""
-    partials, argmaxima = [], []
-    for start in range(0, logits.shape[1], width):
-        tile = logits[:, start : start + width]
-        largest, position = tile.max(1)
-        total = (tile - largest[:, None]).exp().sum(1)
-        partials.append(torch.stack([largest, total, largest, total], 1))
-        argmaxima.append(start + position)
-    return torch.stack(partials, 1).contiguous(), torch.stack(argmaxima, 1).int().contiguous()
-
-
-@pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize(
-    ("samples", "anchors", "classes", "channels", "components", "dtype"),
-    [
-        (1, 1, 1, 1, 1, torch.float32),
-        (5, 7, 10, 33, 3, torch.float32),
-        (17, 33, 3, 40, 35, torch.float32),
-        (3, 40, 70, 16, 16, torch.float32),
-        (5, 7, 10, 33, 3, torch.bfloat16),
-        (2, 40, 16, 32, 20, torch.float16),
-    ],
-)
-def test_equals_the_truth(
-    device, poisoned, assert_as_good_as_torch, samples, anchors, classes, channels, components, dtype, shifted
-):
-    inputs = make(device, samples, anchors, classes, channels, components, shifted=shifted, dtype=dtype)
-    ours = project_dual(*inputs)
-    assert ours.dtype == torch.float32
-    assert_as_good_as_torch(ours, truth(*inputs), reference.project_dual(*inputs))
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("part", ["neither", "shift", "linear"])
 def test_bias_shift_and_linear_each_count(device, assert_as_good_as_torch, bias, part):
@@ -92,16 +55,6 @@ def test_bias_shift_and_linear_each_count(device, assert_as_good_as_torch, bias,
     inputs[-1] = bias
     inputs += [shift if part == "shift" else None, linear if part == "linear" else None]
     assert_as_good_as_torch(project_dual(*inputs), truth(*inputs), reference.project_dual(*inputs))
-
-
-@pytest.mark.parametrize("variant", ["fused", "stored"])
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_precision_fused_and_stored(device, poisoned, assert_as_good_as_torch, precision, dtype, variant):
-    inputs = make(device, 6, 70, 5, 40, 33, shifted=True, dtype=dtype)
-    with forced({"project_dual": {"VARIANT": variant}}):
-        ours = project_dual(*inputs, precision)
-    assert_as_good_as_torch(ours, truth(*inputs), hair=HAIR[precision])
 
 
 @pytest.mark.parametrize("precision", ROUNDED)
@@ -123,63 +76,6 @@ def test_low_precision_rounds_operands_after_the_shift_and_the_linear_part_hardl
     # Left over: the rounding of the Gram matrix itself.
     assert_as_good_as_torch(ours, expected, hair={"bf16": 1e-3, "fp16": 1e-4}[precision])
     assert unrounded > {"bf16": 1e-4, "fp16": 1e-5}[precision]
-
-
-@pytest.mark.parametrize("precision", ["ieee", "bf16"])
-def test_a_sample_has_the_same_bits_alone_in_any_batch_and_place(device, precision):
-    inputs = make(device, 70, 40, 6, 20, 17, shifted=True)
-    together = project_dual(*inputs, precision)
-    for rows in (slice(0, 1), slice(63, 66), slice(69, 70)):
-        alone = project_dual(inputs[0][rows], inputs[1][rows], *inputs[2:], precision)
-        assert torch.equal(alone, together[rows])
-    order = torch.arange(70, device=device).flip(0)
-    assert torch.equal(project_dual(inputs[0][order], inputs[1][order], *inputs[2:], precision), together[order])
-    assert torch.equal(project_dual(*inputs, precision), together)
-
-
-@BAD_NUMBERS
-@pytest.mark.parametrize("variant", ["fused", "stored"])
-@pytest.mark.parametrize("where", ["a", "h"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_bad_sample_surfaces_in_its_own_row_only(device, poisoned, variant, where, value):
-    inputs = make(device, 20, 7, 4, 9, 5)
-    clean = project_dual(*inputs, "fp16")
-    bad = [part.clone() if isinstance(part, torch.Tensor) else part for part in inputs]
-    bad["ah".index(where)][3, 2] = value
-    with forced({"project_dual": {"VARIANT": variant}}):
-        ours = project_dual(*bad, "fp16")
-    assert not ours[3].isfinite().any()
-    others = torch.arange(20) != 3
-    assert ours[others].isfinite().all()
-    if variant == "fused":
-        assert torch.equal(ours[others], clean[others])
-
-
-def test_any_strides_and_offsets(device, assert_as_good_as_torch):
-    inputs = list(make(device, 6, 9, 5, 20, 8, shifted=True))
-    expected = project_dual(*inputs)
-
-    def strided(tensor):
-        wide = tensor.new_full((tensor.shape[0] + 1, 2 * tensor.shape[1] + 3), torch.nan)
-        wide[1:, 3::2] = tensor
-        return wide[1:, 3::2]
-
-    for change in (strided, lambda tensor: tensor.T.contiguous().T):
-        for index in (0, 1, 2, 3, 4, 8):
-            changed = [*inputs]
-            changed[index] = change(inputs[index])
-            assert torch.equal(project_dual(*changed), expected), index
-    expanded = [*inputs]
-    for index in (0, 1, 2, 3, 4):
-        expanded[index] = inputs[index][:1].expand_as(inputs[index])
-    assert_as_good_as_torch(project_dual(*expanded), truth(*expanded), reference.project_dual(*expanded))
-
-
-def test_no_samples_and_no_components_launch_nothing(device):
-    with record() as launches:
-        assert project_dual(*make(device, samples=0)).shape == (0, 3)
-        assert project_dual(*make(device, components=0)).shape == (5, 0)
-    assert launches == []
 
 
 @pytest.mark.parametrize(("variant", "count"), [("fused", 2), ("stored", 3)])
@@ -217,46 +113,13 @@ def test_a_small_workspace_changes_the_pieces_and_not_the_numbers(
     assert_as_good_as_torch(ours, truth(*inputs), reference.project_dual(*inputs))
 
 
-@BAD_NUMBERS
-@pytest.mark.parametrize("variant", ["fused", "stored"])
-@pytest.mark.parametrize("kind", reference.COTANGENTS)
-def test_cotangents_from_logits(device, poisoned, assert_as_good_as_torch, kind, variant):
-    inputs = make(device, 7, 9, 11, 12, 5, shifted=True)
-    logits = 3 * normal(7, 11, seed=9)
-    logits[1] = 2.0  # a tie: the first class is the predicted one
-    logits[2] *= 3000  # exp overflows without the largest subtracted
-    logits[5] -= 5000  # and so does exp(0 - largest), beyond the last class
-    logits[3, 4] = torch.nan
-    logits[4, 4] = torch.inf
-    logits = logits.to(device)
-    a = reference.cotangent(logits.double().softmax(1), kind)
-    partials, argmaxima = partials_of(logits, 4)
-    with forced({"project_dual": {"VARIANT": variant}}):
-        ours = project_dual(logits, *inputs[1:], kind=kind, partials=partials, argmaxima=argmaxima)
-    theirs = reference.project_dual(reference.cotangent(logits.softmax(1), kind), *inputs[1:])
-    assert ours[3:5].isnan().all()
-    assert_as_good_as_torch(ours, truth(a, *inputs[1:]), theirs)
-
-
-def test_cotangents_from_what_the_head_pass_leaves(device, assert_as_good_as_torch):
-    from ood_kernels.triton_kernels.masked_energy import head_partials
-
-    inputs = make(device, 5, 9, 40, 12, 5)
-    weight = normal(40, 12, seed=8).to(device)
-    logits = weight.new_empty((5, 40))
-    partials, argmaxima = head_partials(inputs[1], weight, None, None, None, "ieee", logits)
-    a = reference.cotangent((inputs[1].double() @ weight.double().T).softmax(1), "predicted")
-    ours = project_dual(logits, *inputs[1:], kind="predicted", partials=partials, argmaxima=argmaxima)
-    assert_as_good_as_torch(ours, truth(a, *inputs[1:]), hair=5e-6)
-
-
 @pytest.mark.parametrize("variant", ["fused", "stored"])
 def test_a_gram_matrix_beyond_the_range_of_fp16_is_scaled(device, assert_as_good_as_torch, variant):
     inputs = list(make(device, 5, 7, 4, 64, 3))
     inputs[1], inputs[3] = 1000 * inputs[1], 1000 * inputs[3]
     inputs[1][0] = 0
     with forced({"project_dual": {"VARIANT": variant}}):
-        assert_as_good_as_torch(project_dual(*inputs, "fp16"), truth(*inputs), hair=HAIR["fp16"])
+        assert_as_good_as_torch(project_dual(*inputs, "fp16"), truth(*inputs), hair=2e-3)
 
 
 @settings(deadline=None, max_examples=5)

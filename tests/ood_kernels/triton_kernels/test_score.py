@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -100,31 +102,39 @@ def assert_close(ours, expected, theirs, check, hair=2e-6):
             check(value, right, other, hair)
 
 
-@pytest.mark.parametrize("form", BASES)
-def test_equals_the_truth(make, poisoned, assert_as_good_as_torch, plan, form):
-    inputs = make(form=form)
-    assert_close(run(plan, *inputs), truth(*inputs), reference.score(*inputs), assert_as_good_as_torch)
+def masked(head, masks):
+    """The head with its masks stored in another way, or with others."""
+    keep = torch.rand(head.weight.shape, generator=torch.Generator().manual_seed(3)).to(head.weight.device) > 0.4
+    return {
+        "bits": head,
+        "none": ok.Head(head.weight),
+        "weights": head._replace(neuron_mask=None),
+        "neurons": head._replace(weight_mask=None),
+        "bytes": head._replace(weight_mask=keep),
+        "all pruned": head._replace(neuron_mask=head.neuron_mask & False),
+    }[masks]
 
 
-@pytest.mark.parametrize("form", ["shifted", "factored"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_other_dtypes(make, poisoned, assert_as_good_as_torch, plan, form, dtype):
-    inputs = make(form=form, dtype=dtype, side=4)
-    assert_close(run(plan, *inputs), truth(*inputs), reference.score(*inputs), assert_as_good_as_torch)
+@pytest.mark.pairwise(
+    small_or_large=LIMITS,
+    form=BASES,
+    cotangent=reference.COTANGENTS,
+    dtype=(torch.float32, torch.bfloat16, torch.float16),
+    masks=("bits", "none", "weights", "neurons", "bytes", "all pruned"),
+)
+def test_equals_the_truth(make, poisoned, assert_as_good_as_torch, small_or_large, form, cotangent, dtype, masks):
+    side = 3 if dtype == torch.float32 else 4
+    feature_map, head, basis = make(
+        form=form, cotangent=cotangent, dtype=dtype, classes=19, side=side, bias=cotangent != "uniform"
+    )
+    inputs = feature_map, masked(head, masks), basis
+    assert_close(run(small_or_large, *inputs), truth(*inputs), reference.score(*inputs), assert_as_good_as_torch)
 
 
 @pytest.mark.parametrize("form", ["dual", "explicit"])
 def test_head_and_basis_in_other_dtypes_than_the_map(make, assert_as_good_as_torch, plan, form):
     feature_map, head, basis = make(form=form)
     inputs = (feature_map.bfloat16(), head._replace(weight=head.weight.half()), basis.to(torch.bfloat16))
-    assert_close(run(plan, *inputs), truth(*inputs), reference.score(*inputs), assert_as_good_as_torch)
-
-
-@pytest.mark.parametrize(
-    ("form", "cotangent"), [*(("shifted", kind) for kind in reference.COTANGENTS), ("factored", "predicted")]
-)
-def test_every_cotangent(make, poisoned, assert_as_good_as_torch, plan, form, cotangent):
-    inputs = make(form=form, cotangent=cotangent, classes=19, bias=cotangent != "uniform")
     assert_close(run(plan, *inputs), truth(*inputs), reference.score(*inputs), assert_as_good_as_torch)
 
 
@@ -144,21 +154,6 @@ def test_every_precision(make, poisoned, assert_as_good_as_torch, plan, precisio
     assert (ours.h.cpu() - truth(*inputs).h).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("masks", ["none", "weights", "neurons", "bytes", "all pruned"])
-def test_every_mask(make, poisoned, assert_as_good_as_torch, plan, masks):
-    feature_map, head, basis = make(form="none")
-    keep = torch.rand(head.weight.shape, generator=torch.Generator().manual_seed(3)).to(head.weight.device) > 0.4
-    head = {
-        "none": ok.Head(head.weight),
-        "weights": head._replace(neuron_mask=None),
-        "neurons": head._replace(weight_mask=None),
-        "bytes": head._replace(weight_mask=keep),
-        "all pruned": head._replace(neuron_mask=head.neuron_mask & False),
-    }[masks]
-    inputs = feature_map, head, basis
-    assert_close(run(plan, *inputs), truth(*inputs), reference.score(*inputs), assert_as_good_as_torch)
-
-
 def tokens(feature_map):
     return feature_map.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).unsqueeze(-1)
 
@@ -175,9 +170,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("dtype", "rectify"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
-def test_any_layout_of_the_map(make, poisoned, assert_as_good_as_torch, layout, rectify, dtype):
+@pytest.mark.parametrize(("layout", "rectify"), [(layout, index % 2 == 1) for index, layout in enumerate(LAYOUTS)])
+def test_any_layout_of_the_map(make, poisoned, assert_as_good_as_torch, layout, rectify):
+    dtype = torch.bfloat16 if rectify else torch.float32
     feature_map, head, basis = make(form="none", side=6, dtype=dtype)
     # Nothing but the map itself may reach a maximum below zero, nor a denominator that only the map makes positive.
     signed, eps = (feature_map - 0.3, 0.0) if rectify else (-0.1 - feature_map, 10.0)
@@ -194,12 +189,7 @@ def test_large_plan_takes_other_layouts(make, poisoned, assert_as_good_as_torch)
 
 
 @pytest.mark.parametrize(
-    ("form", "bad"),
-    [
-        *((form, torch.nan) for form in ("none", "shifted", "explicit", "factored")),
-        ("dual", torch.inf),
-        ("none", -torch.inf),
-    ],
+    ("form", "bad"), [*zip(BASES, (-torch.inf, torch.inf, torch.nan, torch.nan, torch.inf), strict=True)]
 )
 def test_a_bad_sample_is_nan_in_its_row_alone(make, poisoned, plan, form, bad):
     feature_map, head, basis = make(form=form)
@@ -276,12 +266,13 @@ def test_empty_batch(make, plan):
 
 
 @pytest.mark.parametrize("form", ["dual", "explicit", "factored"])
-def test_a_basis_without_components(make, plan, form):
+def test_a_basis_without_components(make, form):
     feature_map, head, basis = make(form=form, components=0)
-    outputs = run(plan, feature_map, head, basis)
-    assert outputs.g_low.shape == (4, 0)
-    for value, right in zip(outputs, run(plan, feature_map, head, None), strict=True):
-        assert torch.equal(value, right)
+    for plan in LIMITS:
+        outputs = run(plan, feature_map, head, basis)
+        assert outputs.g_low.shape == (4, 0)
+        for value, right in zip(outputs, run(plan, feature_map, head, None), strict=True):
+            assert torch.equal(value, right)
 
 
 def pointers(launch):
@@ -293,13 +284,14 @@ def names(launches):
 
 
 @pytest.mark.parametrize("form", BASES)
-def test_launches_and_who_sees_the_map(make, plan, form):
+def test_launches_and_who_sees_the_map(make, form):
     feature_map, head, basis = make(form=form)
-    with record() as launches:
-        run(plan, feature_map, head, basis)
-    assert len(launches) == (1 if plan == "small" else 3)
-    seen = [launch for launch in launches if feature_map.data_ptr() in pointers(launch)]
-    assert [names(launches)[0]] == names(seen)
+    for plan, count in (("small", 1), ("large", 3)):
+        with record() as launches:
+            run(plan, feature_map, head, basis)
+        assert len(launches) == count
+        seen = [launch for launch in launches if feature_map.data_ptr() in pointers(launch)]
+        assert [names(launches)[0]] == names(seen)
 
 
 def on_meta(workload, samples, form, dtype=torch.bfloat16):
@@ -334,9 +326,8 @@ def default_launches(feature_map, head, basis, precision="bf16"):
 
 
 @pytest.mark.parametrize("workload", ["R50", "R18", "ViT", "MobileNetV2"])
-@pytest.mark.parametrize("form", ["none", "dual", "explicit", "factored"])
-def test_at_most_three_launches_for_real_heads(workload, form):
-    for samples in (1, 256):
+def test_at_most_three_launches_for_real_heads(workload):
+    for samples, form in itertools.product((1, 256), ("none", "dual", "explicit", "factored")):
         assert len(default_launches(*on_meta(workload, samples, form))) == (
             1 if (workload, form) == ("R18", "none") else 3
         )
