@@ -144,3 +144,49 @@ def make_problem() -> Callable[..., Problem]:
         return draw(samples, channels, side, side).relu().to(dtype), head, basis
 
     return make
+
+
+class Scorer(torch.nn.Module):
+    """Every public function in one forward, the parameters held as a module holds them."""
+
+    def __init__(self, head: ok.Head, basis: Any):
+        super().__init__()
+        self.weight, self.bias = torch.nn.Parameter(head.weight), torch.nn.Parameter(head.bias)
+        self.register_buffer("weight_mask", head.weight_mask)
+        self.register_buffer("neuron_mask", head.neuron_mask)
+        self.form, self.options = type(basis), [value for value in basis if not isinstance(value, Tensor)]
+        self.names = [name for name in basis._fields if isinstance(getattr(basis, name), Tensor)]
+        for name in self.names:
+            self.register_buffer(name, getattr(basis, name))
+
+    def tensors(self) -> ok.BasisTensors:
+        return self.form(*[getattr(self, name) for name in self.names], *self.options)
+
+    @property
+    def head(self) -> ok.Head:
+        return ok.Head(self.weight, self.bias, self.weight_mask, self.neuron_mask)
+
+    def forward(self, feature_map: Tensor) -> tuple[Tensor, ...]:
+        ratios = ok.pool_nap(feature_map, rectify=True, return_ratios=True)
+        energies = ok.masked_energy(ratios[0], *self.head)
+        g_low = ok.project_gradients(energies[2], ratios[0], self)
+        statistics = ok.pool_statistics(feature_map)
+        return (
+            *ok.score(feature_map, self.head, self),
+            *ok.pool_nap(feature_map),
+            *ratios,
+            *energies,
+            g_low,
+            *statistics,
+        )
+
+
+@pytest.fixture(scope="session")
+def make_scorer(make_problem) -> Callable[[str, str], tuple[Scorer, Tensor]]:
+    """A scorer over every public function, and a batch for it."""
+
+    def make(kind: str, form: str) -> tuple[Scorer, Tensor]:
+        feature_map, head, basis = make_problem(4, 6, 5, form=form, cotangent=kind)
+        return Scorer(head, basis), feature_map
+
+    return make

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import ood_kernels as ok
 from ood_kernels import reference
 
 OPERATORS = ("pool_nap", "pool_statistics", "masked_energy", "project_gradients", "score")
@@ -17,40 +16,6 @@ HEADERS = Path(sysconfig.get_path("include"), "Python.h").exists()
 needs_compiler = pytest.mark.skipif(not (COMPILER and HEADERS), reason="inductor needs a C++ compiler and Python.h")
 # torch's own, at the first import of inductor.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-
-
-class Scorer(torch.nn.Module):
-    """Every public function in one forward, the parameters held as a module holds them."""
-
-    def __init__(self, head: ok.Head, basis: ok.BasisTensors):
-        super().__init__()
-        self.weight, self.bias = torch.nn.Parameter(head.weight), torch.nn.Parameter(head.bias)
-        self.register_buffer("weight_mask", head.weight_mask)
-        self.register_buffer("neuron_mask", head.neuron_mask)
-        self.form, self.options = type(basis), [value for value in basis if not isinstance(value, torch.Tensor)]
-        self.names = [name for name in basis._fields if isinstance(getattr(basis, name), torch.Tensor)]
-        for name in self.names:
-            self.register_buffer(name, getattr(basis, name))
-
-    def tensors(self):
-        return self.form(*[getattr(self, name) for name in self.names], *self.options)
-
-    def forward(self, feature_map):
-        head = ok.Head(self.weight, self.bias, self.weight_mask, self.neuron_mask)
-        ratios = ok.pool_nap(feature_map, rectify=True, return_ratios=True)
-        energies = ok.masked_energy(ratios[0], *head)
-        g_low = ok.project_gradients(energies[2], ratios[0], self)
-        statistics = ok.pool_statistics(feature_map)
-        return (*ok.score(feature_map, head, self), *ok.pool_nap(feature_map), *ratios, *energies, g_low, *statistics)
-
-
-@pytest.fixture
-def make_scorer(make_problem):
-    def make(kind, form):
-        feature_map, head, basis = make_problem(4, 6, 5, form=form, cotangent=kind)
-        return Scorer(head, basis), feature_map
-
-    return make
 
 
 @pytest.fixture

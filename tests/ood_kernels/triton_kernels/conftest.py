@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
 from torch import Tensor
+
+import ood_kernels as ok
+from ood_kernels.bases import BASES
 
 pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
 
@@ -52,3 +56,79 @@ def assert_as_good_as_torch() -> Callable[..., None]:
         assert root <= 1.5 * float(reference.square().mean().sqrt()) + hair, f"root mean square error {root:.2e}"
 
     return check
+
+
+@pytest.fixture
+def make_projection(device) -> Callable[..., tuple[Tensor, Tensor, ok.BasisTensors]]:
+    """(a, h, basis) of a form; "shifted" and "stored" are dual with a shift.
+
+    A dual basis in another dtype leaves its samples, shift and linear part in fp32.
+    """
+
+    def make(
+        form: str,
+        samples: int = 5,
+        classes: int = 4,
+        features: int = 33,
+        components: int = 7,
+        *,
+        anchors: int = 9,
+        ranks: tuple[int, int] = (3, 6),
+        bias: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor, ok.BasisTensors]:
+        def normal(*shape: int, seed: int = 0) -> Tensor:
+            return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+        constants, width = normal(components, seed=5), features + bias
+        a, h = normal(samples, classes).softmax(1), normal(samples, features, seed=1).relu()
+        if form == "explicit":
+            tensors = a, h, normal(components, classes, width, seed=2), constants
+        elif form == "factored":
+            factors = normal(classes, ranks[0], seed=2), normal(width, ranks[1], seed=3) / features**0.5
+            tensors = a, h, *factors, normal(components, *ranks, seed=4), constants
+        else:
+            anchor_cotangents, anchor_features = (
+                normal(anchors, classes, seed=2).softmax(1),
+                normal(anchors, features, seed=3),
+            )
+            parts = anchor_cotangents, anchor_features.relu(), normal(anchors, components, seed=4)
+            basis = ok.DualTensors(*(part.to(dtype) for part in (*parts, constants)), bias=bias)
+            if form != "dual":
+                shift = parts[1].mean(0)
+                basis = basis._replace(
+                    shift=shift.float(), linear=ok.reference.linear_part(*parts, shift, bias).float()
+                )
+            moved = [part if part is None else part.to(device) for part in basis.parts()]
+            return a.float().to(device), h.float().to(device), basis.from_parts(moved, bias=bias)
+        a, h, *parts = (tensor.to(dtype).to(device) for tensor in tensors)
+        return a, h, BASES[form].from_parts(parts, bias=bias)
+
+    return make
+
+
+@pytest.fixture
+def project() -> Callable[..., Tensor]:
+    """The launcher of a form; "stored" keeps the Gram matrix of a dual basis in memory, the other two do not."""
+
+    def call(form: str, a: Tensor, h: Tensor, basis: ok.BasisTensors, *precision: str, **options: object) -> Tensor:
+        from ood_kernels.triton_kernels.launch import forced
+
+        name = f"project_{basis.kind}"
+        launcher = getattr(import_module(f"ood_kernels.triton_kernels.{name}"), name)
+        with forced({"project_dual": {"VARIANT": "stored" if form == "stored" else "fused"}}):
+            return launcher(a, h, basis, *precision, **options)
+
+    return call
+
+
+@pytest.fixture
+def exact() -> Callable[[Tensor, Tensor, ok.BasisTensors], Tensor]:
+    """The reference of a projection in fp64, on the CPU."""
+
+    def project(a: Tensor, h: Tensor, basis: ok.BasisTensors) -> Tensor:
+        parts = [part if part is None else part.cpu().double() for part in basis.parts()]
+        wide = basis.from_parts(parts, basis.cotangent, basis.bias)
+        return wide.project(a.detach().cpu().double(), h.detach().cpu().double())
+
+    return project

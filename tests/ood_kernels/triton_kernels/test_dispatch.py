@@ -23,34 +23,14 @@ def triton_wished_for(monkeypatch):
     monkeypatch.setenv("OOD_ENGINE_BACKEND", "triton")
 
 
-class Scorer(torch.nn.Module):
-    """The single pass and its parts, as a model would hold them."""
-
-    def __init__(self, device):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*shape):
-            return torch.randn(shape, generator=generator).to(device)
-
-        self.head = ok.Head(normal(5, 32), normal(5), normal(5, 32) > -1, normal(32) > -1)
-        self.basis = ok.DualTensors(normal(7, 5), normal(7, 32), normal(7, 3), normal(3), "predicted")
-
-    def forward(self, feature_map):
-        h, nap = ok.pool_nap(feature_map)
-        lse, pruned_lse, p = ok.masked_energy(h, *self.head)
-        g_low = ok.project_gradients(p, h, self.basis)
-        return (*ok.score(feature_map, self.head, self.basis), h, nap, lse, pruned_lse, p, g_low)
+@pytest.fixture
+def scorer(make_scorer, device):
+    return make_scorer("predicted", "dual")[0].to(device)
 
 
 @pytest.fixture
-def scorer(device):
-    return Scorer(device)
-
-
-@pytest.fixture
-def feature_map(device):
-    return torch.rand(3, 32, 4, 4, generator=torch.Generator().manual_seed(1)).to(device)
+def feature_map(make_scorer, device):
+    return make_scorer("predicted", "dual")[1].to(device)
 
 
 def assert_same(outputs, expected):
@@ -58,20 +38,21 @@ def assert_same(outputs, expected):
         assert torch.equal(value, right)
 
 
-def test_the_public_functions_reach_the_kernels(scorer, feature_map):
+def test_the_public_functions_reach_the_kernels(scorer, feature_map, monkeypatch):
     with record() as launches:
         outputs = scorer(feature_map)
     assert launches
+    monkeypatch.setenv("OOD_ENGINE_BACKEND", "reference")
     with record() as launches:
-        reference = [ok.reference.score(feature_map, scorer.head, scorer.basis)] * 2
+        expected = scorer(feature_map)
     assert not launches
-    for value, right in zip(outputs, (part for one in reference for part in one), strict=True):
+    for value, right in zip(outputs, expected, strict=True):
         torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-4)
 
 
 def test_an_argument_overrides_the_environment(scorer, feature_map):
     with record() as launches:
-        ok.score(feature_map, scorer.head, scorer.basis, backend="reference")
+        ok.score(feature_map, scorer.head, scorer, backend="reference")
         ok.pool_nap(feature_map, backend="reference")
     assert not launches
 
@@ -102,7 +83,7 @@ def test_tokens_need_no_copy(device):
 
 
 def test_opcheck(scorer, feature_map):
-    head, basis = scorer.head, scorer.basis
+    head, basis = scorer.head, scorer.tensors()
     checks = ("test_schema", "test_faketensor")
     h, p = feature_map.mean((2, 3)), torch.rand(3, 5, device=feature_map.device)
     taken = (basis.parts(), basis.kind, "energy", True)
@@ -170,11 +151,11 @@ def test_runs_on_the_current_stream(scorer, feature_map):
 
 
 @needs_two_gpus
-def test_runs_on_a_device_that_is_not_the_current_one():
+def test_runs_on_a_device_that_is_not_the_current_one(make_scorer):
+    scorer, feature_map = make_scorer("predicted", "dual")
+    reference = scorer(feature_map)
     with torch.cuda.device(0):
-        feature_map = torch.rand(3, 32, 4, 4, device="cuda:1")
-        outputs = Scorer("cuda:1")(feature_map)
-    reference = Scorer("cpu")(feature_map.cpu())
+        outputs = scorer.to("cuda:1")(feature_map.to("cuda:1"))
     for value, right in zip(outputs, reference, strict=True):
         assert value.device == torch.device("cuda:1")
         torch.testing.assert_close(value.cpu(), right, rtol=1e-4, atol=1e-4)

@@ -60,7 +60,7 @@ SHAPES = [(1, 1, 2), (3, 5, 7), (17, 33, 16), (2, 100, 17), (33, 64, 70), (1, 51
 
 @pytest.mark.parametrize(
     ("shape", "precision"),
-    [(shape, "ieee") for shape in SHAPES]
+    [(shape, "ieee") for shape in (*SHAPES, (1, 8, 2100), (1, 4100, 3))]
     + [(shape, other) for index, other in enumerate(PRECISIONS[1:]) for shape in SHAPES[index % 2 :: 2]],
     ids=str,
 )
@@ -80,14 +80,6 @@ def test_as_close_to_fp64_as_torch(make, poisoned, assert_as_good_as_torch, shap
         theirs, hair = reference.masked_energy(*arguments), 1e-3 if precision == "tf32" else 2e-6
     for value, exact, plain in zip(ours, right, theirs, strict=True):
         assert_as_good_as_torch(value, exact, plain, hair)
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 2100), (1, 4100, 3)], ids=str)
-def test_many_classes_and_many_channels(make, assert_as_good_as_torch, shape):
-    h, weight, bias, weight_mask, neuron_mask = arguments = make(*shape)
-    ours = masked_energy(h, weight, bias, pack_mask(weight_mask), neuron_mask)
-    for value, exact, plain in zip(ours, truth(*arguments), reference.masked_energy(*arguments), strict=True):
-        assert_as_good_as_torch(value, exact, plain, hair=2e-6)
 
 
 @pytest.mark.pairwise(of_features=DTYPES, of_weight=DTYPES, precision=["ieee", "bf16"])
@@ -119,13 +111,6 @@ def test_every_kind_of_mask(make, poisoned, assert_as_good_as_torch, weights, ne
         assert ours[0].data_ptr() != ours[1].data_ptr()
 
 
-def test_the_mask_is_of_the_kind_that_it_is_stored_in(make):
-    h, weight, bias, weight_mask, neuron_mask = make(3, 75, 19)
-    packed = masked_energy(h, weight, bias, pack_mask(weight_mask), pack_mask(neuron_mask))
-    for ours, other in zip(masked_energy(h, weight, bias, weight_mask, neuron_mask), packed, strict=True):
-        assert torch.equal(ours, other)
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_masks_that_keep_everything_change_no_bit(make, precision):
     h, weight, bias, weight_mask, neuron_mask = make(3, 70, 37)
@@ -136,23 +121,45 @@ def test_masks_that_keep_everything_change_no_bit(make, precision):
     assert all(torch.equal(one, other) for one, other in zip(plain, masked, strict=True))
 
 
-@pytest.mark.parametrize("which", ["weights", "neurons"])
-def test_a_head_pruned_away_scores_its_bias(make, which):
-    h, weight, bias, weight_mask, neuron_mask = make(4, 40, 21)
-    masks = (torch.zeros_like(weight_mask), None) if which == "weights" else (None, torch.zeros_like(neuron_mask))
-    expected = bias.double().logsumexp(0).expand(4).float()
-    torch.testing.assert_close(masked_energy(h, weight, bias, *masks)[1], expected, rtol=1e-6, atol=1e-6)
-    unbiased = masked_energy(h, weight, None, *masks)[1]
-    torch.testing.assert_close(unbiased, torch.full_like(unbiased, math.log(21)), rtol=1e-6, atol=0)
+def pruned_away(head):
+    head["weight_mask"][:] = False
 
 
-def test_a_class_without_weights_keeps_its_bias(make, assert_as_good_as_torch):
-    h, weight, bias, weight_mask, neuron_mask = make(4, 40, 35)
-    weight_mask[2] = weight_mask[33] = False
-    bias[2] = 9
-    ours = masked_energy(h, weight, bias, pack_mask(weight_mask), neuron_mask)
-    assert_as_good_as_torch(ours[1], truth(h, weight, bias, weight_mask, neuron_mask)[1], hair=1e-6)
-    assert (ours[1] > 9).all()
+def without_neurons(head):
+    head["neuron_mask"][:] = False
+
+
+def classes_without_weights(head):
+    head["weight_mask"][[2, 17]] = False
+    head["bias"][2] = 9
+
+
+def bad(name, where, value):
+    def change(head):
+        head["weight_mask"][1, 2] = head["neuron_mask"][2] = False
+        head[name][where] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "with_bias"),
+    [(change, with_bias) for change in (pruned_away, without_neurons) for with_bias in (True, False)]
+    + [(classes_without_weights, True)]
+    + [(bad("weight", (1, 2), value), False) for value in (torch.nan, torch.inf)]
+    + [(bad("bias", 1, value), True) for value in (torch.nan, torch.inf)],
+)
+def test_heads_at_the_limits(make, assert_as_good_as_torch, change, with_bias):
+    h, *tensors = make(4, 40, 21)
+    h += 1
+    head = dict(zip(("weight", "bias", "weight_mask", "neuron_mask"), tensors, strict=True))
+    change(head)
+    head["bias"] = head["bias"] if with_bias else None
+    exact = truth(h, **head)
+    for value, right in zip(
+        masked_energy(h, **head | {"weight_mask": pack_mask(head["weight_mask"])}), exact, strict=True
+    ):
+        assert_as_good_as_torch(value, right, hair=2e-6)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -199,19 +206,6 @@ def test_a_bad_feature_is_nan_in_its_row_alone_even_where_it_is_pruned(make, poi
         assert torch.equal(ours[others], before[others])
 
 
-@pytest.mark.parametrize(("where", "value"), [("weight", torch.inf), ("weight", torch.nan), ("bias", torch.inf)])
-def test_a_bad_head_gives_no_score_even_where_it_is_pruned(make, where, value):
-    h, weight, bias, weight_mask, neuron_mask = make(3, 40, 21)
-    h += 1
-    weight_mask[1, 2] = neuron_mask[2] = False
-    if where == "weight":
-        weight[1, 2] = value
-    else:
-        bias[1] = value
-    for output in masked_energy(h, weight, bias, pack_mask(weight_mask), neuron_mask):
-        assert output.isnan().all()
-
-
 LAYOUTS = {
     "transposed": lambda tensor: tensor.T.contiguous().T,
     "offset": lambda tensor: torch.cat([tensor.new_zeros(3), tensor.flatten()])[3:].view(tensor.shape),
@@ -249,13 +243,24 @@ def test_a_sample_scores_bitwise_the_same_alone_and_anywhere(make, precision):
             assert torch.equal(one[index : index + 1], alone)
 
 
-@pytest.mark.parametrize("tile", [{"GROUP": 1}, {"GROUP": 2}])
-def test_the_order_of_programs_changes_no_bit(make, tile):
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+def test_neither_storage_of_masks_nor_order_nor_parts_change_a_bit(make, poisoned, monkeypatch, precision):
     h, weight, bias, weight_mask, neuron_mask = make(40, 20, 40)
-    default = masked_energy(h, weight, bias, pack_mask(weight_mask), neuron_mask)
-    with forced({"masked_energy": tile}):
-        other = masked_energy(h, weight, bias, pack_mask(weight_mask), neuron_mask)
-    assert all(torch.equal(one, two) for one, two in zip(default, other, strict=True))
+    head = (weight, bias, weight_mask, neuron_mask, precision)
+    expected = masked_energy(h, *head)
+    others = [
+        masked_energy(h, weight, bias, pack_mask(weight_mask), pack_mask(neuron_mask), precision),
+        energies(h, *head),
+    ]
+    for group in (1, 2):
+        with forced({"masked_energy": {"GROUP": group}}):
+            others.append(masked_energy(h, *head))
+    monkeypatch.setattr(family, "_PARTIAL_BYTES", 7 * 20 * 2)
+    with record() as launches:
+        others.append(masked_energy(h, *head))
+    assert len(launches) == 12
+    for other in others:
+        assert all(torch.equal(one, two) for one, two in zip(expected, other, strict=False))
 
 
 @pytest.mark.parametrize(("channels", "stored"), [(16, "bits"), (16, "bytes"), (32, "bits"), (64, "bytes")])
@@ -273,25 +278,6 @@ def test_candidates_differ_and_leave_the_sample_tile_alone():
         found = list(family.candidates({"precision": precision, "classes": classes}))
         assert len({tuple(config.items()) for config in found}) == len(found) > 3
         assert all(config.keys() == {"BLOCK_C", "BLOCK_D", "num_warps", "num_stages"} for config in found)
-
-
-@pytest.mark.parametrize("precision", ["ieee", "bf16"])
-def test_energies_alone_are_the_same_bits(make, poisoned, precision):
-    h, weight, bias, weight_mask, neuron_mask = make(20, 33, 40)
-    head = (weight, bias, pack_mask(weight_mask), neuron_mask, precision)
-    for alone, together in zip(energies(h, *head), masked_energy(h, *head), strict=False):
-        assert torch.equal(alone, together)
-
-
-def test_batches_whose_partial_results_take_too_much_memory_go_in_parts(make, poisoned, monkeypatch):
-    h, weight, bias, weight_mask, neuron_mask = make(20, 20, 40)
-    head = (weight, bias, weight_mask, neuron_mask)
-    whole = masked_energy(h, *head)
-    monkeypatch.setattr(family, "_PARTIAL_BYTES", 7 * 20 * 2)
-    with record() as launches:
-        parts = masked_energy(h, *head)
-    assert len(launches) == 6
-    assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
 
 
 def test_two_launches_and_none_for_an_empty_batch(make):

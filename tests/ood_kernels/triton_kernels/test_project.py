@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
 import torch
 from torch import Tensor
 
-import ood_kernels as ok
 from ood_kernels import reference
-from ood_kernels.triton_kernels.launch import PRECISIONS, forced, record
+from ood_kernels.triton_kernels.launch import PRECISIONS, record
 from ood_kernels.triton_kernels.masked_energy import head_partials
 
 # NumPy, which interprets, warns of Inf - Inf.
@@ -32,58 +29,10 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def placed(tensors, device, dtype):
-    return [tensor.to(dtype).to(device) for tensor in tensors]
-
-
-@pytest.fixture
-def make(device):
-    """(a, h, basis): a dual basis in another dtype leaves its samples, shift and linear part in fp32."""
-
-    def build(
-        form, samples=5, classes=4, features=33, components=7, *, anchors=9, ranks=(3, 6), bias=True, dtype=torch.float32
-    ):  # fmt: skip
-        constants, width = normal(components, seed=5), features + bias
-        a, h = normal(samples, classes).softmax(1), normal(samples, features, seed=1).relu()
-        if form == "explicit":
-            a, h, *parts = placed((a, h, normal(components, classes, width, seed=2), constants), device, dtype)
-            return a, h, ok.ExplicitTensors(*parts, bias=bias)
-        if form == "factored":
-            factors = normal(classes, ranks[0], seed=2), normal(width, ranks[1], seed=3) / features**0.5
-            parts = (a, h, *factors, normal(components, *ranks, seed=4), constants)
-            a, h, *parts = placed(parts, device, dtype)
-            return a, h, ok.FactoredTensors(*parts, bias=bias)
-        anchor_features = normal(anchors, features, seed=3).relu()
-        parts = normal(anchors, classes, seed=2).softmax(1), anchor_features, normal(anchors, components, seed=4)
-        basis = ok.DualTensors(*placed((*parts, constants), device, dtype), bias=bias)
-        if form != "dual":
-            shift = anchor_features.mean(0)
-            linear = reference.linear_part(*parts, shift, bias)
-            shift, linear = placed((shift, linear), device, torch.float32)
-            basis = basis._replace(shift=shift, linear=linear)
-        return *placed((a, h), device, torch.float32), basis
-
-    return build
-
-
-def project(form, a, h, basis, *precision, **options):
-    """The launcher of a form."""
-    name = f"project_{basis.kind}"
-    launcher = getattr(import_module(f"ood_kernels.triton_kernels.{name}"), name)
-    with forced({"project_dual": {"VARIANT": "stored" if form == "stored" else "fused"}}):
-        return launcher(a, h, basis, *precision, **options)
-
-
 def changed(basis, change):
     return basis.from_parts(
         [part if part is None else change(part) for part in basis.parts()], basis.cotangent, basis.bias
     )
-
-
-def truth(a, h, basis):
-    """The reference in fp64."""
-    a, h = a.detach().cpu().double(), h.detach().cpu().double()
-    return changed(basis, lambda part: part.cpu().double()).project(a, h)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -99,19 +48,19 @@ def truth(a, h, basis):
     dtype=[torch.float32, torch.bfloat16, torch.float16],
     bias=[True, False],
 )
-def test_equals_the_truth(make, assert_as_good_as_torch, size, form, dtype, bias):
+def test_equals_the_truth(make_projection, project, assert_as_good_as_torch, exact, size, form, dtype, bias):
     *sizes, ranks, anchors = size
-    a, h, basis = make(form, *sizes, ranks=ranks, anchors=anchors, dtype=dtype, bias=bias)
+    a, h, basis = make_projection(form, *sizes, ranks=ranks, anchors=anchors, dtype=dtype, bias=bias)
     ours = project(form, a, h, basis)
     assert ours.dtype == torch.float32
-    assert_as_good_as_torch(ours, truth(a, h, basis), basis.project(a, h))
+    assert_as_good_as_torch(ours, exact(a, h, basis), basis.project(a, h))
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.pairwise(form=FORMS[1:], precision=PRECISIONS, dtype=[torch.float32, torch.bfloat16])
-def test_every_precision(make, assert_as_good_as_torch, form, precision, dtype):
-    a, h, basis = make(form, 16, 5, 40, 33, anchors=70, ranks=(4, 20), dtype=dtype)
-    ours, right = project(form, a, h, basis, precision), truth(a, h, basis)
+def test_every_precision(make_projection, project, assert_as_good_as_torch, exact, form, precision, dtype):
+    a, h, basis = make_projection(form, 16, 5, 40, 33, anchors=70, ranks=(4, 20), dtype=dtype)
+    ours, right = project(form, a, h, basis, precision), exact(a, h, basis)
     assert_as_good_as_torch(ours, right, hair=HAIR[basis.kind][precision])
     if precision in ("bf16", "fp16") and dtype == torch.float32:
         assert (ours.cpu().double() - right).abs().max() > 1e-5 * right.abs().max()
@@ -132,8 +81,8 @@ def partials_of(logits, width):
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.pairwise(form=FORMS[1:], kind=reference.COTANGENTS)
-def test_cotangents_from_logits(make, device, assert_as_good_as_torch, form, kind):
-    _, h, basis = make(form, 7, 11, 12, 5)
+def test_cotangents_from_logits(make_projection, project, device, assert_as_good_as_torch, exact, form, kind):
+    _, h, basis = make_projection(form, 7, 11, 12, 5)
     logits = 3 * normal(7, 11, seed=9).float()
     logits[1] = 2.0  # a tie: the first class is the predicted one
     logits[2] *= 3000  # exp overflows without the largest subtracted
@@ -145,13 +94,15 @@ def test_cotangents_from_logits(make, device, assert_as_good_as_torch, form, kin
     partials, argmaxima = partials_of(logits, 4)
     ours = project(form, logits, h, basis, kind=kind, partials=partials, argmaxima=argmaxima)
     assert ours[3:5].isnan().all()
-    assert_as_good_as_torch(ours, truth(a, h, basis), basis.project(theirs, h))
+    assert_as_good_as_torch(ours, exact(a, h, basis), basis.project(theirs, h))
 
 
 @pytest.mark.parametrize("form", ["dual", "explicit", "factored"])
-def test_cotangents_from_what_the_head_pass_leaves(make, device, assert_as_good_as_torch, form):
-    _, h, basis = make(form, 5, 70, 12)
-    weight, bias = placed((normal(70, 12, seed=1), normal(70, seed=2)), device, torch.float32)
+def test_cotangents_from_what_the_head_pass_leaves(
+    make_projection, project, device, assert_as_good_as_torch, exact, form
+):
+    _, h, basis = make_projection(form, 5, 70, 12)
+    weight, bias = (part.to(device) for part in (normal(70, 12, seed=1).float(), normal(70, seed=2).float()))
     weight[7] = weight[3]
     bias[7] = bias[3] = 30.0
     logits = h.new_empty(5, 70)
@@ -160,7 +111,7 @@ def test_cotangents_from_what_the_head_pass_leaves(make, device, assert_as_good_
     ours = project(form, logits, h, basis, kind="predicted", partials=partials, argmaxima=argmaxima)
     p = torch.nn.functional.linear(h.double(), weight.double(), bias.double()).softmax(1)
     theirs = basis.project(reference.cotangent(p.float(), "predicted"), h)
-    assert_as_good_as_torch(ours, truth(reference.cotangent(p, "predicted"), h, basis), theirs, hair=3e-6)
+    assert_as_good_as_torch(ours, exact(reference.cotangent(p, "predicted"), h, basis), theirs, hair=3e-6)
 
 
 def layouts(tensor):
@@ -172,8 +123,8 @@ def layouts(tensor):
 
 
 @pytest.mark.parametrize("form", FORMS[1:])
-def test_layouts_and_offsets_change_nothing(make, form):
-    a, h, basis = make(form, 5, 3, 48, 3)
+def test_layouts_and_offsets_change_nothing(make_projection, project, form):
+    a, h, basis = make_projection(form, 5, 3, 48, 3)
     expected = project(form, a, h, basis)
     operands = [a, h, *basis.parts()]
     for index, operand in enumerate(operands):
@@ -184,13 +135,13 @@ def test_layouts_and_offsets_change_nothing(make, form):
 
 @every_form
 @pytest.mark.parametrize("axis", range(3))
-def test_expanded_inputs(make, assert_as_good_as_torch, form, axis):
+def test_expanded_inputs(make_projection, project, assert_as_good_as_torch, exact, form, axis):
     def expanded(tensor):
         return tensor.narrow(axis, 0, 1).expand_as(tensor) if tensor.ndim > axis else tensor
 
-    a, h, basis = make(form, 4, 4, 20)
+    a, h, basis = make_projection(form, 4, 4, 20)
     inputs = expanded(a), expanded(h), changed(basis, expanded)
-    assert_as_good_as_torch(project(form, *inputs), truth(*inputs), inputs[2].project(*inputs[:2]))
+    assert_as_good_as_torch(project(form, *inputs), exact(*inputs), inputs[2].project(*inputs[:2]))
 
 
 @pytest.mark.parametrize(
@@ -198,10 +149,10 @@ def test_expanded_inputs(make, assert_as_good_as_torch, form, axis):
     [(form, precision) for form in ("shifted", "explicit", "factored") for precision in ("ieee", "bf16")]
     + [("explicit", "tf32x3"), ("factored", "tf32"), ("factored", "fp16")],
 )
-def test_a_sample_is_bitwise_the_same_in_any_batch(make, device, form, precision):
+def test_a_sample_is_bitwise_the_same_in_any_batch(make_projection, project, device, form, precision):
     # More than a tile.
     samples = 18 if precision == "ieee" and form != "shifted" else 70
-    a, h, basis = make(form, samples, 3, 20, 9, anchors=40)
+    a, h, basis = make_projection(form, samples, 3, 20, 9, anchors=40)
     together = project(form, a, h, basis, precision)
     for rows in (slice(1, 2), slice(samples - 3, samples), slice(samples - 1, samples)):
         assert torch.equal(project(form, a[rows], h[rows], basis, precision), together[rows])
@@ -211,8 +162,8 @@ def test_a_sample_is_bitwise_the_same_in_any_batch(make, device, form, precision
 
 
 @pytest.mark.parametrize("form", FORMS[1:])
-def test_a_batch_that_outgrows_the_workspace_goes_in_parts(make, monkeypatch, form):
-    a, h, basis = make(form, 36, 3, 20)
+def test_a_batch_that_outgrows_the_workspace_goes_in_parts(make_projection, project, monkeypatch, form):
+    a, h, basis = make_projection(form, 36, 3, 20)
     together = project(form, a, h, basis)
     monkeypatch.setattr(f"ood_kernels.triton_kernels.project_{basis.kind}.samples_at_once", lambda *_: 16)
     with record() as launches:
@@ -225,8 +176,8 @@ def test_a_batch_that_outgrows_the_workspace_goes_in_parts(make, monkeypatch, fo
 @pytest.mark.pairwise(
     form=FORMS[1:], bad=[torch.nan, torch.inf, -torch.inf], which=["a", "h"], precision=["ieee", "bf16", "fp16"]
 )
-def test_a_bad_value_reaches_its_own_sample_alone(make, device, form, bad, which, precision):
-    a, h, basis = make(form, 20, 3, 40, 9)
+def test_a_bad_value_reaches_its_own_sample_alone(make_projection, project, device, form, bad, which, precision):
+    a, h, basis = make_projection(form, 20, 3, 40, 9)
     clean = project(form, a, h, basis, precision)
     (a if which == "a" else h)[11, 2] = bad
     ours = project(form, a, h, basis, precision)
@@ -236,15 +187,15 @@ def test_a_bad_value_reaches_its_own_sample_alone(make, device, form, bad, which
 
 
 @every_form
-def test_nothing_to_do_launches_nothing(make, form):
+def test_nothing_to_do_launches_nothing(make_projection, project, form):
     with record() as launches:
         for samples, components in ((0, 7), (5, 0), (0, 0)):
-            assert project(form, *make(form, samples, components=components)).shape == (samples, components)
+            assert project(form, *make_projection(form, samples, components=components)).shape == (samples, components)
     assert launches == []
 
 
 @every_form
-def test_inputs_stay_as_they_were(make, assert_owned, form):
-    a, h, basis = make(form)
+def test_inputs_stay_as_they_were(make_projection, project, assert_owned, form):
+    a, h, basis = make_projection(form)
     tensors = [part for part in basis.parts() if isinstance(part, Tensor)]
     assert_owned([a, h, *tensors], lambda: [project(form, a, h, basis)])

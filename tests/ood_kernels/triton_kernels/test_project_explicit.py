@@ -6,58 +6,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ood_kernels as ok
-from ood_kernels import reference
 from ood_kernels.triton_kernels import project_explicit as family
 from ood_kernels.triton_kernels.launch import PRECISIONS, record
-from ood_kernels.triton_kernels.project_explicit import explicit_plan
-
-ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from ood_kernels.triton_kernels.project_explicit import explicit_plan, project_explicit
 
 
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def make(device, samples=5, classes=4, features=33, components=7, *, bias=True, dtype=torch.float32):
-    a = normal(samples, classes).softmax(1).to(dtype)
-    h = normal(samples, features, seed=1).relu().to(dtype)
-    vectors = normal(components, classes, features + bias, seed=2, dtype=dtype)
-    return tuple(part.to(device) for part in (a, h, vectors, normal(components, seed=3, dtype=dtype)))
-
-
-def project_explicit(a, h, vectors, constants, bias=True, *precision, **options):
-    """The launcher on a basis given as the reference takes it."""
-    return family.project_explicit(a, h, ok.ExplicitTensors(vectors, constants, bias=bias), *precision, **options)
-
-
-def truth(a, h, vectors, constants, bias=True):
-    """The projection in fp64 from the materialised gradients, in one product."""
-    a, h, vectors, constants = (part.detach().cpu().double() for part in (a, h, vectors, constants))
-    extended = torch.cat([h, torch.ones(len(h), 1, dtype=h.dtype)], 1) if bias else h
-    return torch.einsum("nc,nd,kcd->nk", a, extended, vectors) - constants
-
-
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
     ("elements", "class_step", "feature_step"), [(16, 1, 32), (60, 4, 32), (120, 7, 32), (200, 7, 64)]
 )
 def test_splits_over_classes_and_features(
-    device, poisoned, assert_as_good_as_torch, monkeypatch, elements, class_step, feature_step
+    make_projection, assert_as_good_as_torch, exact, monkeypatch, elements, class_step, feature_step
 ):
-    inputs = make(device, 3, 7, 70, 5)
+    a, h, basis = make_projection("explicit", 3, 7, 70, 5)
     monkeypatch.setattr(family, "_ELEMENTS", elements)
-    plan = explicit_plan(ok.ExplicitTensors(*inputs[2:]), "ieee")
+    plan = explicit_plan(basis, "ieee")
     assert (plan.arguments["class_step"], plan.arguments["feature_step"]) == (class_step, feature_step)
-    assert_as_good_as_torch(project_explicit(*inputs), truth(*inputs), reference.project_explicit(*inputs))
+    assert_as_good_as_torch(project_explicit(a, h, basis), exact(a, h, basis), basis.project(a, h))
 
 
-@pytest.mark.parametrize("precision", ROUNDED)
-def test_low_precision_rounds_features_and_vectors_and_nothing_else(device, assert_as_good_as_torch, precision):
-    a, h, vectors, constants = make(device, 5, 3, 40)
-    ours = project_explicit(a, h, vectors, constants, True, precision)
-    dtype = ROUNDED[precision]
-    weights = torch.cat([vectors[..., :-1].to(dtype).float(), vectors[..., -1:]], 2)
-    assert_as_good_as_torch(ours, truth(a, h.to(dtype), weights, constants))
-    assert (ours.cpu().double() - truth(a, h, vectors, constants)).abs().max() > 1e-5
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)], ids=str)
+def test_low_precision_rounds_features_and_vectors_and_nothing_else(
+    make_projection, assert_as_good_as_torch, exact, precision, dtype
+):
+    a, h, basis = make_projection("explicit", 5, 3, 40)
+    vectors = basis.components
+    ours = project_explicit(a, h, basis, precision)
+    rounded = basis._replace(components=torch.cat([vectors[..., :-1].to(dtype).float(), vectors[..., -1:]], 2))
+    assert_as_good_as_torch(ours, exact(a, h.to(dtype), rounded))
+    assert (ours.cpu().double() - exact(a, h, basis)).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize(
@@ -67,7 +44,8 @@ def test_two_launches_and_a_bounded_workspace(classes, features, components):
     for samples in (1, 63, 64, 1024):
         shapes = (samples, classes), (samples, features), (components, classes, features), (components,)
         with record() as launches:
-            project_explicit(*(torch.empty(shape, device="meta") for shape in shapes), False)
+            a, h, *parts = (torch.empty(shape, device="meta") for shape in shapes)
+            project_explicit(a, h, ok.ExplicitTensors(*parts, bias=False))
         largest = max(launch.arguments["partial_ptr"].numel() for launch in launches)
         assert 4 * largest <= 32 * 2**20
         assert all(launch.wide for launch in launches if launch.kernel is family.explicit_kernel)
@@ -101,8 +79,8 @@ def test_rows_that_16_bytes_divide_are_known_to_be_aligned():
         assert explicit_plan(ok.ExplicitTensors(vectors, torch.zeros(2), bias=bias), "ieee").wide == wide
 
 
-def test_giant_bases_are_addressed_with_64_bits(device, monkeypatch):
-    inputs = make(device)
+def test_giant_bases_are_addressed_with_64_bits(make_projection, monkeypatch):
+    inputs = make_projection("explicit")
     expected = project_explicit(*inputs)
     monkeypatch.setattr(family, "is_far", lambda *_: True)
     with record() as launches:
@@ -119,5 +97,5 @@ def test_offsets_beyond_32_bits(device):
     vectors = torch.zeros((3, 2**12, 2**18), dtype=torch.bfloat16, device=device)
     vectors[2, -1, -300:] = 1
     a, h = torch.ones((2, 2**12), device=device), torch.ones((2, 2**18), device=device)
-    ours = project_explicit(a, h, vectors, torch.zeros(3, device=device), False)
+    ours = project_explicit(a, h, ok.ExplicitTensors(vectors, torch.zeros(3, device=device), bias=False))
     assert ours.tolist() == [[0.0, 0.0, 300.0]] * 2

@@ -8,9 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import ood_kernels as ok
 from ood_kernels import reference
+from ood_kernels.cases import Case, operands
+from ood_kernels.cases import run as run_case
 from ood_kernels.masks import pack_mask
 from ood_kernels.triton_kernels import score as family
 from ood_kernels.triton_kernels.launch import forced, record
@@ -37,40 +40,16 @@ def plan(request) -> str:
 
 
 @pytest.fixture
-def make(device):
-    """A feature map, a pruned head and a basis, from a seed."""
+def make(make_problem, device):
+    """A feature map, a pruned head with a packed mask and a basis."""
 
-    def build(
-        samples=4, channels=33, classes=5, side=3, form="shifted", cotangent="energy", dtype=torch.float32, bias=True,
-        components=3, anchors=40,
-    ):  # fmt: skip
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(dtype).to(device)
-
-        head = ok.Head(
-            normal(classes, channels) * 2 / channels**0.5,
-            normal(classes),
-            pack_mask(normal(classes, channels) > -0.5),
-            normal(channels) > -1,
+    def build(samples=4, channels=33, classes=5, side=3, *, form="shifted", components=3, anchors=40, **options):
+        form = "" if form == "none" else form
+        feature_map, head, basis = make_problem(
+            samples, channels, classes, side, form=form, components=components, anchors=anchors, **options
         )
-        rest = (normal(components).float(), cotangent, bias)
-        basis: ok.BasisTensors | None = None
-        if form in ("dual", "shifted"):
-            anchor_features, coefficients = normal(anchors, channels).relu(), normal(anchors, components) / anchors
-            anchor_cotangents = reference.cotangent((2 * normal(anchors, classes)).softmax(1), cotangent).to(dtype)
-            basis = ok.DualTensors(anchor_cotangents, anchor_features, coefficients, *rest)
-            if form == "shifted":
-                shift = anchor_features.float().mean(0)
-                parts = (part.float() for part in basis[:3])
-                basis = basis._replace(shift=shift, linear=reference.linear_part(*parts, shift, bias))
-        elif form == "explicit":
-            basis = ok.ExplicitTensors(normal(components, classes, channels + bias) / channels, *rest)
-        elif form == "factored":
-            factors = normal(channels + bias, 6) / channels**0.5
-            basis = ok.FactoredTensors(normal(classes, 3), factors, normal(components, 3, 6), *rest)
-        return normal(samples, channels, side, side).relu(), head, basis
+        head = head._replace(weight_mask=pack_mask(head.weight_mask))
+        return tree_map_only(Tensor, lambda tensor: tensor.to(device), (feature_map, head, basis))
 
     return build
 
@@ -294,50 +273,25 @@ def test_launches_and_who_sees_the_map(make, form):
         assert [names(launches)[0]] == names(seen)
 
 
-def on_meta(workload, samples, form, dtype=torch.bfloat16):
-    """The launcher's inputs without memory, at the size of a workload."""
-    size = WORKLOADS[workload]
-
-    def empty(*shape, kind=dtype):
-        return torch.empty(shape, device=META, dtype=kind)
-
-    rest = (empty(size.components, kind=torch.float32),)
-    bases = {
-        "none": lambda: None,
-        "dual": lambda: ok.DualTensors(
-            empty(size.anchors, size.classes), empty(size.anchors, size.channels), empty(size.anchors, size.components), *rest
-        ),
-        "explicit": lambda: ok.ExplicitTensors(empty(size.components, size.classes, size.channels + 1), *rest),
-        "factored": lambda: ok.FactoredTensors(
-            empty(size.classes, size.class_rank),
-            empty(size.channels + 1, size.feature_rank),
-            empty(size.components, size.class_rank, size.feature_rank),
-            *rest,
-        ),
-    }  # fmt: skip
-    head = ok.Head(empty(size.classes, size.channels), empty(size.classes))
-    return empty(samples, size.channels, size.height, size.width), head, bases[form]()
-
-
-def default_launches(feature_map, head, basis, precision="bf16"):
+def default_launches(workload, samples, form):
+    """Those of a workload in bf16."""
+    case = Case("score", WORKLOADS[workload], torch.bfloat16, precision="bf16", basis=form, samples=samples)
     with record() as launches:
-        family.score(feature_map, 1.0, False, *head, basis, precision=precision)
+        run_case(case, operands(case, META))
     return launches
 
 
 @pytest.mark.parametrize("workload", ["R50", "R18", "ViT", "MobileNetV2"])
 def test_at_most_three_launches_for_real_heads(workload):
-    for samples, form in itertools.product((1, 256), ("none", "dual", "explicit", "factored")):
-        assert len(default_launches(*on_meta(workload, samples, form))) == (
-            1 if (workload, form) == ("R18", "none") else 3
-        )
+    for samples, form in itertools.product((1, 256), (None, "dual", "explicit", "factored")):
+        assert len(default_launches(workload, samples, form)) == (1 if (workload, form) == ("R18", None) else 3)
 
 
 def test_the_plan_does_not_know_the_batch(monkeypatch):
-    for workload, form in (("R18", "none"), ("R50", "dual"), ("R50", "explicit"), ("R50", "factored")):
+    for workload, form in (("R18", None), ("R50", "dual"), ("R50", "explicit"), ("R50", "factored")):
         settings = []
         for samples in (1, 7, 200):
-            launches = default_launches(*on_meta(workload, samples, form))
+            launches = default_launches(workload, samples, form)
             constants = [
                 {name: value for name, value in launch.arguments.items() if name.isupper() or name.startswith("num_")}
                 for launch in launches
@@ -350,10 +304,9 @@ def test_the_plan_does_not_know_the_batch(monkeypatch):
 @given(
     samples=st.integers(1, 6000),
     workload=st.sampled_from(["R50", "W21k", "R18"]),
-    form=st.sampled_from(["none", "dual", "factored"]),
+    form=st.sampled_from([None, "dual", "factored"]),
 )
 def test_workspace_stays_small_and_the_map_is_read_once(samples, workload, form):
-    inputs = on_meta(workload, samples, form)
     sizes = []
     new_empty = Tensor.new_empty
 
@@ -364,9 +317,9 @@ def test_workspace_stays_small_and_the_map_is_read_once(samples, workload, form)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "new_empty", counted)
-        launches = default_launches(*inputs)
+        launches = default_launches(workload, samples, form)
     size = WORKLOADS[workload]
-    components = 0 if form == "none" else size.components
+    components = size.components if form else 0
     outputs = 4 * samples * (size.channels + 3 + size.classes + components)
     pooled = 4 * samples * size.channels
     assert sum("feature_map_ptr" in launch.arguments for launch in launches) == 1
@@ -478,16 +431,6 @@ def test_who_adds_waits_for_all_who_write(make, monkeypatch, form):
     for events in programs:
         assert [event for event, _ in events].count("acquire") == (2 if places(events, "acquire") else 0)
         assert all(released[place] == places(events, "acquire") for place in places(events, "read"))
-
-
-def test_public_function_reaches_the_kernels(make, monkeypatch):
-    monkeypatch.setenv("OOD_ENGINE_BACKEND", "triton")
-    inputs = make()
-    with record() as launches:
-        outputs = ok.score(*inputs)
-    assert len(launches) in (1, 3)
-    for value, right in zip(outputs, reference.score(*inputs), strict=True):
-        torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs memory for more than 2^31 elements: a GPU")
