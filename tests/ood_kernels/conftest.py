@@ -149,7 +149,7 @@ def make_problem() -> Callable[..., Problem]:
 class Scorer(torch.nn.Module):
     """Every public function in one forward, the parameters held as a module holds them."""
 
-    def __init__(self, head: ok.Head, basis: Any):
+    def __init__(self, head: ok.Head, basis: ok.BasisTensors):
         super().__init__()
         self.weight, self.bias = torch.nn.Parameter(head.weight), torch.nn.Parameter(head.bias)
         self.register_buffer("weight_mask", head.weight_mask)

@@ -218,17 +218,3 @@ def test_energy_lies_above_the_largest_logit_by_at_most_log_c(seed, sizes):
     assert (lse >= largest - 1e-12).all()
     assert (lse <= largest + math.log(len(weight)) + 1e-12).all()
     assert_allclose(p.sum(1), 1, rtol=1e-12)
-
-
-@pytest.mark.parametrize(("elements", "bias"), [(1, True), (3 * 6, False), (10**6, True)])
-def test_working_on_some_classes_at_a_time_changes_nothing(elements, bias, monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    h, weight = (torch.randn(size, 6, generator=generator, dtype=torch.float64) for size in (5, 8))
-    b = torch.randn(8, generator=generator, dtype=torch.float64) if bias else None
-    weight_mask, neuron_mask = torch.rand(8, 6, generator=generator) > 0.3, torch.rand(6, generator=generator) > 0.3
-    monkeypatch.setattr(ok.reference, "_MASKED_ELEMENTS", elements)
-    lse, pruned_lse, p = ok.reference.masked_energy(h, weight, b, weight_mask, neuron_mask)
-    shift = 0 if b is None else b
-    logits, pruned = h @ weight.T + shift, (h * neuron_mask) @ (weight * weight_mask).T + shift
-    for got, expected in ((lse, logits.logsumexp(1)), (pruned_lse, pruned.logsumexp(1)), (p, logits.softmax(1))):
-        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)

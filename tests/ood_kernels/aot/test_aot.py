@@ -123,7 +123,7 @@ def main():
     x = torch.empty(9, device="meta")
     more = dict(num_warps=1, num_stages=1)
     with record() as launches:
-        launch(spilling, (1,), wide=True, x_ptr=x, rows=4800, one=1, flag=True, nothing=None, scale=0.5, WIDTH=16384, **more)
+        launch(spilling, (1,), wide=True, x_ptr=x, rows=4800, one=1, flag=True, nothing=None, scale=0.5, WIDTH=8192, **more)
         launch(product, (1,), wide=True, x_ptr=x, stride=64, SAMPLES=64, PRECISION="tf32", num_warps=4, num_stages=1)
         launch(product, (1,), wide=True, x_ptr=x, stride=63, SAMPLES=16, PRECISION="tf32", num_warps=4, num_stages=1)
         launch(product, (1,), x_ptr=x, stride=64, SAMPLES=16, PRECISION="ieee", num_warps=4, num_stages=1)
@@ -174,7 +174,7 @@ def test_real_kernels_are_specialised_compiled_and_held_to_their_bounds(tmp_path
         "scale": "fp32",
         "WIDTH": "constexpr",
     }
-    assert constants == [[[2], 1], [[4], None], [[6], 16384]]
+    assert constants == [[[2], 1], [[4], None], [[6], 8192]]
     assert known == [0, 1], "a pointer and a multiple of 16 are known to be divisible"
     ((registers, stack, _, tensor_core, reduced, load_bytes, size),) = found["amd"]
     assert registers > 0

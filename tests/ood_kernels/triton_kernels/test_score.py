@@ -234,20 +234,17 @@ def test_is_the_composition_of_its_parts(make, form):
         torch.testing.assert_close(other, right[:3], rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_empty_batch(make, plan):
-    feature_map, head, basis = make(form="factored")
-    with record() as launches:
-        outputs = run(plan, feature_map[:0], head, basis)
-        bare = run(plan, feature_map[:0], head, None)
-    assert not launches
-    assert [tuple(value.shape) for value in outputs] == [(0, 33), (0,), (0,), (0,), (0, 5), (0, 3)]
-    assert bare.g_low.shape == (0, 0)
-
-
 @pytest.mark.parametrize("form", ["dual", "explicit", "factored"])
-def test_a_basis_without_components(make, form):
-    feature_map, head, basis = make(form=form, components=0)
+def test_an_empty_batch_and_a_basis_without_components(make, form):
     for plan in LIMITS:
+        feature_map, head, basis = make(form=form)
+        with record() as launches:
+            outputs = run(plan, feature_map[:0], head, basis)
+            bare = run(plan, feature_map[:0], head, None)
+        assert not launches
+        assert [tuple(value.shape) for value in outputs] == [(0, 33), (0,), (0,), (0,), (0, 5), (0, 3)]
+        assert bare.g_low.shape == (0, 0)
+        feature_map, head, basis = make(form=form, components=0)
         outputs = run(plan, feature_map, head, basis)
         assert outputs.g_low.shape == (4, 0)
         for value, right in zip(outputs, run(plan, feature_map, head, None), strict=True):
