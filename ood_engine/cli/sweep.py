@@ -34,7 +34,7 @@ class _Names(click.ParamType):
         unknown = [name for name in names if name not in self.known]
         if unknown:
             self.fail(
-                f"{unknown[0]!r} is unknown: expected a comma-separated choice of {', '.join(self.known)}", param, ctx
+                f"{unknown[0]!r} is not known: expected a comma-separated choice of {', '.join(self.known)}", param, ctx
             )
         return tuple(names)
 
@@ -47,7 +47,7 @@ class _Counts(click.ParamType):
             return value
         parts = [part.strip() for part in value.split(",")]
         if not all(part.isdecimal() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r}: expected comma-separated integers of at least 1, such as 8,32,128", param, ctx)
+            self.fail(f"{value!r}: expected whole numbers of at least 1, comma-separated, such as 8,32,128", param, ctx)
         return tuple(int(part) for part in parts)
 
 

@@ -223,11 +223,10 @@ def print_sweep(rows: Sequence[Row], echo: Callable[[str], Any] = print) -> None
         )
     console.print(table)
     echo(
-        f"{min(SHOWN, len(entries))} best of {len(entries)} combinations by mean AUROC, in percent; kflop per sample, KiB of"
+        f"{min(SHOWN, len(entries))} best of {len(entries)} combinations by mean AUROC, in percent; kflop per sample and KiB of"
+        " basis and head."
     )
-    echo(
-        "basis and head. Settings selected on the evaluation sets are optimistically biased: select them on other sets."
-    )
+    echo("Settings selected on the evaluation sets are optimistically biased: select them on other sets.")
     refused: dict[str, int] = {}
     for row in rows:
         if row["refused"] is not None:

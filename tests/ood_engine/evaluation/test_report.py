@@ -283,7 +283,7 @@ class TestHtml:
         evaluation.ood_scores["set_0"]["detector_1"][:3] = np.inf
         text = " ".join("".join(page_of(evaluation, tmp_path).text).split())
         mean = rows(evaluation)[2]
-        assert f"detector_0 separates best of 2 detectors with a mean AUROC of {100 * mean['auroc']:.2f}" in text
+        assert f"detector_0 is the best of 2 detectors, with a mean AUROC of {100 * mean['auroc']:.2f}" in text
         assert "The hardest set is set_0 (near)" in text
         assert "3 on set_0: detector_1" in text
         assert "fc, 10 classes" in text
