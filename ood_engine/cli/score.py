@@ -33,7 +33,7 @@ from .results import ResultWriter, names_folder
 __all__ = ["score"]
 
 PART_SECONDS = 30.0
-"""Time after which an incomplete part is written, as an upper bound of the work lost by a kill."""
+"""Maximum time between two parts, which bounds the work lost to a kill."""
 
 Rows = dict[str, list[Any]]
 

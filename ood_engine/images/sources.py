@@ -42,10 +42,8 @@ def folder_source(root: Path) -> ImageSource:
     """
     files = sorted(entry.name for entry in root.iterdir() if _is_image(entry.name) and not entry.is_dir())
     folders = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    own_parents = {
-        root.resolve(),
-        *root.resolve().parents,
-    }  # a link to one of these would make the whole folder a class
+    # A link to one of these would make the whole folder a class.
+    own_parents = {root.resolve(), *root.resolve().parents}
     below = {name: _images_below(root / name) for name in sorted(folders) if (root / name).resolve() not in own_parents}
     filled = [name for name, paths in below.items() if paths]
     if files and filled:
