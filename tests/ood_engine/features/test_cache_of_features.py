@@ -71,33 +71,19 @@ def test_an_engine_fitted_from_half_precision_is_near_the_other(limit, model, id
         assert np.corrcoef(score.numpy(), expected.numpy())[0, 1] > 0.99, name
 
 
-def test_features_that_are_there_give_the_same_engine(model, id_batches, test_images, assert_same_scores):
-    names = oe.available_detectors()
-    fitted = oe.Engine(model, names).fit(id_batches)
-    rows = fitted.cache.rows
-    cache = FeatureCache.from_features(rows.features, rows.labels, maximum=rows.maximum, fingerprints=rows.fingerprints)
-    images = next(iter(id_batches))[0]
-    assert_same_scores(
-        oe.Engine(model, names).fit_features(cache, images).score(test_images), fitted.score(test_images), 0
-    )
+def unaligned(tensor):
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
 
 
-@pytest.mark.parametrize("layout", ["column-major", "unaligned"])
-def test_features_that_do_not_lie_well_give_the_same_engine(layout, model, id_batches, test_images, assert_same_scores):
-    def place(tensor):
-        if layout == "column-major":
-            return tensor.T.contiguous().T
-        return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
-
-    names = oe.available_detectors()
-    fitted = oe.Engine(model, names).fit(id_batches)
-    rows = fitted.cache.rows
+@pytest.mark.parametrize("place", [torch.clone, lambda tensor: tensor.T.contiguous().T, unaligned])
+def test_features_in_any_layout_give_the_same_engine(place, model, engine, id_batches, test_images, assert_same_scores):
+    rows = engine.cache.rows
     features, maximum = place(rows.features), place(rows.maximum)
     cache = FeatureCache.from_features(features, rows.labels, maximum=maximum, fingerprints=rows.fingerprints)
     assert cache.rows.features.data_ptr() == features.data_ptr()
-    other = oe.Engine(model, names).fit_features(cache, next(iter(id_batches))[0])
-    assert_same_scores(other.score(test_images), fitted.score(test_images), 0)
-    assert_same_scores(other.scorer.score_cache(cache), fitted.scorer.score_cache(fitted.cache), 0)
+    other = oe.Engine(model, oe.available_detectors()).fit_features(cache, id_batches[0][0])
+    assert_same_scores(other.score(test_images), engine.score(test_images), 0)
+    assert_same_scores(other.scorer.score_cache(cache), engine.scorer.score_cache(engine.cache), 0)
 
 
 def test_features_of_a_mapped_file(model, id_batches, test_images, tmp_path):
