@@ -175,16 +175,9 @@ def test_calibrate_refuses_samples_of_the_fit(make_engine, id_batches, fresh_bat
         engine.calibrate([id_batches[0]], overlap="drop")
     with pytest.raises(InputError, match="overlap='keep': expected 'refuse' or 'drop'"):
         engine.calibrate(mixed, overlap="keep")
-
-
-def test_calibrate_asks_for_enough_samples(make_engine, fresh_batches):
-    engine = make_engine(("energy",))
-    with pytest.raises(
-        CalibrationError, match=r"100 calibration samples for false_alarm_rate=0.005: expected at least 199"
-    ):
+    message = "100 calibration samples for false_alarm_rate=0.005: expected at least 199"
+    with pytest.raises(CalibrationError, match=message):
         engine.calibrate(fresh_batches, 0.005)
-    with pytest.raises(CalibrationError, match=r"false_alarm_rate=5: expected a share in \(0, 1\)"):
-        engine.calibrate(fresh_batches, 5)
 
 
 def test_order_of_work_is_enforced(model, id_batches, test_images):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import errno
 import gc
+import io
 import struct
 
 import pytest
@@ -87,22 +87,11 @@ def test_an_empty_cache_is_refused():
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_disk_full_leaves_nothing_and_says_where(number, tmp_path, monkeypatch):
-    original = builtins.open
-
-    class Full:
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            self.file.close()
-
+    class Full(io.FileIO):
         def write(self, data):
             raise OSError(number, "no")
 
-    monkeypatch.setattr("ood_engine.features.cache.open", lambda path, mode: Full(original(path, mode)), raising=False)
+    monkeypatch.setattr("ood_engine.features.cache.open", Full, raising=False)
     if number == errno.ENOSPC:
         with pytest.raises(
             OodEngineError, match=rf"no space left in {tmp_path} for the feature cache .*cache_directory="
