@@ -173,11 +173,6 @@ def test_anchors_are_not_what_the_heads_are_fitted_on(make_engine):
     assert torch.equal(detector.low.fitted("bank"), F.normalize(coordinates))
 
 
-def test_detectors_share_one_basis(engine, test_images):
-    bases = {id(engine.detectors[f"low_dim_gradient_{head}"].basis) for head in HEADS}
-    assert len(bases) == 1
-
-
 @pytest.mark.parametrize("head", ["probe_energy", "probe_msp", "knn", "mahalanobis"])
 def test_ensemble_adds_the_forward_side(head, make_engine, test_images, monkeypatch):
     engine = make_engine(("low_dim_gradient", "energy", "msp"), settings={"low_dim_gradient": {"head": head, "a": 0.5}})

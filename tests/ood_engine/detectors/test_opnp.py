@@ -79,13 +79,6 @@ def test_ranks_count_what_is_smaller(values):
     assert keep_mask(sensitivity_ranks(torch.tensor(values)), (0.0, 1.0)).all()
 
 
-def test_dead_neurons_are_pruned_by_any_lower_fraction():
-    ranks = sensitivity_ranks(torch.tensor([0.0, 0.0, 0.0, 1.0, 2.0]))
-    assert keep_mask(ranks, (0.01, 1.0)).tolist() == [False, False, False, True, True]
-    assert keep_mask(ranks, (0.0, 1.0)).all()
-    assert keep_mask(ranks, (0.0, 0.5)).tolist() == [True, True, True, False, False]
-
-
 @pytest.mark.parametrize("name", ["opnp", "opp", "onp"])
 def test_keeping_everything_is_energy_bitwise(name, make_engine, test_images):
     parts = [part for part in ("weight_range", "neuron_range") if part in create_detector(name).settings]
