@@ -273,11 +273,14 @@ def test_nothing_of_samples_by_classes_by_features_is_built(operator, make, larg
 
 @pytest.mark.parametrize("operator", [one for one in OPERATORS if one.form in ("", "explicit")], ids=str)
 def test_working_in_blocks_changes_nothing(operator, make, monkeypatch):
-    operands = make(operator, 7, dtype=torch.float64)
-    whole = operator(operands, reference)
-    for workspace in (1, 18, 90, 131):
-        monkeypatch.setattr(explicit_form, "_WORKSPACE_ELEMENTS", workspace)
-        monkeypatch.setattr(reference, "_WORKSPACE_ELEMENTS", workspace)
-        monkeypatch.setattr(reference, "_MASKED_ELEMENTS", workspace)
-        for value, right in zip(operator(operands, reference), whole, strict=True):
+    # With more and with fewer classes than components.
+    for classes, workspace in product((6, 3), (1, 18, 90, 131)):
+        operands = make(operator, 7, 12, classes, dtype=torch.float64)
+        whole = operator(operands, reference)
+        with monkeypatch.context() as patch:
+            patch.setattr(explicit_form, "_WORKSPACE_ELEMENTS", workspace)
+            patch.setattr(reference, "_WORKSPACE_ELEMENTS", workspace)
+            patch.setattr(reference, "_MASKED_ELEMENTS", workspace)
+            blocks = operator(operands, reference)
+        for value, right in zip(blocks, whole, strict=True):
             torch.testing.assert_close(value, right, rtol=1e-12, atol=1e-12)
