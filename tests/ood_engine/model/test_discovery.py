@@ -498,6 +498,8 @@ def test_nan_images_of_the_first_batch_are_passed_over():
     assert Tap(build(ResNetLike)).find(x).proven
     with pytest.raises(InputError, match=r"images \[5, 3, 8, 8\]: none is free of NaN and infinite values"):
         Tap(build(ResNetLike)).find(x * float("nan"))
+    with pytest.raises(InputError, match=r"images \[0, 3, 8, 8\]: none is free of NaN .*; expected at least one"):
+        Tap(build(ResNetLike)).find(x[:0])
 
 
 def test_differences_are_relative_to_the_size_of_what_is_expected():

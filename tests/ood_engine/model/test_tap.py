@@ -573,13 +573,6 @@ def test_images_that_do_not_fit_are_refused_in_one_line(make, bad, message):
     tap(images())
 
 
-def test_an_empty_first_batch_is_refused():
-    with pytest.raises(
-        InputError, match=r"images \[0, 3, 8, 8\]: none is free of NaN and infinite values; expected at least one"
-    ):
-        Tap(net()).find(images(0))
-
-
 def test_running_out_of_memory_is_not_the_images_fault(monkeypatch):
     tap = found(net())
 
@@ -599,15 +592,3 @@ def test_a_wrong_number_of_rows_is_refused_later_too():
     tap = found(Crops())
     with pytest.raises(TapError, match="the model returned 10 rows of logits for 5 images: expected one row per image"):
         tap(torch.randn(5, 3, 8, 12))
-
-
-def test_find_runs_few_images():
-    class Counts(Net):
-        seen: list[int] = []  # noqa: RUF012
-
-        def forward(self, x):
-            self.seen.append(len(x))
-            return super().forward(x)
-
-    Tap(Counts()).find(images(100))
-    assert Counts.seen == [32, 32]
