@@ -299,13 +299,6 @@ def test_score_loader_equals_score(engine, test_images, assert_same_scores):
     assert_same_scores(engine.score_loader(test_images.split(10)), engine.score(test_images))
 
 
-def test_several_engines_on_one_model(model, id_batches, engine, test_images, assert_same_scores):
-    before = engine.score(test_images)
-    other = oe.Engine(model, ["energy", "nap"]).fit(id_batches[:2])
-    other.score(test_images)
-    assert_same_scores(engine.score(test_images), before, 0)
-
-
 def test_classes_follow_the_unpruned_head_and_the_model_is_untouched(model, make_engine, test_images):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():

@@ -209,17 +209,6 @@ def test_hooks_that_make_the_model_what_it_is_run_on_the_twin():
     assert_apart(model, twin)
 
 
-def test_hooks_of_either_side_do_not_reach_the_other():
-    model = net()
-    twin = shallow_twin(model)
-    fired = []
-    twin[0].register_forward_hook(lambda *_: fired.append("twin"))
-    model[0].register_forward_hook(lambda *_: fired.append("model"))
-    evaluate(model)
-    evaluate(twin)
-    assert fired == ["model", "twin"]
-
-
 def parametrized():
     model = net()
     parametrizations.weight_norm(model[0])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ood_engine.errors import InputError, OodEngineWarning
+from ood_engine.errors import InputError
 from ood_engine.subspace import DualBasis
 from ood_engine.subspace.anchors import ANCHOR_METHODS, choose_anchors
 from ood_kernels.reference import COTANGENTS, cotangent
@@ -121,13 +121,3 @@ def test_dual_basis_over_chosen_anchors(method, make_problem):
     assert torch.equal(loaded.residual, basis.residual)
     loaded.load_state_dict(expected.state_dict())
     assert loaded.residual is None
-
-
-def test_dual_basis_checks_the_method_and_reports_few_directions(make_problem):
-    p, h, *_ = make_problem(6)
-    with pytest.raises(InputError, match="anchors='random'"):
-        DualBasis.fit(p, h, anchors="random")
-    with pytest.warns(OodEngineWarning, match="span 5 directions"):
-        basis = DualBasis.fit(p.repeat(5, 1), h.repeat(5, 1), max_anchors=20, anchors="pivoted", n_components=10)
-    assert basis.n_components == 5
-    assert basis.project(p, h).isfinite().all()

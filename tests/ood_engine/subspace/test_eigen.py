@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ood_engine.detectors import create_detector
 from ood_engine.errors import InputError
 from ood_engine.subspace import ClassAverageBasis, DualBasis, ExplicitBasis, FactoredBasis
-from ood_engine.subspace.eigen import LARGEST_EIGENPROBLEM, centre, gram_pca
+from ood_engine.subspace.eigen import LARGEST_EIGENPROBLEM, gram_pca
 
 TOO_MANY = LARGEST_EIGENPROBLEM + 1
 
@@ -40,12 +40,6 @@ def test_components_are_those_of_a_singular_value_decomposition(wanted, is_centr
     assert (constants - components @ mean).abs().max() < 1e-6
     assert float(mean_square) == pytest.approx(float(mean.square().sum()), rel=1e-12, abs=1e-9)
     assert (coefficients.gather(0, coefficients.abs().argmax(0, keepdim=True)) > 0).all()
-
-
-def test_centring_subtracts_the_mean():
-    gradients = make_gradients()
-    centred = gradients - gradients.mean(0)
-    assert (centre(gradients @ gradients.T) - centred @ centred.T).abs().max() < 1e-10
 
 
 @settings(deadline=None, max_examples=15)
