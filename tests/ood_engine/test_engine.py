@@ -240,7 +240,9 @@ def test_a_model_without_a_map_gets_what_needs_only_features(id_batches, test_im
     assert not single.cache.has_map
 
 
-def test_signed_maps_are_refused_with_the_way_out(make_model, id_batches, test_images):
+def test_signed_maps_are_refused_with_the_way_out(
+    make_model, id_batches, fresh_batches, test_images, assert_same_scores
+):
     model = make_model(nn.GELU)
     with pytest.raises(
         DetectorUnavailableError, match=r"nap not available .*negative values \(down to .*pass rectify=True"
@@ -248,7 +250,7 @@ def test_signed_maps_are_refused_with_the_way_out(make_model, id_batches, test_i
         oe.Engine(model, ["nap", "energy"]).fit(id_batches)
     with pytest.warns(OodEngineWarning, match="nap_energy not available for this model: the feature map"):
         assert "nap_energy" not in oe.Engine(model).fit(id_batches).detectors
-    engine = oe.Engine(model, ["nap", "energy"], rectify=True).fit(id_batches)
+    engine = oe.Engine(model, ["nap", "nap_energy", "energy"], rectify=True).fit(id_batches)
     feature_map = engine.scorer.run(test_images).feature_map
     assert feature_map.min() < 0
     scores = engine.score(test_images)
@@ -257,13 +259,8 @@ def test_signed_maps_are_refused_with_the_way_out(make_model, id_batches, test_i
     assert torch.allclose(scores["nap"], expected, rtol=1e-6)
     assert torch.allclose(scores["energy"], model(test_images).logsumexp(1), rtol=1e-6)
     assert torch.equal(engine.score_features(feature_map)["nap"], scores["nap"])
-
-
-def test_cached_path_of_signed_maps(make_model, id_batches, fresh_batches, assert_same_scores):
-    engine = oe.Engine(make_model(nn.GELU), ["nap", "nap_energy"], rectify=True).fit(id_batches)
-    assert_same_scores(
-        engine.scorer.score_cache(engine.extract(fresh_batches)), engine.score_loader(fresh_batches), 1e-6
-    )
+    cache = engine.extract(fresh_batches)
+    assert_same_scores(engine.scorer.score_cache(cache), engine.score_loader(fresh_batches), 1e-6)
 
 
 def test_a_map_named_by_hand_works_unproven(unproven_model, id_batches, fresh_batches, test_images, assert_same_scores):

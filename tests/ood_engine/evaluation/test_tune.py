@@ -100,17 +100,14 @@ def test_tuning_that_fails_changes_nothing(small, images, test_images, assert_sa
 
 def test_what_cannot_be_tuned(small, images):
     x, _ = images(20, 11)
-    with pytest.raises(
-        InputError, match=r"nothing to tune: none of energy, nap_energy, opnp, .* has settings to search"
+    nothing = r"nothing to tune: none of energy, nap_energy, opnp, .* has settings to search"
+    for loader, options, message in (
+        ([x], {"detectors": ["energy"]}, nothing),
+        ([x], {"detectors": ["nap"]}, "tune 'nap': expected one of this engine's detectors, energy, nap_energy"),
+        ([x], {"corruptions": ["rain"]}, "corruption 'rain' is unknown"),
+        ([x], {"corruptions": []}, "corruptions"),
+        ([], {}, "the loader gave no images"),
+        ([x * torch.nan], {"ood_loader": [x]}, "NaN"),
     ):
-        small.tune([x], detectors=["energy"])
-    with pytest.raises(InputError, match="tune 'nap': expected one of this engine's detectors, energy, nap_energy"):
-        small.tune([x], detectors=["nap"])
-    with pytest.raises(InputError, match="corruption 'rain' is unknown"):
-        small.tune([x], corruptions=["rain"])
-    with pytest.raises(InputError, match="the loader gave no images"):
-        small.tune([])
-    with pytest.raises(InputError, match="NaN"):
-        small.tune([x * torch.nan], ood_loader=[x])
-    with pytest.raises(InputError, match="corruptions"):
-        small.tune([x], corruptions=[])
+        with pytest.raises(InputError, match=message):
+            small.tune(loader, **options)

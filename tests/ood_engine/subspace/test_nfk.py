@@ -69,15 +69,6 @@ def test_does_not_depend_on_the_scale_of_a_channel(kind, normalisation, make_pro
     assert (basis.project(p, h).abs() - scaled.project(p, h * channels).abs()).abs().max() < 1e-6
 
 
-def test_none_and_both_normalisations_differ(make_problem):
-    p, h, *_ = make_problem(40)
-    found = [ExplicitBasis.fit(p, h, n_components=3, normalisation=name) for name in ("none", "nfk", "nfk-separable")]
-    assert [each.normalisation for each in found] == ["none", "nfk", "nfk-separable"]
-    assert [each.separable_error is None for each in found] == [True, True, False]
-    assert (found[1].project(p, h) - found[2].project(p, h)).abs().max() > 1e-3
-    assert (found[0].project(p, h) - found[2].project(p, h)).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("workspace", [1, 200, 10**6])
 def test_blocks_change_nothing(workspace, make_problem, monkeypatch):
     p, h, *_ = make_problem(20)
