@@ -87,13 +87,6 @@ def test_eight_threads_get_what_one_gets(engine, test_images, assert_same_scores
                 assert_same_scores(found, score)
 
 
-def test_autocast_around_score_features_changes_nothing(engine, test_images, assert_same_scores):
-    feature_map = engine.scorer.run(test_images).feature_map
-    expected = engine.score_features(feature_map)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_same_scores(engine.score_features(feature_map), expected, 0)
-
-
 def test_under_autocast_only_the_model_runs_in_half_precision(engine, test_images, assert_same_scores):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = engine.score(test_images)
@@ -103,12 +96,14 @@ def test_under_autocast_only_the_model_runs_in_half_precision(engine, test_image
     assert all(score.dtype == torch.float32 for score in found.values())
 
 
-def test_autocast_around_refit_changes_nothing(make_engine, test_images, assert_same_scores):
+def test_autocast_around_score_features_and_refit_changes_nothing(make_engine, test_images, assert_same_scores):
     engine = make_engine()
-    expected = engine.score(test_images)
+    feature_map = engine.scorer.run(test_images).feature_map
+    expected = engine.score_features(feature_map)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_scores(engine.score_features(feature_map), expected, 0)
         engine.refit()
-    assert_same_scores(engine.score(test_images), expected, 0)
+    assert_same_scores(engine.score_features(feature_map), expected, 0)
 
 
 def test_double_precision_model(model, engine, id_batches, test_images, assert_same_scores):

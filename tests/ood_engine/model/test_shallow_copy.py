@@ -271,42 +271,26 @@ def test_an_eval_that_changes_weights_is_not_run():
     assert not model[1].merged
 
 
-def compiled_forward():
-    class Compiled(nn.Sequential):
-        @torch.compile(backend="eager")
-        def forward(self, x):
-            return super().forward(x)
-
-    return Compiled(*net())
+class CompiledForward(nn.Sequential):
+    @torch.compile(backend="eager")
+    def forward(self, x):
+        return super().forward(x)
 
 
-def instance_compiled_forward():
+def compiled(what):
     model = net()
-    model.forward = torch.compile(model.forward, backend="eager")
-    return model
+    if what == "part":
+        model[0] = torch.compile(model[0], backend="eager")
+    elif what == "in place":
+        model.compile(backend="eager")
+    elif what == "forward of the instance":
+        model.forward = torch.compile(model.forward, backend="eager")
+    return {"whole": torch.compile(model, backend="eager"), "forward": CompiledForward(*model)}.get(what, model)
 
 
-def compiled_in_place():
-    model = net()
-    model.compile(backend="eager")
-    return model
-
-
-def compiled_part():
-    model = net()
-    model[0] = torch.compile(model[0], backend="eager")
-    return model
-
-
-def compiled_whole():
-    return torch.compile(net(), backend="eager")
-
-
-@pytest.mark.parametrize(
-    "make", [compiled_whole, compiled_part, compiled_in_place, compiled_forward, instance_compiled_forward]
-)
-def test_a_compiled_model_runs_uncompiled_through_the_twins_hooks(make):
-    model = make().eval()
+@pytest.mark.parametrize("what", ["whole", "part", "in place", "forward", "forward of the instance"])
+def test_a_compiled_model_runs_uncompiled_through_the_twins_hooks(what):
+    model = compiled(what).eval()
     expected = evaluate(model)
     twin, fired = shallow_twin(model), []
     assert list(dict(twin.named_modules())) == ["", "0", "1", "2", "3", "4", "5"]
