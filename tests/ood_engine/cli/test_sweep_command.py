@@ -68,9 +68,9 @@ def test_finished_rows_survive_an_interruption(command, call, tmp_path, monkeypa
     [
         (["--sweep"], "give --fit DATA"),
         (["--heads", "knn"], "--heads belongs to a sweep"),
-        (["--sweep", "--fit", "x", "--bases", "dual,pca"], "'pca' is unknown"),
-        (["--sweep", "--fit", "x", "--components", "0"], "expected comma-separated integers"),
-        (["--sweep", "--fit", "x", "--components", "many"], "expected comma-separated integers"),
+        (["--sweep", "--fit", "x", "--bases", "dual,pca"], "'pca' is not known"),
+        (["--sweep", "--fit", "x", "--components", "0"], "expected whole numbers"),
+        (["--sweep", "--fit", "x", "--components", "many"], "expected whole numbers"),
         (["--sweep", "--fit", "x"], "x"),
     ],
 )
