@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_map_only
 import ood_kernels as ok
 from ood_kernels import reference
 from ood_kernels.cases import Case, operands
-from ood_kernels.cases import run as run_case
 from ood_kernels.masks import pack_mask
 from ood_kernels.triton_kernels import score as family
 from ood_kernels.triton_kernels.launch import forced, record
@@ -270,25 +269,31 @@ def test_launches_and_who_sees_the_map(make, form):
         assert [names(launches)[0]] == names(seen)
 
 
-def default_launches(workload, samples, form):
-    """Those of a workload in bf16."""
+def on_meta(workload, samples, form):
+    """The operands of a workload in bf16, without memory."""
     case = Case("score", WORKLOADS[workload], torch.bfloat16, precision="bf16", basis=form, samples=samples)
+    return operands(case, META)
+
+
+def default_launches(values):
     with record() as launches:
-        run_case(case, operands(case, META))
+        family.score(**values)
     return launches
 
 
 @pytest.mark.parametrize("workload", ["R50", "R18", "ViT", "MobileNetV2"])
 def test_at_most_three_launches_for_real_heads(workload):
     for samples, form in itertools.product((1, 256), (None, "dual", "explicit", "factored")):
-        assert len(default_launches(workload, samples, form)) == (1 if (workload, form) == ("R18", None) else 3)
+        assert len(default_launches(on_meta(workload, samples, form))) == (
+            1 if (workload, form) == ("R18", None) else 3
+        )
 
 
 def test_the_plan_does_not_know_the_batch(monkeypatch):
     for workload, form in (("R18", None), ("R50", "dual"), ("R50", "explicit"), ("R50", "factored")):
         settings = []
         for samples in (1, 7, 200):
-            launches = default_launches(workload, samples, form)
+            launches = default_launches(on_meta(workload, samples, form))
             constants = [
                 {name: value for name, value in launch.arguments.items() if name.isupper() or name.startswith("num_")}
                 for launch in launches
@@ -304,6 +309,7 @@ def test_the_plan_does_not_know_the_batch(monkeypatch):
     form=st.sampled_from([None, "dual", "factored"]),
 )
 def test_workspace_stays_small_and_the_map_is_read_once(samples, workload, form):
+    values = on_meta(workload, samples, form)
     sizes = []
     new_empty = Tensor.new_empty
 
@@ -314,7 +320,7 @@ def test_workspace_stays_small_and_the_map_is_read_once(samples, workload, form)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "new_empty", counted)
-        launches = default_launches(workload, samples, form)
+        launches = default_launches(values)
     size = WORKLOADS[workload]
     components = size.components if form else 0
     outputs = 4 * samples * (size.channels + 3 + size.classes + components)
