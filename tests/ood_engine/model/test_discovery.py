@@ -25,64 +25,17 @@ def images(count=5, side=8, dtype=torch.float32):
     return torch.randn((count, 3, side, side), generator=torch.Generator().manual_seed(1), dtype=dtype)
 
 
-class Bottleneck(nn.Module):
-    def __init__(self):
+class Toy(nn.Module):
+    """Named modules, called and returned as a test wants."""
+
+    def __init__(self, run, **modules):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(WIDTH, 3, 1, bias=False), nn.BatchNorm2d(3)
-        self.conv2, self.bn2 = nn.Conv2d(3, WIDTH, 3, padding=1, bias=False), nn.BatchNorm2d(WIDTH)
-        self.relu = nn.ReLU(inplace=True)
+        self.run = run
+        for name, module in modules.items():
+            self.add_module(name, module)
 
     def forward(self, x):
-        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        out += x
-        return self.relu(out)
-
-
-class ResNetLike(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1, self.relu = nn.Conv2d(3, WIDTH, 3, 2, 1), nn.BatchNorm2d(WIDTH), nn.ReLU(inplace=True)
-        self.layer4 = nn.Sequential(Bottleneck(), Bottleneck())
-        self.avgpool, self.fc = nn.AdaptiveAvgPool2d((1, 1)), nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, x):
-        x = self.layer4(self.relu(self.bn1(self.conv1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
-
-
-class DenseNetLike(nn.Module):
-    def __init__(self, inplace):
-        super().__init__()
-        self.inplace = inplace
-        self.features = nn.Sequential(nn.Conv2d(3, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH))
-        self.classifier = nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, x):
-        out = F.relu(self.features(x), inplace=self.inplace)
-        return self.classifier(torch.flatten(F.adaptive_avg_pool2d(out, (1, 1)), 1))
-
-
-class MobileNetLike(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.BatchNorm2d(WIDTH), nn.ReLU6(inplace=True))
-        self.classifier = nn.Sequential(nn.Dropout(0.5), nn.Linear(WIDTH, CLASSES))
-
-    def forward(self, x):
-        return self.classifier(self.features(4 * x).mean([2, 3]))
-
-
-class OneRelu(nn.Module):
-    """Every activation is the same module, and the last of its calls is not on a map."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(3, WIDTH, 3), nn.Conv2d(WIDTH, WIDTH, 3)
-        self.relu, self.fc = nn.ReLU(), nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, x):
-        x = self.relu(self.conv2(self.relu(self.conv1(x))) + 1)
-        return self.fc(self.relu(x.mean((2, 3))))
+        return self.run(self, x)
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -90,84 +43,94 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class ChannelsLast(nn.Module):
+def linear(width=WIDTH):
+    return nn.Linear(width, CLASSES)
+
+
+def convolutions(*layers):
+    return nn.Sequential(nn.Conv2d(3, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH), *layers)
+
+
+def bottleneck():
+    """Adds in place, and calls one ReLU twice."""
+    layers = {"conv": nn.Conv2d(WIDTH, WIDTH, 1), "bn": nn.BatchNorm2d(WIDTH), "relu": nn.ReLU(inplace=True)}
+    return Toy(lambda m, x: m.relu(m.bn(m.relu(m.conv(x))).add_(x)), **layers)
+
+
+def resnet(scale=1):
+    layers = {"conv1": convolutions(nn.ReLU(inplace=True)), "layer4": nn.Sequential(bottleneck(), bottleneck())}
+    return Toy(lambda m, x: m.fc(scale * m.layer4(m.conv1(x)).mean((2, 3))), **layers, fc=linear())
+
+
+def densenet(inplace):
+    def run(m, x):
+        return m.classifier(F.relu(m.features(x), inplace=inplace).mean((2, 3)))
+
+    return Toy(run, features=convolutions(), classifier=linear())
+
+
+def mobilenet():
+    layers = {"features": convolutions(nn.ReLU6(inplace=True)), "classifier": nn.Sequential(nn.Dropout(0.5), linear())}
+    return Toy(lambda m, x: m.classifier(m.features(4 * x).mean((2, 3))), **layers)
+
+
+def one_relu():
+    """Every activation is the same module, and the last of its calls is not on a map."""
+
+    def run(m, x):
+        return m.fc(m.relu(m.relu(m.conv2(m.relu(m.conv1(x))) + 1).mean((2, 3))))
+
+    return Toy(run, conv1=nn.Conv2d(3, WIDTH, 3), conv2=nn.Conv2d(WIDTH, WIDTH, 3), relu=nn.ReLU(), fc=linear())
+
+
+def channels_last(run=lambda m, x: m.head(m.norm(m.stem(x).permute(0, 2, 3, 1)).mean((1, 2)))):
     """A map [N, H, W, D], as Swin and timm's ConvNeXt have it."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.norm, self.head = nn.Conv2d(3, WIDTH, 2, 2), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, x):
-        return self.head(self.norm(self.stem(x).permute(0, 2, 3, 1)).mean((1, 2)))
+    return Toy(run, stem=nn.Conv2d(3, WIDTH, 2, 2), norm=nn.LayerNorm(WIDTH), window=nn.Identity(), head=linear())
 
 
-class Rectified(ChannelsLast):
+def rectified():
     """Changes the output of its norm in place."""
-
-    def forward(self, x):
-        return self.head(F.relu(self.norm(self.stem(x).mean((2, 3))), inplace=True))
+    return channels_last(lambda m, x: m.head(F.relu(m.norm(m.stem(x).mean((2, 3))), inplace=True)))
 
 
-class Projected(ChannelsLast):
+def projected():
     """Has another number of channels behind the pooling."""
-
-    def __init__(self):
-        super().__init__()
-        self.project, self.head = nn.Linear(WIDTH, 7), nn.Linear(7, CLASSES)
-
-    def forward(self, x):
-        return self.head(self.project(self.stem(x).mean((2, 3))))
+    layers = {"stem": nn.Conv2d(3, WIDTH, 2, 2), "project": nn.Linear(WIDTH, 7), "head": linear(7)}
+    return Toy(lambda m, x: m.head(m.project(m.stem(x).mean((2, 3)))), **layers)
 
 
-class Tokens(nn.Module):
-    """A ViT in small: patches, attention, and either the mean over tokens or a class token."""
+def transformer(pool):
+    """A ViT in small: patches, attention, and either the mean over tokens or the first of them."""
+    layers = {"patches": nn.Conv2d(3, WIDTH, 4, 4), "norm": nn.LayerNorm(WIDTH), "head": linear()}
+    block = nn.TransformerEncoderLayer(WIDTH, 2, 12, batch_first=True)
 
-    def __init__(self, pool):
-        super().__init__()
-        self.pool = pool
-        self.patches = nn.Conv2d(3, WIDTH, 4, 4)
-        self.class_token = nn.Parameter(torch.randn(1, 1, WIDTH))
-        self.block = nn.TransformerEncoderLayer(WIDTH, 2, 12, batch_first=True)
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)
+    def run(m, x):
+        return m.head(pool(m.norm(m.block(m.patches(x).flatten(2).transpose(1, 2)))))
 
-    def forward(self, x):
-        tokens = self.patches(x).flatten(2).transpose(1, 2)
-        if self.pool == "mean":
-            return self.head(self.norm(self.block(tokens)).mean(1))
-        tokens = torch.cat([self.class_token.expand(len(x), -1, -1), tokens], 1)
-        return self.head(self.norm(self.block(tokens))[:, 0])
+    return Toy(run, block=block, **layers)
 
 
 def vgg_gap():
     layers = [nn.Conv2d(3, WIDTH, 3, padding=1), nn.ReLU(True), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(WIDTH, CLASSES))
+    return nn.Sequential(*layers, linear())
 
 
-class VggMlp(nn.Module):
+def vgg_mlp():
     """torchvision's VGG: the head reads a flattened map through hidden layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, WIDTH, 3, padding=1), nn.ReLU(True), nn.MaxPool2d(2))
-        self.avgpool = nn.AdaptiveAvgPool2d(7)
-        self.classifier = nn.Sequential(nn.Linear(WIDTH * 49, 10), nn.ReLU(True), nn.Linear(10, CLASSES))
-
-    def forward(self, x):
-        return self.classifier(self.avgpool(self.features(x)).flatten(1))
+    layers = {
+        "features": nn.Sequential(nn.Conv2d(3, WIDTH, 3, padding=1), nn.ReLU(True), nn.MaxPool2d(2)),
+        "avgpool": nn.AdaptiveAvgPool2d(7),
+        "classifier": nn.Sequential(nn.Linear(WIDTH * 49, 10), nn.ReLU(True), linear(10)),
+    }
+    return Toy(lambda m, x: m.classifier(m.avgpool(m.features(x)).flatten(1)), **layers)
 
 
-def convnext_like():
-    stem = [nn.Conv2d(3, WIDTH, 2, 2), nn.GELU(), nn.AdaptiveAvgPool2d(1)]
-    return nn.Sequential(*stem, LayerNorm2d(WIDTH), nn.Flatten(1), nn.Linear(WIDTH, CLASSES))
-
-
-def plain_norm():
-    stem = [nn.Conv2d(3, WIDTH, 2, 2), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*stem, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES))
+def pooled_norm(*layers):
+    return nn.Sequential(nn.Conv2d(3, WIDTH, 2, 2), nn.GELU(), nn.AdaptiveAvgPool2d(1), *layers, linear())
 
 
 def mlp():
-    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.ReLU(), nn.Linear(10, CLASSES))
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.ReLU(), linear(10))
 
 
 def nudge(model):
@@ -188,16 +151,16 @@ def build(make):
 
 # model → (feature_map, call, layout, relu, tail)
 PROVEN = {
-    "resnet": (ResNetLike, ("layer4", 0, "NCHW", False, None)),
-    "densenet": (lambda: DenseNetLike(False), ("features", 0, "NCHW", True, None)),
-    "densenet in place": (lambda: DenseNetLike(True), ("features", 0, "NCHW", True, None)),
+    "resnet": (resnet, ("layer4", 0, "NCHW", False, None)),
+    "densenet": (lambda: densenet(False), ("features", 0, "NCHW", True, None)),
+    "densenet in place": (lambda: densenet(True), ("features", 0, "NCHW", True, None)),
     "vgg with global pooling": (vgg_gap, ("2", 0, "NCHW", False, None)),
-    "mobilenet": (MobileNetLike, ("features", 0, "NCHW", False, None)),
-    "one relu": (OneRelu, ("relu", 1, "NCHW", False, None)),
-    "convnext": (convnext_like, ("1", 0, "NCHW", False, "3")),
-    "layer norm on vectors": (plain_norm, ("1", 0, "NCHW", False, "4")),
-    "channels last": (ChannelsLast, ("norm", 0, "NHWC", False, None)),
-    "mean over tokens": (lambda: Tokens("mean"), ("norm", 0, "NTD", False, None)),
+    "mobilenet": (mobilenet, ("features", 0, "NCHW", False, None)),
+    "one relu": (one_relu, ("relu", 1, "NCHW", False, None)),
+    "convnext": (lambda: pooled_norm(LayerNorm2d(WIDTH), nn.Flatten()), ("1", 0, "NCHW", False, "3")),
+    "layer norm on vectors": (lambda: pooled_norm(nn.Flatten(), nn.LayerNorm(WIDTH)), ("1", 0, "NCHW", False, "4")),
+    "channels last": (channels_last, ("norm", 0, "NHWC", False, None)),
+    "mean over tokens": (lambda: transformer(lambda tokens: tokens.mean(1)), ("norm", 0, "NTD", False, None)),
 }
 
 
@@ -238,10 +201,13 @@ def test_images_in_channels_last_memory_give_the_same():
     ("make", "reason"),
     [
         (mlp, "no module of the model has an output with more than one position (H·W > 1)"),
-        (lambda: Tokens("class"), "no module's output has the spatial mean that 'head' received"),
-        (VggMlp, "no module's output has the spatial mean that 'classifier.2' received"),
-        (Rectified, "no module's output has the spatial mean that 'head' received"),
-        (Projected, "no module's output has the spatial mean that 'head' received"),
+        (
+            lambda: transformer(lambda tokens: tokens[:, 0]),
+            "no module's output has the spatial mean that 'head' received",
+        ),
+        (vgg_mlp, "no module's output has the spatial mean that 'classifier.2' received"),
+        (rectified, "no module's output has the spatial mean that 'head' received"),
+        (projected, "no module's output has the spatial mean that 'head' received"),
     ],
 )
 def test_a_model_without_such_a_map_still_gives_its_features_and_says_why(make, reason):
@@ -257,14 +223,10 @@ def test_a_model_without_such_a_map_still_gives_its_features_and_says_why(make, 
 
 
 def test_the_reason_names_the_closest_module():
-    class Gated(ResNetLike):
-        def forward(self, x):
-            x = 1.02 * self.layer4(self.relu(self.bn1(self.conv1(x))))
-            return self.fc(x.mean((2, 3)))
-
-    assert "; the closest, 'layer4', has a relative difference of 0.02" in Tap(build(Gated)).find(images()).reason
+    model = build(lambda: resnet(1.02))
+    assert "; the closest, 'layer4', has a relative difference of 0.02" in Tap(model).find(images()).reason
     # In bfloat16 logits are compared loosely, the mean is not.
-    assert not Tap(build(Gated).bfloat16()).find(images()).proven
+    assert not Tap(model.bfloat16()).find(images()).proven
 
 
 def test_a_map_with_one_position_is_no_proof():
@@ -277,7 +239,7 @@ def test_a_map_with_one_position_is_no_proof():
 
 
 def test_a_map_named_by_hand_is_unproven_and_its_values_are_those_the_module_returned():
-    model = build(VggMlp)
+    model = build(vgg_mlp)
     tap = Tap(model, feature_map="features.0")
     plan = tap.find(images())
     assert (plan.feature_map, plan.proven, plan.relu, plan.layout) == ("features.0", False, False, "NCHW")
@@ -288,18 +250,17 @@ def test_a_map_named_by_hand_is_unproven_and_its_values_are_those_the_module_ret
 
 
 def test_a_map_named_by_hand_is_proven_where_it_can_be():
-    model = build(ResNetLike)
+    model = build(resnet)
     assert Tap(model, feature_map="layer4.1").find(images()).proven
     assert Tap(model, feature_map="layer4.1.relu").find(images()).call == 1
     assert not Tap(model, feature_map="layer4.0").find(images()).proven
 
 
 def test_the_layout_of_a_map_named_by_hand_is_the_one_with_the_heads_channels():
-    class Scaled(ChannelsLast):
-        def forward(self, x):
-            return self.head(2 * self.norm(self.stem(x).permute(0, 2, 3, 1)).mean((1, 2)))
+    def scaled(m, x):
+        return m.head(2 * m.norm(m.stem(x).permute(0, 2, 3, 1)).mean((1, 2)))
 
-    tap = Tap(build(Scaled), feature_map="norm")
+    tap = Tap(build(lambda: channels_last(scaled)), feature_map="norm")
     assert (tap.find(images(side=10)).layout, tap.plan.proven) == ("NHWC", False)
     assert tap(images(side=10)).feature_map.shape == (5, WIDTH, 5, 5)
 
@@ -324,22 +285,17 @@ def test_a_module_that_is_no_map_is_refused_by_name(name, message):
 
 
 def test_windows_are_not_taken_for_samples():
-    class Windows(ChannelsLast):
-        def __init__(self):
-            super().__init__()
-            self.window = nn.Identity()
-
-        def forward(self, x):
-            tokens = self.stem(x).flatten(2).transpose(1, 2)
-            tokens = self.window(tokens.reshape(-1, 4, WIDTH)).reshape(len(x), -1, WIDTH)
-            return self.head(self.norm(tokens[:, 0]))
+    def windows(m, x):
+        tokens = m.stem(x).flatten(2).transpose(1, 2)
+        tokens = m.window(tokens.reshape(-1, 4, WIDTH)).reshape(len(x), -1, WIDTH)
+        return m.head(m.norm(tokens[:, 0]))
 
     with pytest.raises(TapError, match=r"expected an output of 5 samples .* got \[20, 4, 6\]"):
-        Tap(build(Windows), feature_map="window").find(images())
+        Tap(build(lambda: channels_last(windows)), feature_map="window").find(images())
 
 
 def test_no_hook_stays_where_the_model_was_looked_at():
-    model = build(ResNetLike).eval()
+    model = build(resnet).eval()
     modules = dict(model.named_modules())
     assert discover(modules, lambda: model(images()), None, None).proven
     with pytest.raises(RuntimeError):
@@ -348,26 +304,17 @@ def test_no_hook_stays_where_the_model_was_looked_at():
 
 
 def test_all_zero_features_prove_nothing():
-    model = build(ResNetLike)
-    nn.init.constant_(model.layer4[1].bn2.bias, -100.0)
+    model = build(resnet)
+    nn.init.constant_(model.layer4[1].bn.bias, -100.0)
     plan = Tap(model).find(images())
     assert plan.feature_map is None
     assert plan.reason == "'fc' received only zeros, which prove nothing; fit on real images"
 
 
-class Head(nn.Module):
-    """A pooled convolution and a head that is called and returned as a test wants."""
-
-    def __init__(self, run, bias=True):
-        super().__init__()
-        self.conv = nn.Conv2d(3, WIDTH, 3)
-        self.fc = nn.Linear(WIDTH, CLASSES, bias=bias)
-        self.aux = nn.Linear(WIDTH, CLASSES)
-        self.wide = nn.Linear(WIDTH, 9)
-        self.run = run
-
-    def forward(self, x):
-        return self.run(self, self.conv(x).mean((2, 3)))
+def pooled(run, bias=True, kind=nn.Linear):
+    """A pooled convolution, and heads that are called and returned as a test wants."""
+    heads = {"fc": kind(WIDTH, CLASSES, bias=bias), "aux": linear(), "wide": nn.Linear(WIDTH, 9)}
+    return Toy(lambda m, x: run(m, m.conv(x).mean((2, 3))), conv=nn.Conv2d(3, WIDTH, 3), **heads)
 
 
 RETURNS = {
@@ -383,7 +330,7 @@ RETURNS = {
 
 def test_what_a_model_may_return():
     for form, wrap in RETURNS.items():
-        plan = Tap(build(lambda wrap=wrap: Head(lambda m, h: wrap(m.fc(h))))).find(images())
+        plan = Tap(build(lambda wrap=wrap: pooled(lambda m, h: wrap(m.fc(h))))).find(images())
         assert (plan.head, plan.feature_map, plan.proven) == ("fc", "conv", True), form
 
 
@@ -400,7 +347,7 @@ CALLS = {
 @pytest.mark.parametrize("style", CALLS)
 def test_the_call_that_makes_the_logits_is_found(style):
     run, head, call = CALLS[style]
-    model = build(lambda: Head(run))
+    model = build(lambda: pooled(run))
     tap = Tap(model)
     plan = tap.find(images())
     assert (plan.head, plan.head_call, plan.feature_map, plan.proven) == (head, call, "conv", True)
@@ -409,19 +356,11 @@ def test_the_call_that_makes_the_logits_is_found(style):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_zero_initialised_head_and_a_head_without_bias(bias):
-    model = build(lambda: Head(lambda m, h: m.fc(h), bias=bias))
-    assert Tap(model).find(images()).proven
-    for parameter in model.fc.parameters():
-        nn.init.zeros_(parameter)
-    plan = Tap(model).find(images())
-    assert (plan.head, plan.proven) == ("fc", True)
-
-
-def test_of_heads_that_cannot_be_told_apart_the_last_is_taken():
-    model = build(lambda: Head(lambda m, h: (m.aux(2 * h), m.fc(h))[1]))
+    model = build(lambda: pooled(lambda m, h: (m.aux(2 * h), m.fc(h))[1], bias=bias))
     for parameter in (*model.fc.parameters(), *model.aux.parameters()):
         nn.init.zeros_(parameter)
-    assert Tap(model).find(images()).head == "fc"
+    plan = Tap(model).find(images())
+    assert (plan.head, plan.proven) == ("fc", True)  # of heads that cannot be told apart, the last
 
 
 def test_a_bare_linear_layer_is_a_head():
@@ -433,7 +372,7 @@ def test_a_bare_linear_layer_is_a_head():
 
 
 def test_a_head_named_by_hand_must_make_the_output():
-    model = build(lambda: Head(lambda m, h: (m.fc(h), m.aux(h))[0]))
+    model = build(lambda: pooled(lambda m, h: (m.fc(h), m.aux(h))[0]))
     assert Tap(model, head="fc").find(images()).head == "fc"
     with pytest.raises(TapError, match=r"the output of 'aux' is not the model's output \(shapes \[5, 4\] and \[5, 4\]"):
         Tap(model, head="aux").find(images())
@@ -464,42 +403,45 @@ def test_a_head_named_by_hand_must_make_the_output():
     ],
 )
 def test_an_output_that_is_not_the_heads_is_refused(run, message):
-    tap = Tap(build(lambda: Head(run)))
+    tap = Tap(build(lambda: pooled(run)))
     with pytest.raises(TapError, match=message):
         tap.find(images())
     assert not tap.is_ready
 
 
-def test_a_linear_layer_that_computes_something_else_is_refused_and_leaves_nothing_behind():
-    class Cosine(nn.Linear):
-        def forward(self, x):
-            return F.linear(F.normalize(x), F.normalize(self.weight))
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return F.linear(F.normalize(x), F.normalize(self.weight))
 
-    class SubCentres(nn.Linear):
-        def forward(self, x):
-            return super().forward(x).unflatten(1, (2, 2)).amax(2)
 
-    for kind in (Cosine, SubCentres):
-        model = build(lambda: Head(lambda m, h: m.fc(h)))
-        model.fc = kind(WIDTH, CLASSES)
-        tap = Tap(model)
-        with pytest.raises(
-            TapError, match=r"logits recomputed from 'conv' and head 'fc' differ from the model's own by up to"
-        ):
-            tap.find(images())
-        assert not tap.is_ready
-    with pytest.raises(TapError, match=r"logits recomputed from 'the input' and head"):
-        Tap(Cosine(WIDTH, CLASSES)).find(torch.randn(3, WIDTH))
+class SubCentres(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).unflatten(1, (2, 2)).amax(2)
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "source"),
+    [
+        (lambda: pooled(lambda m, h: m.fc(h), kind=Cosine), images(), "'conv' and head 'fc'"),
+        (lambda: pooled(lambda m, h: m.fc(h), kind=SubCentres), images(), "'conv' and head 'fc'"),
+        (lambda: Cosine(WIDTH, CLASSES), torch.ones(3, WIDTH), "'the input' and head ''"),
+    ],
+)
+def test_a_linear_layer_that_computes_something_else_is_refused_and_leaves_nothing_behind(make, x, source):
+    tap = Tap(build(make))
+    with pytest.raises(TapError, match=f"logits recomputed from {source} differ from the model's own by up to"):
+        tap.find(x)
+    assert not tap.is_ready
 
 
 def test_nan_images_of_the_first_batch_are_passed_over():
     x = images()
     x[0, 0, 0, 0], x[3, 1] = float("nan"), float("inf")
-    assert Tap(build(ResNetLike)).find(x).proven
+    assert Tap(build(resnet)).find(x).proven
     with pytest.raises(InputError, match=r"images \[5, 3, 8, 8\]: none is free of NaN and infinite values"):
-        Tap(build(ResNetLike)).find(x * float("nan"))
+        Tap(build(resnet)).find(x * float("nan"))
     with pytest.raises(InputError, match=r"images \[0, 3, 8, 8\]: none is free of NaN .*; expected at least one"):
-        Tap(build(ResNetLike)).find(x[:0])
+        Tap(build(resnet)).find(x[:0])
 
 
 def test_differences_are_relative_to_the_size_of_what_is_expected():
