@@ -121,15 +121,6 @@ def test_a_fit_or_refit_that_fails_changes_nothing(make_engine, images, test_ima
     assert all(torch.equal(engine.predict(test_images)[name], rows) for name, rows in flagged.items())
 
 
-def test_a_new_fit_asks_for_a_new_calibration(make_engine, id_batches, fresh_batches, test_images):
-    """The model may have changed in between, and the calibration features with it."""
-    engine = make_engine(("energy",))
-    assert engine.refit() is engine.fit(id_batches) is engine
-    with pytest.raises(NotFittedError, match=r"not calibrated: call calibrate\(loader\)"):
-        engine.predict(test_images)
-    assert engine.calibrate(fresh_batches) is engine
-
-
 def test_predict_and_p_values_follow_from_the_calibration_scores(engine, test_images, fresh_batches):
     scores, flagged, p_values = engine.score(test_images), engine.predict(test_images), engine.p_values(test_images)
     calibration = engine.score_loader(fresh_batches)
@@ -164,7 +155,7 @@ def test_calibrate_refuses_samples_of_the_fit(make_engine, id_batches, fresh_bat
         engine.calibrate(fresh_batches, 0.005)
 
 
-def test_order_of_work_is_enforced(model, id_batches, test_images):
+def test_order_of_work_is_enforced(model, id_batches, fresh_batches, test_images):
     engine = oe.Engine(model, ["energy"])
     calls = (
         lambda: engine.score(test_images),
@@ -178,9 +169,13 @@ def test_order_of_work_is_enforced(model, id_batches, test_images):
             call()
     with pytest.raises(NotFittedError, match=r"refit needs the feature cache of fit\(loader\)"):
         engine.refit(eps=1)
-    engine.fit(id_batches)
+    assert engine.fit(id_batches) is engine
     with pytest.raises(NotFittedError, match="the engine is not calibrated"):
         engine.p_values(test_images)
+    # The model may change between two fits, and the calibration features with it.
+    assert engine.calibrate(fresh_batches).refit().fit(id_batches) is engine
+    with pytest.raises(NotFittedError, match=r"not calibrated: call calibrate\(loader\)"):
+        engine.predict(test_images)
 
 
 def test_the_loader_may_yield_images_alone_or_tuples_of_one(model, id_batches, test_images, assert_same_scores):
@@ -237,9 +232,7 @@ def test_a_model_without_a_map_gets_what_needs_only_features(id_batches, test_im
     assert not single.cache.has_map
 
 
-def test_signed_maps_are_refused_with_the_way_out(
-    make_model, id_batches, fresh_batches, test_images, assert_same_scores
-):
+def test_signed_maps_are_refused_with_the_way_out(make_model, id_batches):
     model = make_model(nn.GELU)
     with pytest.raises(
         DetectorUnavailableError, match=r"nap not available .*negative values \(down to .*pass rectify=True"
@@ -247,38 +240,35 @@ def test_signed_maps_are_refused_with_the_way_out(
         oe.Engine(model, ["nap", "energy"]).fit(id_batches)
     with pytest.warns(OodEngineWarning, match="nap_energy not available for this model: the feature map"):
         assert "nap_energy" not in oe.Engine(model).fit(id_batches).detectors
-    engine = oe.Engine(model, ["nap", "nap_energy", "energy"], rectify=True).fit(id_batches)
-    feature_map = engine.scorer.run(test_images).feature_map
-    assert feature_map.min() < 0
-    scores = engine.score(test_images)
-    rectified = feature_map.relu()
+
+
+@pytest.mark.parametrize("options", [{"rectify": True}, {"feature_map": "body"}])
+def test_maps_rectified_or_named_by_hand_are_scored(
+    options, make_model, unproven_model, id_batches, fresh_batches, test_images, assert_same_scores
+):
+    is_proven = "rectify" in options
+    model = make_model(nn.GELU) if is_proven else unproven_model
+    engine = oe.Engine(model, oe.available_detectors(), **options).fit(id_batches)
+    assert engine.plan.proven == is_proven
+    scores, captured = engine.score(test_images), engine.scorer.run(test_images)
+    assert (captured.feature_map.min() < 0) == is_proven
+    rectified = captured.feature_map.relu()
     expected = (rectified.amax((2, 3)) / (rectified.mean((2, 3)) + 1)).square().mean(1)
     assert torch.allclose(scores["nap"], expected, rtol=1e-6)
     assert torch.allclose(scores["energy"], model(test_images).logsumexp(1), rtol=1e-6)
-    assert torch.equal(engine.score_features(feature_map)["nap"], scores["nap"])
-    cache = engine.extract(fresh_batches)
-    assert_same_scores(engine.scorer.score_cache(cache), engine.score_loader(fresh_batches), 1e-6)
-
-
-def test_a_map_named_by_hand_works_unproven(unproven_model, id_batches, fresh_batches, test_images, assert_same_scores):
-    model = unproven_model
-    with pytest.raises(DetectorUnavailableError, match=r"nap not available .*; or name the map by feature_map=\.\.\."):
-        oe.Engine(model, ["nap"]).fit(id_batches)
-    engine = oe.Engine(model, oe.available_detectors(), feature_map="body").fit(id_batches)
-    assert not engine.plan.proven
-    assert "unverified" in engine.plan.reason
-    scores = engine.score(test_images)
-    captured = engine.scorer.run(test_images)
-    feature_map = captured.feature_map
-    expected = (feature_map.amax((2, 3)) / (feature_map.mean((2, 3)) + 1)).square().mean(1)
-    assert torch.allclose(scores["nap"], expected, rtol=1e-6)
-    assert torch.allclose(scores["energy"], model(test_images).logsumexp(1), rtol=1e-6)
-    assert_same_scores(engine.score_features(feature_map, captured.head_input), scores, 0)
+    features = None if is_proven else captured.head_input
+    assert_same_scores(engine.score_features(captured.feature_map, features), scores, 0)
     assert_same_scores(engine.scorer.score_cache(engine.extract(fresh_batches)), engine.score_loader(fresh_batches))
-    with pytest.raises(
-        InputError, match=r"expected \[N, 12, H, W\] of a verified map; otherwise pass features \[N, 12\]"
-    ):
-        engine.score_features(feature_map)
+
+
+def test_a_map_that_is_not_verified_needs_a_name_and_its_features(unproven_model, id_batches, test_images):
+    with pytest.raises(DetectorUnavailableError, match=r"nap not available .*; or name the map by feature_map=\.\.\."):
+        oe.Engine(unproven_model, ["nap"]).fit(id_batches)
+    engine = oe.Engine(unproven_model, ["nap"], feature_map="body").fit(id_batches)
+    assert "unverified" in engine.plan.reason
+    message = r"expected \[N, 12, H, W\] of a verified map; otherwise pass features \[N, 12\]"
+    with pytest.raises(InputError, match=message):
+        engine.score_features(engine.scorer.run(test_images).feature_map)
 
 
 def test_score_features_equals_score(engine, test_images, assert_same_scores):
@@ -288,27 +278,13 @@ def test_score_features_equals_score(engine, test_images, assert_same_scores):
     assert_same_scores(engine.score_features(channels_last), engine.score(test_images))
 
 
-def test_score_loader_equals_score(engine, test_images, assert_same_scores):
-    assert_same_scores(engine.score_loader([test_images]), engine.score(test_images), 0)
-    assert_same_scores(engine.score_loader(test_images.split(10)), engine.score(test_images))
-
-
-def test_classes_follow_the_unpruned_head_and_the_model_is_untouched(model, make_engine, test_images):
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with torch.no_grad():
-        logits = model(test_images)
-    model.train()
-    try:
-        engine = make_engine()
-        engine.score(test_images)
-        assert model.training
-        assert all(parameter.requires_grad for parameter in model.parameters())
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    finally:
-        model.eval()
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    with torch.no_grad():
-        assert torch.equal(model(test_images), logits)
+def test_the_model_is_untouched(make_model, id_batches, test_images):
+    model = make_model().train()
+    oe.Engine(model, oe.available_detectors()).fit(id_batches).score(test_images)
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(value, make_model().state_dict()[key]) for key, value in model.state_dict().items())
 
 
 def test_scores_count_a_row_once_whichever_detector_fails():

@@ -174,13 +174,6 @@ class TestSummary:
 
 
 class TestPrintedTable:
-    def test_has_one_line_per_detector_and_names_the_convention(self):
-        text = printed(evaluation_of(n_detectors=6, n_sets=3, kinds={"set_0": "near"}))
-        assert [len(re.findall(f"^detector_{k} ", text, re.M)) for k in range(6)] == [1] * 6
-        assert "A title" in text
-        assert "set_0 (near)" in text
-        assert "ID as the positive class" in text
-
     def test_best_of_each_column_is_bold(self):
         evaluation = evaluation_of(n_detectors=2, n_sets=1)
         best = next(row for row in rows(evaluation) if row["detector"] == "detector_0")
@@ -191,10 +184,11 @@ class TestPrintedTable:
         ]
 
     @pytest.mark.parametrize("width", [40, 80])
-    def test_sets_that_do_not_fit_go_below(self, width):
-        text = printed(evaluation_of(n_detectors=2, n_sets=6), width)
+    def test_has_every_number_and_sets_that_do_not_fit_go_below(self, width):
+        text = printed(evaluation_of(n_detectors=2, n_sets=6, kinds={"set_0": "near"}), width)
         assert max(map(len, text.splitlines())) <= width
         assert all(f"set_{j}" in text for j in range(6))
+        assert "near" in text
         lines = [line for line in text.splitlines() if line.startswith("detector_0")]
         assert sum(len(re.findall(r"\d+\.\d\d", line)) for line in lines) == 14
 
@@ -247,19 +241,19 @@ class TestJson:
         assert path.read_text() == "old"
         assert os.listdir(tmp_path) == ["result.json"]
 
-    def test_a_path_that_is_a_folder_is_refused(self, tmp_path):
-        with pytest.raises(OodEngineError, match="choose another path"):
-            write_json(evaluation_of(), tmp_path)
-
 
 class TestHtml:
-    def test_needs_nothing_from_elsewhere(self, tmp_path):
+    def test_needs_nothing_from_elsewhere_and_can_be_read_without_seeing_it(self, tmp_path):
         page = page_of(evaluation_of(example_images={"digits": np.zeros((3, 4, 4))}), tmp_path)
         source = (tmp_path / "report.html").read_text(encoding="utf-8")
         assert not re.search(r"https?:|//[a-z]|url\(|@import|javascript:", source)
         assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
-        assert all(image["src"].startswith("data:image/png;base64,") for image in page.attributes("img"))
-        assert len(page.attributes("img")) == 3
+        images = page.attributes("img")
+        assert len(images) == 3
+        assert all("alt" in image and image["src"].startswith("data:image/png;base64,") for image in images)
+        assert page.attributes("html") == [{"lang": "en"}]
+        assert all("aria-label" in svg or svg.get("aria-hidden") == "true" for svg in page.attributes("svg"))
+        assert all(heading.get("scope") in {"row", "col", "colgroup"} for heading in page.attributes("th"))
 
     def test_every_name_is_escaped(self, tmp_path):
         hostile = f"{SCRIPT}\"'>&"
@@ -267,14 +261,6 @@ class TestHtml:
         assert "script" not in {tag for tag, _ in page.tags}
         assert "".join(page.text).count(hostile) >= 12
         assert sum(hostile in attributes.get("aria-label", "") for _, attributes in page.tags) >= 4
-
-    def test_can_be_read_without_seeing_it(self, tmp_path):
-        page = page_of(evaluation_of(n_sets=2, example_images={"digits": np.zeros((2, 4, 4))}), tmp_path)
-        assert page.attributes("html") == [{"lang": "en"}]
-        assert all("aria-label" in svg or svg.get("aria-hidden") == "true" for svg in page.attributes("svg"))
-        assert all("alt" in image for image in page.attributes("img"))
-        assert all(heading.get("scope") in {"row", "col", "colgroup"} for heading in page.attributes("th"))
-        assert [tag for tag, _ in page.tags].count("h1") == 1
 
     def test_shows_numbers_left_out_scores_and_facts(self, tmp_path):
         evaluation = evaluation_of(
@@ -324,11 +310,6 @@ class TestHtml:
         assert colours == {"none", *(f"var(--{name})" for name in variables)}
         assert all(f"{colour[4:-1]}:" in source for colour in colours - {"none"})
 
-    def test_ticks_are_told_apart(self, tmp_path):
-        scores = {"d": np.linspace(50, 100, 101)}
-        source = write_html(Evaluation("t", "digits", scores, {"s": scores}), tmp_path / "report.html").read_text()
-        assert re.findall(r"<text [^>]*>([^<]+)</text>", source[source.index("Histogram of ") :]) == ["60", "80", "100"]
-
     @pytest.mark.parametrize(("n_detectors", "n_sets"), [(1, 1), (1, 6), (10, 2)])
     def test_has_a_panel_for_everything(self, n_detectors, n_sets, tmp_path):
         page = page_of(evaluation_of(n_detectors, n_sets), tmp_path)
@@ -350,9 +331,6 @@ class TestFigures:
             content = path.read_bytes()
             assert content.startswith(b"\x89PNG\r\n\x1a\n")
             assert int.from_bytes(content[16:20], "big") > 300
-
-    def test_many_detectors_and_sets(self, tmp_path):
-        assert len(write_figures(evaluation_of(10, 2), tmp_path)) == 2
 
 
 DEGENERATE = {
@@ -387,21 +365,16 @@ scores = st.lists(st.floats(-1e3, 1e3) | st.sampled_from([0.0, 1.0, -2.5]), min_
 class TestCurves:
     @given(scores, scores)
     @settings(deadline=None, max_examples=60)
-    def test_the_area_under_the_roc_curve_is_the_auroc(self, id_scores, ood_scores):
-        fpr, tpr = roc_curve(id_scores, ood_scores)
+    def test_roc_curves_enclose_the_auroc_and_keep_ends_and_points_when_thinned(self, id_scores, ood_scores):
+        fpr, tpr = roc_curve(id_scores, ood_scores, n_points=100_000)
         area = float(np.sum(np.diff(fpr) * (tpr[1:] + tpr[:-1]) / 2))
         assert area == pytest.approx(metrics.auroc(id_scores, ood_scores), abs=1e-9)
-
-    @given(scores, scores)
-    @settings(deadline=None, max_examples=60)
-    def test_thinned_roc_curves_keep_their_ends_and_points(self, id_scores, ood_scores):
-        full = set(zip(*roc_curve(id_scores, ood_scores, n_points=100_000), strict=True))
+        full = set(zip(fpr, tpr, strict=True))
         fpr, tpr = roc_curve(id_scores, ood_scores, n_points=5)
         assert len(fpr) <= 5
         assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
         assert set(zip(fpr, tpr, strict=True)) <= full
-        assert (np.diff(fpr) >= 0).all()
-        assert (np.diff(tpr) >= 0).all()
+        assert (np.diff([fpr, tpr]) >= 0).all()
 
     @given(scores, scores)
     @settings(deadline=None, max_examples=60)
