@@ -83,7 +83,6 @@ def test_without_a_model_the_small_one_is_measured(call, tmp_path):
         assert 0 < row["forward"]["peak_mib"] <= row["with_scores"]["peak_mib"]
     assert "built-in SmallCNN, images of 1×32×32" in shown
     assert shown.count("scores add") == 2
-    assert max(map(len, shown.splitlines()[2:-1])) <= 80
 
 
 def test_what_scores_add_is_the_difference_within_rounds(call, own, tmp_path, monkeypatch):
@@ -156,8 +155,5 @@ def test_bad_arguments_are_one_line(refused, arguments, said, tmp_path, monkeypa
 
 
 def test_a_state_of_other_weights_or_of_several_sizes_is_refused(refused, own, tmp_path):
-    for arguments, said in (
-        ([*own.model[:2], "--state", own.state], "fitted to another head"),
-        ([*own.model, "--state", own.sizes], "--size"),
-    ):
-        refused([*BENCH, *arguments, "--output", str(tmp_path)], said)
+    refused([*BENCH, *own.model[:2], "--state", own.state, "--output", str(tmp_path)], "fitted to another head")
+    refused([*BENCH, *own.model, "--state", own.sizes, "--output", str(tmp_path)], "--size")

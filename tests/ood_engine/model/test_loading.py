@@ -80,16 +80,12 @@ def test_a_wrong_factory_is_named(user_code, name, expected):
     assert expected in message(f"{user_code}:{name}")
 
 
-def test_a_spec_without_factory_and_files_that_are_not_there(tmp_path):
+def test_a_spec_without_factory_and_files_that_cannot_be_imported(tmp_path):
+    (tmp_path / "bad.py").write_text("raise SystemExit('stop')")
+    assert "importing" in message(f"{tmp_path}/bad.py:make")
     assert "expected package.module:factory" in message("ood_engine.model.loading")
     assert "no such file" in message(f"{tmp_path}/none.py:make")
     assert "No module named 'nowhere_at_all'" in message("nowhere_at_all:make")
-
-
-def test_a_file_that_cannot_be_imported_is_named(tmp_path):
-    path = tmp_path / "bad.py"
-    path.write_text("raise SystemExit('stop')")
-    assert "importing" in message(f"{path}:make")
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": s, "epoch": 3}])
