@@ -10,17 +10,19 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 from ood_kernels.workloads import Cost
 
-from .cases import COPY, Case, Provider, first_line
-from .clocks import DEVICE, MIB, clock, matmul_flops
+from .clocks import DEVICE, MIB, Call, captured, matmul_flops, peak_mib, synchronize, time_ms
 
-__all__ = ["QUICK", "BrokenDeviceError", "Effort", "Timer", "Turns", "error_of", "measure", "spread"]
+OURS, REFERENCE, COMPILED, COPY = "ood-engine", "reference", "torch.compile", "copy of the same bytes"
+PLAIN, AUTOGRAD = "plain products", "autograd, a sample at a time"
 
 Row = dict[str, Any]
 
@@ -30,11 +32,11 @@ _LONG_MS = 20.0
 
 
 class BrokenDeviceError(RuntimeError):
-    """The device answers no longer, and everything after it in this process would fail as well."""
+    """The device no longer answers, and everything after it in this process would fail as well; `args[1]` are the rows so far."""
 
 
 class Effort(NamedTuple):
-    """How long is measured: rounds as long as the seconds of every provider last, but at least `least_rounds`."""
+    """Rounds for `seconds` a provider, but `least_rounds` at least; in a turn, calls for `turn_ms`."""
 
     rounds: int = 11
     seconds: float = 0.4
@@ -45,14 +47,69 @@ class Effort(NamedTuple):
 QUICK = Effort(rounds=7, seconds=0.15)
 
 
-class Benchmark(Protocol):
-    """What is needed of pytest-benchmark's fixture."""
+class Provider(NamedTuple):
+    """One way to compute what a case asks for.
 
-    extra_info: dict[str, Any]
+    Attributes:
+        check: from the result to the tensors that are compared with the truth; None takes the result itself.
+        tolerance: largest error, relative to the largest magnitude of each tensor; None where there is nothing to compare.
+        samples: of one call, where it takes only the first ones of the case.
+        steps: minimal work of one call, where it is not that of the case.
+        graph: whether CUDA may capture it.
+        missing: why it cannot be measured here, such as a package that is not installed.
+    """
 
-    def pedantic(self, target: Callable[[], Any], *, setup: Callable[[], Any], rounds: int) -> Any:
-        """Call setup and target in turns, round by round."""
-        ...
+    name: str
+    call: Call = lambda: None
+    check: Callable[[Any], Any] | None = None
+    tolerance: float | None = 1e-4
+    samples: int | None = None
+    steps: Sequence[Cost] | None = None
+    graph: bool = True
+    note: str | None = None
+    missing: str | None = None
+
+
+class Case(NamedTuple):
+    """One computation at one size, and everyone who can do it.
+
+    Attributes:
+        providers: pytest-benchmark's own table shows the first.
+        reference: provider whose time is the unit of the ratios.
+        truth: the right result in fp64, if there is one.
+        steps: minimal arithmetic and traffic of each step; empty where it cannot be said.
+    """
+
+    subject: str
+    workload: str
+    sizes: Mapping[str, int]
+    providers: Sequence[Provider]
+    reference: str
+    truth: Sequence[Tensor] = ()
+    steps: Sequence[Cost] = ()
+    dtype: torch.dtype = torch.float32
+    layout: str | None = None
+
+
+def planned(make: Callable[..., Case], *arguments: Any, name: str, quick: bool = False) -> Any:
+    """Parameter of a test: a case whose operands are made when it runs; without `quick` it is left out of a quick run."""
+    return pytest.param(partial(make, *arguments), id=name, marks=() if quick else pytest.mark.slow)
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of a message."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
+
+
+def error_of(result: Any, truth: Sequence[Tensor]) -> float:
+    """Largest difference, relative to the largest magnitude of each tensor; NaN where one is."""
+    found = [result] if isinstance(result, Tensor) else [part for part in result if isinstance(part, Tensor)]
+    shapes = [list(tensor.shape) for tensor in found], [list(tensor.shape) for tensor in truth]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"result of shapes {shapes[0]}, expected {shapes[1]}")
+    pairs = [(one, right) for one, right in zip(found, truth, strict=True) if right.numel()]
+    errors = [float((one.double() - right).abs().max() / right.abs().max()) for one, right in pairs]
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
 class Timer:
@@ -62,173 +119,134 @@ class Timer:
 
     @classmethod
     def now(cls) -> float:
-        """What pytest-benchmark reads before and after a turn."""
         return cls.seconds
 
 
-class Turns:
-    """Stands in for pytest-benchmark's fixture where that is not installed: the rows are the same, its own table is missing."""
-
-    def __init__(self) -> None:
-        self.extra_info: dict[str, Any] = {}
-
-    def pedantic(self, target: Callable[[], Any], *, setup: Callable[[], Any], rounds: int) -> None:
-        """See `Benchmark`."""
-        for _ in range(rounds):
-            setup()
-            target()
+def in_rounds(target: Call, *, setup: Call, rounds: int) -> None:
+    """What pytest-benchmark's `pedantic` does, where it is not installed."""
+    for _ in range(rounds):
+        setup()
+        target()
 
 
-def error_of(result: Any, truth: Sequence[Tensor]) -> float:
-    """Largest difference, relative to the largest magnitude of each tensor; the worst tensor counts, and NaN before all.
-
-    Raises:
-        ValueError: not the tensors of the truth, by number or shape.
-    """
-    ours = [result] if isinstance(result, Tensor) else [part for part in result if isinstance(part, Tensor)]
-    shapes = [list(tensor.shape) for tensor in ours], [list(tensor.shape) for tensor in truth]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"result of shapes {shapes[0]}, expected {shapes[1]}")
-    pairs = [(one, right) for one, right in zip(ours, truth, strict=True) if right.numel()]
-    errors = [float((one.double() - right).abs().max() / right.abs().max()) for one, right in pairs]
-    return math.nan if any(map(math.isnan, errors)) else max(errors)
-
-
-def measure(case: Case, benchmark: Benchmark, effort: Effort = Effort()) -> list[Row]:  # noqa: B008
-    """Measure one case and keep its rows in the `extra_info` of the fixture too.
+def measure(case: Case, effort: Effort = Effort(), pedantic: Callable[..., Any] = in_rounds) -> list[Row]:  # noqa: B008
+    """Measure one case.
 
     Returns:
         A row a provider; one that raised or is wrong has an `error` and no times.
-
-    Raises:
-        BrokenDeviceError: the device is out of order after a provider; `args[1]` are the rows so far.
     """
     rows: dict[str, Row] = {}
     timed: dict[str, _Timed] = {}
     for provider in (*case.providers, *_copies(case)):
         rows[provider.name] = row = _described(case, provider)
+        if provider.missing:
+            continue
         try:
             row |= _checked(case, provider, provider.call())
-            call, is_graph = clock().prepare(provider.call, provider.graph)
-            if is_graph:
-                row |= _checked(case, provider, call()) | {"graph": True}
-            row["peak_mib"] = clock().peak_mib(provider.call, provider.uses_numpy)
-            timed[provider.name] = _Timed(provider, call, row.get("samples", 1), effort.turn_ms)
-            clock().synchronize()
+            replay = captured(provider.call) if provider.graph and DEVICE.type == "cuda" else None
+            if replay is not None:
+                row |= _checked(case, provider, replay()) | {"graph": True}
+            row["peak_mib"] = peak_mib(provider.call)
+            timed[provider.name] = _Timed(replay or provider.call, row.get("samples", 1), effort.turn_ms)
+            synchronize()
         except Exception as error:  # whatever one provider does, the others are measured
             row["error"] = first_line(error)
             timed.pop(provider.name, None)
             try:
-                clock().synchronize()
+                synchronize()
             except Exception as broken:
                 raise BrokenDeviceError(first_line(error), list(rows.values())) from broken
-    for name, reason in case.missing.items():
-        rows[name] = _described(case, Provider(name, lambda: None, steps=())) | {"missing": reason}
     if timed:
-        _take_turns(list(timed.values()), benchmark, effort)
+        _take_turns(list(timed.values()), effort, pedantic)
         for name, one in timed.items():
             rows[name] |= one.fields(timed.get(case.reference))
         _annotate(case, rows)
-    benchmark.extra_info["rows"] = list(rows.values())
     return list(rows.values())
 
 
 class _Timed:
-    """A provider that gave the right result, and its times."""
+    """A provider whose result is right, and its times."""
 
-    def __init__(self, provider: Provider, call: Callable[[], Any], samples: int, turn_ms: float) -> None:
-        self.provider, self._call, self._samples = provider, call, samples
-        one_ms = clock().time_ms(call, 1, provider.flush)
+    def __init__(self, call: Call, samples: int, turn_ms: float) -> None:
+        self._call, self._samples = call, samples
+        one_ms = time_ms(call, 1)
         if one_ms < turn_ms:
-            one_ms = clock().time_ms(call, 2, provider.flush)
-        self.is_long = one_ms > _LONG_MS
-        self.count = max(1, math.ceil(turn_ms / max(one_ms, 1e-4)))
-        self.turn_seconds = (self.count + (not self.is_long)) * one_ms / 1000
+            one_ms = time_ms(call, 2)
+        self._is_long = one_ms > _LONG_MS
+        self._count = max(1, math.ceil(turn_ms / max(one_ms, 1e-4)))
+        self.turn_seconds = (self._count + (not self._is_long)) * one_ms / 1000
         self.times_ms: list[float] = []
 
     def turn(self) -> None:
-        if not self.is_long:
+        if not self._is_long:
             self._call()
-        self.times_ms.append(clock().time_ms(self._call, self.count, self.provider.flush))
+        self.times_ms.append(time_ms(self._call, self._count))
 
     def fields(self, reference: _Timed | None) -> Row:
-        """Median, minimum and interquartile range in milliseconds, and the same of the ratio to the reference, sample by sample."""
+        """Median, minimum and interquartile range in milliseconds, and the ratio to the reference, sample by sample."""
         times = self.times_ms
-        found = {"median_ms": statistics.median(times), "min_ms": min(times), "spread_ms": spread(times)}
-        found |= {"rounds": len(times), "calls": self.count}
+        found = {"median_ms": statistics.median(times), "min_ms": min(times), "spread_ms": _spread(times)}
+        found |= {"rounds": len(times), "calls": self._count}
         if reference is not None:
             share = reference._samples / self._samples
             ratios = [share * own / other for own, other in zip(times, reference.times_ms, strict=True)]
-            found |= {"ratio": statistics.median(ratios), "ratio_spread": spread(ratios)}
+            found |= {"ratio": statistics.median(ratios), "ratio_spread": _spread(ratios)}
         return found
 
 
-def spread(values: Sequence[float]) -> float:
-    """The interquartile range; 0 of a single value."""
-    if len(values) < 2:
-        return 0.0
+def _spread(values: Sequence[float]) -> float:
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return high - low
 
 
-def _take_turns(timed: Sequence[_Timed], benchmark: Benchmark, effort: Effort) -> None:
+def _take_turns(timed: Sequence[_Timed], effort: Effort, pedantic: Callable[..., Any]) -> None:
     first, *rivals = timed
     wanted = effort.seconds * len(timed) / sum(one.turn_seconds for one in timed)
-    rounds = max(effort.least_rounds, min(effort.rounds, int(wanted)))
-    turns = 0
 
     def take_rivals() -> None:
-        nonlocal turns
-        start = turns % max(1, len(rivals))
-        for one in rivals[start:] + rivals[:start]:
+        for one in rivals:
             one.turn()
-        turns += 1
+        rivals.append(rivals.pop(0)) if rivals else None
 
     def take_first() -> None:
         first.turn()
         Timer.seconds += first.times_ms[-1] / 1000
 
-    benchmark.pedantic(take_first, setup=take_rivals, rounds=rounds)
+    pedantic(take_first, setup=take_rivals, rounds=max(effort.least_rounds, min(effort.rounds, int(wanted))))
 
 
 def _copies(case: Case) -> Iterator[Provider]:
-    """A copy that reads half of the least bytes of the case and writes the other half."""
-    if not case.steps:
-        return
-    least = sum(step.bytes for step in case.steps)
-    size = min(max(least, _LEAST_COPY_BYTES), _MOST_COPY_BYTES) // 2
-    source = torch.ones(size, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    yield Provider(COPY, lambda: target.copy_(source), tolerance=None, steps=[Cost(0, 2 * size)])
+    """A copy that reads half of the minimal bytes of the case and writes the other half."""
+    if case.steps:
+        size = min(max(sum(step.bytes for step in case.steps), _LEAST_COPY_BYTES), _MOST_COPY_BYTES) // 2
+        source = torch.ones(size, dtype=torch.uint8, device=DEVICE)
+        target = torch.empty_like(source)
+        yield Provider(COPY, lambda: target.copy_(source), tolerance=None, steps=[Cost(0, 2 * size)])
 
 
 def _described(case: Case, provider: Provider) -> Row:
-    samples = provider.samples or case.sizes.get("N")
     steps = case.steps if provider.steps is None and provider.samples is None else provider.steps or ()
     row = {
         "subject": case.subject,
         "workload": case.workload,
         "shape": " ".join(f"{name}={size}" for name, size in case.sizes.items()),
         "dtype": str(case.dtype).removeprefix("torch."),
-        "layout": case.layout or None,
+        "layout": case.layout,
         "provider": provider.name,
-        "samples": samples,
+        "samples": provider.samples or case.sizes.get("N"),
         "bytes": sum(step.bytes for step in steps) or None,
         "flops": sum(step.flops for step in steps) or None,
         "note": provider.note,
+        "missing": provider.missing,
     }
     return {name: value for name, value in row.items() if value is not None}
 
 
 def _checked(case: Case, provider: Provider, result: Any) -> Row:
-    """Compare a result with the truth.
-
-    Raises:
-        ValueError: it is wrong.
-    """
+    """Compare a result with the truth; ValueError where it is wrong."""
     if provider.tolerance is None or not case.truth:
         return {}
-    truth = case.truth if provider.samples is None else [part[: provider.samples] for part in case.truth]
+    truth = [part[: provider.samples] for part in case.truth]
     error = error_of(result if provider.check is None else provider.check(result), truth)
     if not error <= provider.tolerance:
         raise ValueError(f"wrong: largest error {error:.2e}, allowed {provider.tolerance:.0e}")
@@ -240,13 +258,11 @@ def _annotate(case: Case, rows: Mapping[str, Row]) -> None:
     copied = rows.get(COPY, {})
     if "median_ms" not in copied:
         return
-    copy_rate = copied["bytes"] / (copied["median_ms"] / 1000)
+    copy_rate, rate = copied["bytes"] / (copied["median_ms"] / 1000), matmul_flops(case.dtype)
     for provider in case.providers:
         row = rows[provider.name]
-        if "median_ms" not in row or "bytes" not in row:
-            continue
-        seconds, rate = row["median_ms"] / 1000, matmul_flops(case.dtype)
-        row["share_of_copy"] = row["bytes"] / seconds / copy_rate
-        row["share_of_matmul"] = row.get("flops", 0) / seconds / rate
-        steps = provider.steps or case.steps
-        row["limit_ms"] = 1000 * sum(step.seconds(rate, copy_rate) for step in steps)
+        if "median_ms" in row and "bytes" in row:
+            seconds = row["median_ms"] / 1000
+            row["share_of_copy"] = row["bytes"] / seconds / copy_rate
+            row["share_of_matmul"] = row.get("flops", 0) / seconds / rate
+            row["limit_ms"] = 1000 * sum(step.seconds(rate, copy_rate) for step in provider.steps or case.steps)

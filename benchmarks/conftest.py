@@ -1,10 +1,4 @@
-"""Options, fixture and results of `pytest benchmarks/`: a test a case, by pytest-benchmark where it is installed.
-
---quick            fewer and smaller cases, fewer rounds
---rows FILE        where the rows go (bench-output/rows.json); written after every case
---resume           go on with the cases that FILE does not have
---compare-ratios OLD   exit with 1 where a ratio to the reference row has grown against that of another run's file
-"""
+"""Options, fixture and results of `pytest benchmarks/`: a test a case, by pytest-benchmark where it is installed."""
 
 from __future__ import annotations
 
@@ -17,32 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from .cases import Case, Planned
-from .common import QUICK, BrokenDeviceError, Effort, Timer, Turns, measure
-from .rows import machine_facts, read, slower, write
+from .common import QUICK, BrokenDeviceError, Case, Effort, Timer, in_rounds, measure
+from .results import machine_facts, read, slower, write
 
 BROKEN = 3
-"""Exit code where the device is out of order: a new process with --resume goes on."""
-
-
-class WithoutPlugin:
-    """What stands in where pytest-benchmark is not installed: its fixture and its mark."""
-
-    def pytest_configure(self, config: pytest.Config) -> None:
-        config.addinivalue_line("markers", "benchmark: what pytest-benchmark would read")
-
-    @pytest.fixture
-    def benchmark(self) -> Turns:
-        return Turns()
+"""Exit code where the device no longer answers: a new process with --resume goes on."""
 
 
 class Recorder:
-    """The rows of this run, on disk after every case.
-
-    Attributes:
-        rows: those of all cases so far.
-        done: names of the cases that an earlier run has measured.
-    """
+    """The rows of this run, on disk after every case, and the names of the cases that an earlier run has `done`."""
 
     def __init__(self, path: Path, resume: bool) -> None:
         known = resume and path.exists()
@@ -63,50 +40,43 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ood-engine")
     group.addoption("--quick", action="store_true", help="fewer and smaller cases, fewer rounds")
     group.addoption("--rows", type=Path, default=Path("bench-output/rows.json"), help="where the rows go (%(default)s)")
-    group.addoption(
-        "--resume", action="store_true", help="go on with the cases that the file of the rows does not have"
-    )
-    group.addoption(
-        "--compare-ratios", type=Path, metavar="OLD", help="exit with 1 where a ratio has grown against OLD"
-    )
+    group.addoption("--resume", action="store_true", help="go on with the cases that this file does not have")
+    group.addoption("--compare-ratios", type=Path, metavar="OLD", help="exit with 1 where a ratio has grown since OLD")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not config.pluginmanager.hasplugin("benchmark"):
-        config.pluginmanager.register(WithoutPlugin())
     config.stash[KEY] = Recorder(config.getoption("--rows"), config.getoption("--resume"))
-
-
-def _planned(item: Any) -> Planned:
-    planned: Planned = item.callspec.params["planned"]
-    return planned
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     done, quick = config.stash[KEY].done, config.getoption("--quick")
-    left_out = [item for item in items if item.name in done or (quick and not _planned(item).quick)]
+    # What the targets ask for has been measured if time runs out.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    left_out = [item for item in items if item.name in done or (quick and item.get_closest_marker("slow"))]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
     for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=Timer.now, group=item.name.partition("[")[0]))
+        if config.pluginmanager.hasplugin("benchmark"):
+            item.add_marker(pytest.mark.benchmark(timer=Timer.now, group=item.name.partition("[")[0]))
         # What a rival warns about is no reason to refuse it.
         item.add_marker(pytest.mark.filterwarnings("ignore"))
 
 
 @pytest.fixture
-def measured(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Callable[[Case], None]]:
+def measured(request: pytest.FixtureRequest) -> Iterator[Callable[[Case], None]]:
     """Measures a case and keeps its rows; fails where a provider was wrong."""
-    recorder = request.config.stash[KEY]
+    recorder, has_plugin = request.config.stash[KEY], request.config.pluginmanager.hasplugin("benchmark")
     effort = QUICK if request.config.getoption("--quick") else Effort()
+    pedantic = request.getfixturevalue("benchmark").pedantic if has_plugin else in_rounds
 
     def take(case: Case) -> None:
         try:
             with torch.no_grad():
-                rows = measure(case, benchmark, effort)
+                rows = measure(case, effort, pedantic)
         except BrokenDeviceError as error:
             recorder.add(request.node.name, error.args[1])
-            pytest.exit(f"the device is out of order: {error.args[0]}", BROKEN)
+            pytest.exit(f"the device no longer answers: {error.args[0]}", BROKEN)
         recorder.add(request.node.name, rows)
         refused = [f"{row['provider']}: {row['error']}" for row in rows if "error" in row]
         if refused:
@@ -125,9 +95,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         if row["case"] != shown:
             shown = row["case"]
             terminalreporter.write_line(f"\n{row['subject']}, {row['workload']} {row['shape']} {row['dtype']}")
-        figures = (
-            f"{row['median_ms']:10.3f} ms  x{row.get('ratio', math.nan):<9.3g}" if "median_ms" in row else " " * 24
-        )
+        figures = f"{row.get('median_ms', math.nan):10.3f} ms  x{row.get('ratio', math.nan):<9.3g}"
         terminalreporter.write_line(f"  {row['provider']:32}{figures}{row.get('error') or row.get('missing') or ''}")
 
 
@@ -135,6 +103,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     old, recorder = session.config.getoption("--compare-ratios"), session.config.stash[KEY]
     if old is not None:
         lines = slower(read(old)["rows"], recorder.rows)
-        print("", *(lines or [f"no ratio has grown beyond noise against {old}"]), sep="\n")
+        print("", *(lines or [f"no ratio has grown beyond noise since {old}"]), sep="\n")
         if lines and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -82,7 +82,7 @@ tuning() { # what is finished goes into the checkout at once, so that the benchm
 targets() {
     local file=$OUT/rows.json
     [ -f "$file" ] || file=$OUT/headline.json
-    "$PYTHON" -m benchmarks.targets "$file"
+    "$PYTHON" -m benchmarks.readme --targets "$file"
 }
 export -f headline benchmarks measure tests one_test tuning targets
 

@@ -1,8 +1,6 @@
 """pytorch-ood and oodeel beside this package: imported only when asked for, made and fitted by their own public methods.
 
-They come at pinned versions, with --no-deps (constraints/peers.txt): oodeel 0.4.0 asks for NumPy below 2 and runs with NumPy 2 as
-well. torch-uncertainty 0.13 has energy, MSP and maximum logit alone and needs Lightning, frouros 0.9 detects drift of data sets,
-OpenOOD is not on the package index.
+They come with --no-deps (constraints/peers.txt): oodeel 0.4.0 asks for NumPy below 2 and runs with NumPy 2 as well.
 """
 
 from __future__ import annotations
@@ -10,6 +8,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from .cases import MissingProviderError, Provider, first_line
-
-__all__ = ["FRACTION", "METHODS", "OODEEL", "PYTORCH_OOD", "Scene", "import_beside_torch", "import_peer", "peer"]
+from .clocks import DEVICE, Call
+from .common import Provider, first_line
 
 PYTORCH_OOD, OODEEL = "pytorch-ood", "oodeel"
 FRACTION = 0.9
@@ -27,25 +25,15 @@ FRACTION = 0.9
 
 # oodeel imports its data handler when a detector is fitted.
 _MODULES = {
-    PYTORCH_OOD: ("pytorch_ood", "pytorch_ood.detector"),
-    OODEEL: ("oodeel", "oodeel.methods", "oodeel.datasets.torch_data_handler"),
+    PYTORCH_OOD: ("pytorch_ood.detector",),
+    OODEEL: ("oodeel.methods", "oodeel.datasets.torch_data_handler"),
 }
 _OPERATORS = ("nms", "qnms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d")
-_MOST_DICE_ELEMENTS = 2**29
 _declared: list[torch.library.Library] = []
 
 
 class Scene(NamedTuple):
-    """What every provider of a case is given.
-
-    Attributes:
-        features: [N, D], to be scored.
-        weight: [C, D] of the head.
-        bias: [C] of the head.
-        fit_features: [n, D] of ID samples.
-        labels: [n], every class at least once.
-        neighbours: k of KNN.
-    """
+    """Features to be scored [N, D], a head [C, D] and [C], features and labels of n ID samples, and KNN's k."""
 
     features: Tensor
     weight: Tensor
@@ -56,25 +44,9 @@ class Scene(NamedTuple):
 
     def linear(self) -> nn.Linear:
         """The head as a module over the same weights."""
-        head = nn.Linear(self.weight.shape[1], self.weight.shape[0], device="meta")
+        head = nn.Linear(self.weight.shape[1], self.weight.shape[0], device="meta").requires_grad_(False)
         head.weight, head.bias = nn.Parameter(self.weight), nn.Parameter(self.bias)
         return head
-
-
-def import_peer(name: str) -> ModuleType:
-    """The top module of a peer, with the parts that the benchmarks use imported.
-
-    Raises:
-        MissingProviderError: it, or a library that it imports, is not installed or does not import here.
-    """
-    try:
-        import_beside_torch("torchvision")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            modules = [importlib.import_module(module) for module in _MODULES[name]]
-            return modules[0]
-    except Exception as error:
-        raise MissingProviderError(name, f"{first_line(error)}; `make bench` installs it") from error
 
 
 def import_beside_torch(name: str) -> ModuleType:
@@ -100,106 +72,63 @@ def import_beside_torch(name: str) -> ModuleType:
 
 
 def peer(name: str, method: str, scene: Scene) -> Provider:
-    """Provider: a peer's detector, fitted; its scores are turned to ours, higher = more in-distribution.
-
-    Raises:
-        MissingProviderError: it is not installed.
-    """
-    module = import_peer(name)
+    """Provider: a peer's detector, fitted; `missing` where it cannot be imported."""
+    try:
+        _, detectors, *_ = [import_beside_torch(module) for module in ("torchvision", *_MODULES[name])]
+    except Exception as error:
+        return Provider(name, missing=f"{first_line(error)}; `make bench` installs it")
+    to_ours = _TO_OURS.get((name, method), lambda scores, _: -scores)
     with torch.enable_grad():
-        return METHODS[name][method](module.detector if name == PYTORCH_OOD else module.methods, scene)
+        call = METHODS[name][method](detectors, scene)
+    return Provider(name, call, lambda found: to_ours(torch.as_tensor(found).double(), scene), graph=False)
 
 
-Make = Callable[[Any, Scene], Provider]
+def _fitted(detector: Any, scene: Scene, kind: str = "features", device: str | None = None) -> Call:
+    """Of pytorch-ood."""
+    getattr(detector, f"fit_{kind}")(scene.fit_features.to(device), scene.labels.to(device))
+    return partial(getattr(detector, f"predict_{kind}"), scene.features)
 
 
-def _provider(call: Callable[[], Any], name: str = PYTORCH_OOD, scale: float = -1.0, **fields: Any) -> Provider:
-    fields.setdefault("check", lambda scores: scale * torch.as_tensor(scores).double())
-    return Provider(name, call, graph=False, **fields)
-
-
-def _of_logits(name: str) -> Make:
-    def make(detectors: Any, scene: Scene) -> Provider:
-        detector = getattr(detectors, name)(scene.linear().requires_grad_(False))
-        return _provider(lambda: detector.predict(scene.features))
-
-    return make
-
-
-def _gradnorm(detectors: Any, scene: Scene) -> Provider:
-    detector = detectors.GradNorm(scene.linear(), param_filter=lambda name: name == "weight")
-    return _provider(lambda: detector.predict(scene.features), note="vmap over 32 samples at a time")
-
-
-def _react(detectors: Any, scene: Scene) -> Provider:
-    detector = detectors.ReAct(None, scene.linear(), percentile=FRACTION)
-    detector.fit_feature_maps(scene.fit_features, scene.labels)
-    return _provider(lambda: detector.predict_feature_maps(scene.features))
-
-
-def _dice(detectors: Any, scene: Scene) -> Provider:
-    detector = detectors.DICE(None, scene.weight, scene.bias, FRACTION).to(scene.weight.device)
-    detector.fit_features(scene.fit_features, scene.labels)
-    features = scene.features[: max(1, _MOST_DICE_ELEMENTS // scene.weight.numel())]
-    samples = None if len(features) == len(scene.features) else len(features)
-    return _provider(lambda: detector.predict_features(features), samples=samples, note="holds N·C·D numbers at once")
-
-
-def _knn(detectors: Any, scene: Scene) -> Provider:
-    detector = detectors.KNN(None, k=scene.neighbours)
-    detector.fit_features(scene.fit_features.cpu(), scene.labels.cpu())
-
-    def similarity(distance: Any) -> Tensor:
-        return 1 - torch.as_tensor(distance).double().square() / 2
-
-    return _provider(lambda: detector.predict_features(scene.features), check=similarity, uses_numpy=True)
-
-
-def _mahalanobis(detectors: Any, scene: Scene) -> Provider:
-    detector = detectors.Mahalanobis(None)
-    detector.fit_features(scene.fit_features, scene.labels)
-    note = "half the distance, with the sum of the outer products for their mean"
-    scale = -2.0 * len(scene.fit_features)
-    return _provider(lambda: detector.predict_features(scene.features), scale=scale, note=note)
-
-
-def _oodeel(make: Callable[[Any, Scene], Any], scale: float = -1.0, **fields: Any) -> Make:
+def _oodeel(detector: Any, scene: Scene) -> Call:
     """The features go in as the model's input: it is nothing, whose output oodeel catches, and the head."""
-
-    def fitted(methods: Any, scene: Scene) -> Provider:
-        detector, model = make(methods, scene), nn.Sequential(nn.Identity(), scene.linear())
-        batches = DataLoader(TensorDataset(scene.fit_features, scene.labels), batch_size=1000)
-        layers = {"feature_layers_id": [0]} if detector.requires_internal_features else {}
-        # A detector that needs no fit would still run the model over the data.
-        needed = batches if detector.requires_to_fit_dataset or detector.use_react else None
-        detector.fit(model, needed, **layers)
-        return _provider(lambda: detector.score(scene.features)[0], OODEEL, scale, **fields)
-
-    return fitted
+    model = nn.Sequential(nn.Identity(), scene.linear())
+    batches = DataLoader(TensorDataset(scene.fit_features, scene.labels), batch_size=1000)
+    layers = {"feature_layers_id": [0]} if detector.requires_internal_features else {}
+    # A detector that needs no fit would still run the model over the data.
+    needed = batches if detector.requires_to_fit_dataset or detector.use_react else None
+    detector.fit(model, needed, **layers)
+    return lambda: detector.score(scene.features)[0]
 
 
-METHODS: dict[str, dict[str, Make]] = {
+METHODS: dict[str, dict[str, Callable[[Any, Scene], Call]]] = {
     PYTORCH_OOD: {
-        "energy": _of_logits("EnergyBased"),
-        "msp": _of_logits("MaxSoftmax"),
-        "max_logit": _of_logits("MaxLogit"),
-        "gradnorm": _gradnorm,
-        "react": _react,
-        "dice": _dice,
-        "knn": _knn,
-        "mahalanobis": _mahalanobis,
+        "energy": lambda its, scene: partial(its.EnergyBased(scene.linear()).predict, scene.features),
+        "msp": lambda its, scene: partial(its.MaxSoftmax(scene.linear()).predict, scene.features),
+        "max_logit": lambda its, scene: partial(its.MaxLogit(scene.linear()).predict, scene.features),
+        "gradnorm": lambda its, scene: partial(
+            its.GradNorm(scene.linear(), param_filter="weight".__eq__).predict, scene.features
+        ),
+        "react": lambda its, scene: _fitted(its.ReAct(None, scene.linear(), FRACTION), scene, "feature_maps"),
+        "dice": lambda its, scene: _fitted(its.DICE(None, scene.weight, scene.bias, FRACTION).to(DEVICE), scene),
+        "knn": lambda its, scene: _fitted(its.KNN(None, k=scene.neighbours), scene, device="cpu"),
+        "mahalanobis": lambda its, scene: _fitted(its.Mahalanobis(None), scene),
     },
     OODEEL: {
-        "energy": _oodeel(lambda methods, _: methods.Energy(), uses_numpy=True),
-        "msp": _oodeel(lambda methods, _: methods.MLS(output_activation="softmax")),
-        "max_logit": _oodeel(lambda methods, _: methods.MLS()),
-        "react": _oodeel(lambda methods, _: methods.Energy(use_react=True, react_quantile=FRACTION), uses_numpy=True),
-        "knn": _oodeel(
-            lambda methods, scene: methods.DKNN(nearest=scene.neighbours),
-            uses_numpy=True,
-            check=lambda squared: 1 - torch.as_tensor(squared).double() / 2,
-        ),
-        "mahalanobis": _oodeel(lambda methods, _: methods.Mahalanobis(eps=0.0), scale=-2.0, note="half the distance"),
+        "energy": lambda its, scene: _oodeel(its.Energy(), scene),
+        "msp": lambda its, scene: _oodeel(its.MLS(output_activation="softmax"), scene),
+        "max_logit": lambda its, scene: _oodeel(its.MLS(), scene),
+        "react": lambda its, scene: _oodeel(its.Energy(use_react=True, react_quantile=FRACTION), scene),
+        "knn": lambda its, scene: _oodeel(its.DKNN(nearest=scene.neighbours), scene),
+        "mahalanobis": lambda its, scene: _oodeel(its.Mahalanobis(eps=0.0), scene),
     },
 }
-"""Peer → method → maker of the provider."""
+"""Peer → method → from its detectors and a scene to the scoring function of a fitted one."""
+
+_TO_OURS: dict[tuple[str, str], Callable[[Tensor, Scene], Tensor]] = {
+    (PYTORCH_OOD, "knn"): lambda distance, _: 1 - distance.square() / 2,
+    (OODEEL, "knn"): lambda squared, _: 1 - squared / 2,
+    # Half the distance, pytorch-ood's with the sum of the outer products for their mean.
+    (PYTORCH_OOD, "mahalanobis"): lambda half, scene: -2 * len(scene.fit_features) * half,
+    (OODEEL, "mahalanobis"): lambda half, _: -2 * half,
+}
+"""Where our score, higher = more in-distribution, is not just the negative of theirs."""

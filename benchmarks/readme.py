@@ -1,26 +1,31 @@
 """Writes the README's section on cost from the result files: every figure in it is one that was measured and committed.
 
-python -m benchmarks.readme FILE       # take FILE into benchmarks/results/, draw its pictures, rewrite the section
-python -m benchmarks.readme            # rewrite the section
-python -m benchmarks.readme --check    # exits with 1 where it is not what the files say
+python -m benchmarks.readme FILE            # take FILE into benchmarks/results/, draw its pictures, rewrite the section
+python -m benchmarks.readme                 # rewrite the section
+python -m benchmarks.readme --check         # exits with 1 where it is not what the files say
+python -m benchmarks.readme --targets FILE  # print the targets of FILE; exits with 1 where one is missed
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from .cases import AUTOGRAD, COMPILED, COPY, OURS, PLAIN, REFERENCE
+from ood_kernels.workloads import BASES
+
+from .common import AUTOGRAD, COMPILED, COPY, OURS, PLAIN, REFERENCE
 from .engine import ALL, ALONE, FORWARD
+from .fitting import CHOSEN
 from .kernels import VMAP
-from .peers import METHODS, OODEEL, PYTORCH_OOD
+from .methods import MAKERS
+from .peers import OODEEL, PYTORCH_OOD
 from .plot import draw
-from .rows import FOLDER, RESULTS, name_of, read, write
-from .targets import evaluate
+from .results import FOLDER, RESULTS, name_of, read, write
 
 README = FOLDER.parent / "README.md"
 BEGIN = "<!-- performance: written by benchmarks/readme.py from benchmarks/results/ -->\n"
@@ -28,10 +33,90 @@ END = "<!-- performance: end -->\n"
 NO_GPU = """\
 Not measured yet. `bash benchmarks/gpu.sh` does everything on a GPU machine, offline: the tests with compiled kernels, tuning,
 benchmarks beside plain torch, `torch.compile`, per-sample autograd and a ResNet-50 forward, and a table that says of every target
-whether it was met; see [benchmarks/](benchmarks/README.md#on-a-gpu).
-"""
+whether it was met; see [benchmarks/](benchmarks/README.md#on-a-gpu)."""
 
 Row = Mapping[str, Any]
+Figure = Callable[[Row, Sequence[Row]], float | None]
+
+
+Target = tuple[str, float, Mapping[str, Any], Figure]
+"""What is asked, the limit of the worst figure, values that a row has to have (the provider is ours if not named), its figure.
+What should be large is negated, limit and figure."""
+
+
+def of(name: str, sign: int = 1) -> Figure:
+    return lambda row, _: sign * row[name] if name in row else None
+
+
+def copies(row: Row, _: Sequence[Row]) -> float | None:
+    """Time in copies of the same bytes."""
+    return 1 / row["share_of_copy"] if "share_of_copy" in row else None
+
+
+def rooflines(row: Row, _: Sequence[Row]) -> float:
+    return float(row["median_ms"] / row["limit_ms"])
+
+
+def gain(provider: str) -> Figure:
+    """Time a sample of another provider of the case by ours, both by the ratio to the reference row."""
+
+    def figure(row: Row, rows: Sequence[Row]) -> float | None:
+        rivals = [one for one in rows if (one["case"], one["provider"]) == (row["case"], provider)]
+        return -rivals[0]["ratio"] / row["ratio"] if rivals else None
+
+    return figure
+
+
+def growth(row: Row, rows: Sequence[Row]) -> float | None:
+    """The exponent of time along the samples, from the first case of a workload to its last."""
+    alike = [one for one in rows if all(one[name] == row[name] for name in ("subject", "workload", "provider"))]
+    few, many = (int(one["shape"].split()[0].partition("=")[2]) for one in (alike[0], alike[-1]))
+    return math.log(alike[-1]["median_ms"] / alike[0]["median_ms"]) / math.log(many / few) if many > few else None
+
+
+_POOL, _DUAL = {"subject": "pool_nap"}, {"subject": "project dual", "workload": "R50"}
+_MAIN, _FORWARD = (
+    {"subject": "score", "workload": "R50", "samples": 256},
+    {"layout": "channels_last", "provider": ALONE},
+)
+_NCHW = {"dtype": "bfloat16", "layout": "rows"}
+ON_A_CPU: Sequence[Target] = (
+    ("pooling in fp32: at most 2 copies of the same bytes", 2, _POOL | {"dtype": "float32"}, copies),
+    ("pooling channels_last: at most 2 copies", 2, _POOL | {"layout": "channels_last"}, copies),
+    ("pooling NCHW in bf16: at most 3 copies", 3, _POOL | _NCHW, copies),
+    ("scores, N=32: at most 0.02 of a ResNet-50 forward", 0.02, _FORWARD | {"samples": 32}, of("ratio")),
+    ("dual: at least 500 times as fast a sample as autograd", -500, _DUAL, gain(AUTOGRAD)),
+    ("scores of 1024 samples: at most 200 MiB", 200, {"samples": 1024, "provider": ALL}, of("peak_mib")),
+    ("chosen form: at most 2 times the other's time", 2, {"provider": CHOSEN}, of("ratio")),
+    ("fitting: grows at most with samples^1.1", 1.1, {"subject": "fit engine"}, growth),
+)
+ON_A_GPU: Sequence[Target] = (
+    ("pool_nap, N=256: at least 0.9 of the copy bandwidth", -0.9, _POOL | {"samples": 256}, of("share_of_copy", -1)),
+    ("score, N=256: at most 1.25 times its roofline", 1.25, _MAIN, rooflines),
+    ("score, N=256: at least 10 times as fast as eager", -10, _MAIN, gain(REFERENCE)),
+    ("score, N=256: at least 1.5 times as fast as torch.compile", -1.5, _MAIN, gain(COMPILED)),
+    ("dual: at least 1000 times as fast a sample as autograd", -1000, _DUAL, gain(AUTOGRAD)),
+    ("scores, N=256: at most 0.01 of a ResNet-50 forward", 0.01, _FORWARD | {"samples": 256}, of("ratio")),
+    ("score, N=1: at most 0.03 ms", 0.03, _MAIN | {"samples": 1}, of("median_ms")),
+    ("memory of a call, results included: at most 64 MiB", 64, {"workload": "R50"}, of("peak_mib")),
+)
+
+
+def words(row: Row) -> str:
+    return " ".join(row[name] for name in ("workload", "shape", "dtype", "layout") if name in row)
+
+
+def verdicts(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Target, the worst figure and where it was measured, and "met", "missed" or "not measured"."""
+    timed = [row for row in document["rows"] if "median_ms" in row]
+    for text, limit, wanted, figure_of in ON_A_GPU if "gpu" in document["machine"] else ON_A_CPU:
+        rows = [row for row in timed if row.items() >= {"provider": OURS, **wanted}.items()]
+        known = [(value, row) for row in rows if (value := figure_of(row, timed)) is not None]
+        if not known:
+            yield text, "–", "not measured"
+            continue
+        value, row = max(known, key=lambda pair: pair[0])
+        yield text, f"{abs(value):,.3g} ({row['provider']} {words(row)})", "met" if value <= limit else "missed"
 
 
 def newest(is_gpu: bool, folder: Path = RESULTS) -> tuple[Path, dict[str, Any]] | None:
@@ -41,104 +126,70 @@ def newest(is_gpu: bool, folder: Path = RESULTS) -> tuple[Path, dict[str, Any]] 
     return max(right, key=lambda pair: str(pair[1]["machine"]["date"])) if right else None
 
 
-def figure(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits, in plain notation; a dash for None."""
-    if value is None:
-        return "–"
+def figure(value: float, digits: int = 3) -> str:
+    """A number with so many significant digits, in plain notation."""
     if value != 0 and abs(value) < 1e-3:
         return f"{value:.0e}"
     return format(Decimal(f"{value:.{digits}g}"), ",f")
 
 
-def made(machine: Mapping[str, Any]) -> str:
-    """Machine, versions, day and commit in a few words."""
+def made(path: Path, machine: Mapping[str, Any]) -> str:
+    """Machine, versions, day and commit in a few words, and where the rows are."""
     where = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}"
     commit = (machine["commit"] or "unknown").rstrip("+")[:7]
-    return f"{where}, torch {machine['torch']}, {machine['date'][:10]}, commit {commit}"
+    facts = f"{where}, torch {machine['torch']}, {machine['date'][:10]}, commit {commit}"
+    return f"({facts}; [all rows](benchmarks/results/{path.name}))"
 
 
-def table(rows: Sequence[Row], providers: Sequence[str], cell: Any, subjects: Sequence[str]) -> Iterator[str]:
-    """A line a case of these subjects, a column a provider."""
-    yield f"| | {' | '.join(providers)} |"
-    yield f"|---|{'---:|' * len(providers)}"
+def table(rows: Sequence[Row], providers: Sequence[str], cell: Callable[[Row], str], *subjects: str) -> Iterator[str]:
+    """A line a case of these subjects, a column a provider; a dash where it has no time."""
+    yield from ("", f"| | {' | '.join(providers)} |", f"|---|{'---:|' * len(providers)}")
+    timed = [row for row in rows if "median_ms" in row and row["provider"] in providers]
     for subject in subjects:
-        for case in dict.fromkeys(row["case"] for row in rows if row["subject"] == subject):
-            by = {row["provider"]: row for row in rows if row["case"] == case}
-            if not any("median_ms" in by.get(provider, {}) for provider in providers):
-                continue
+        for case in dict.fromkeys(row["case"] for row in timed if row["subject"] == subject):
+            by = {row["provider"]: row for row in timed if row["case"] == case}
             first = next(iter(by.values()))
-            words = [
-                f"{subject}:" * (len(subjects) > 1),
-                *(first.get(name) for name in ("workload", "shape", "dtype", "layout")),
-            ]
-            yield f"| {' '.join(word for word in words if word)} | {' | '.join(cell(by.get(name)) for name in providers)} |"
+            cells = [cell(by[name]) if name in by else "–" for name in providers]
+            yield f"| {f'{subject}: ' * (len(subjects) > 1)}{words(first)} | {' | '.join(cells)} |"
 
 
-_METHODS = list(dict.fromkeys(method for methods in METHODS.values() for method in methods))
+def time(row: Row) -> str:
+    return f"{figure(row['median_ms'])} ± {figure(row['spread_ms'] / 2, 1)}"
 
 
-def time(row: Row | None) -> str:
-    """Median and spread."""
-    return (
-        "–"
-        if row is None or "median_ms" not in row
-        else f"{figure(row['median_ms'])} ± {figure(row['spread_ms'] / 2, 1)}"
-    )
+def time_and_memory(row: Row) -> str:
+    return f"{figure(row['median_ms'])} ({figure(row['peak_mib'], 2)})"
 
 
-def time_and_memory(row: Row | None) -> str:
-    """Median, the samples where they are not those of the case, and MiB."""
-    if row is None or "median_ms" not in row:
-        return "–"
-    fewer = (
-        f" for {row['samples']}" if f"N={row.get('samples')}" not in row["shape"].split() and "samples" in row else ""
-    )
-    return f"{figure(row['median_ms'])}{fewer} ({figure(row['peak_mib'], 2)})"
-
-
-def per_sample(row: Row | None) -> str:
-    """Milliseconds a sample."""
-    return "–" if row is None or "median_ms" not in row else figure(row["median_ms"] / row["samples"], 2)
+def per_sample(row: Row) -> str:
+    return figure(row["median_ms"] / row["samples"], 2)
 
 
 def targets(document: Mapping[str, Any]) -> Iterator[str]:
-    yield from ("| target | measured, at worst | |", "|---|---|---|")
-    for one in evaluate(document["rows"], "gpu" in document["machine"]):
-        yield f"| {one.target} | {one.figure or '–'} | {one.verdict} |"
+    yield from ("", "| target | measured, at worst | |", "|---|---|---|")
+    for line in verdicts(document):
+        yield f"| {' | '.join(line)} |"
 
 
 def sections(path: Path, document: Mapping[str, Any]) -> Iterator[str]:
     """The lines of a CPU's section."""
-    rows, where = document["rows"], f"benchmarks/results/{path.name}"
-    yield f"Measured by `make bench` ({made(document['machine'])}; [all rows]({where})):"
+    rows, projections = document["rows"], [f"project {kind}" for kind in BASES]
+    yield f"Measured by `make bench` {made(path, document['machine'])}:"
     yield "every row is compared with fp64 first, then all are timed in turns. Milliseconds a call, median ± half the interquartile"
     yield "range. All three methods for a batch, from the feature map on:"
-    yield ""
-    yield from table(rows, (OURS, REFERENCE, COMPILED, COPY), time, ["score"])
-    yield from (
-        "",
-        "Methods that peers have too; in brackets MiB beyond the operands. A dash: not available, or not at this size.",
-        "",
-    )
-    yield from table(rows, (OURS, PLAIN, PYTORCH_OOD, OODEEL), time_and_memory, _METHODS)
-    yield from ("", "What scoring adds to a forward of torchvision's ResNet-50:", "")
-    yield from table(rows, (FORWARD, OURS, ALONE, ALL), time, ["engine around a forward"])
-    yield from ("", "Coordinates of last-layer gradients, milliseconds a sample:", "")
-    yield from table(
-        rows,
-        (OURS, REFERENCE, PLAIN, VMAP, AUTOGRAD),
-        per_sample,
-        [f"project {kind}" for kind in ("dual", "explicit", "factored")],
-    )
-    yield from ("", "Fitting from features:", "")
-    yield from table(rows, (OURS, PLAIN, ALL, "scikit-learn"), time_and_memory, ["fit dual basis", "fit engine"])
-    yield from ("", "Targets:", "")
-    yield from targets(document)
+    yield from table(rows, (OURS, REFERENCE, COMPILED, COPY), time, "score")
+    yield from ("", "Methods that peers have too; in brackets MiB beyond the operands. A dash: not available.")
+    yield from table(rows, (OURS, PLAIN, PYTORCH_OOD, OODEEL), time_and_memory, *MAKERS)
+    yield from ("", "What scoring adds to a forward of torchvision's ResNet-50:")
+    yield from table(rows, (FORWARD, OURS, ALONE, ALL), time, "engine around a forward")
+    yield from ("", "Coordinates of last-layer gradients, milliseconds a sample:")
+    yield from table(rows, (OURS, REFERENCE, PLAIN, VMAP, AUTOGRAD), per_sample, *projections)
+    yield from ("", "Fitting from features:")
+    yield from table(rows, (OURS, PLAIN, ALL), time_and_memory, "fit dual basis", "fit engine")
+    yield from ("", "Targets:", *targets(document))
     for picture in sorted(path.parent.glob(f"{path.stem}-*.png")):
-        yield from (
-            "",
-            f"![{picture.stem.removeprefix(path.stem + '-').capitalize()}](benchmarks/results/{picture.name})",
-        )
+        name = picture.stem.removeprefix(path.stem + "-").capitalize()
+        yield from ("", f"![{name}](benchmarks/results/{picture.name})")
 
 
 def render(folder: Path = RESULTS) -> str:
@@ -146,15 +197,11 @@ def render(folder: Path = RESULTS) -> str:
     cpu, gpu = newest(False, folder), newest(True, folder)
     lines = list(sections(*cpu)) if cpu else ["Not measured yet: `make bench`."]
     lines += ["", "### Speed on a GPU", ""]
-    if gpu:
-        path, document = gpu
-        lines += [
-            f"Measured by `bash benchmarks/gpu.sh` ({made(document['machine'])}; [all rows](benchmarks/results/{path.name})):",
-            "",
-        ]
-        lines += targets(document)
-    else:
-        lines += NO_GPU.splitlines()
+    lines += (
+        [f"Measured by `bash benchmarks/gpu.sh` {made(gpu[0], gpu[1]['machine'])}:", *targets(gpu[1])]
+        if gpu
+        else [NO_GPU]
+    )
     return BEGIN + "\n".join(lines) + "\n" + END
 
 
@@ -177,12 +224,15 @@ def take(path: Path, folder: Path = RESULTS) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The README's section on cost, from the result files.")
-    parser.add_argument(
-        "file", type=Path, nargs="?", help="rows of `pytest benchmarks/` to take into benchmarks/results/"
-    )
+    parser.add_argument("file", type=Path, nargs="?", help="rows of `pytest benchmarks/`, for benchmarks/results/")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the section is stale")
+    parser.add_argument("--targets", action="store_true", help="write nothing; exit with 1 where a target is missed")
     options = parser.parse_args(argv)
-    if options.file and not options.check:
+    if options.targets:
+        lines = list(verdicts(read(options.file)))
+        print(*(f"{verdict:14}{text}: {figure}" for text, figure, verdict in lines), sep="\n")
+        return int(any(verdict == "missed" for *_, verdict in lines))
+    if options.file:
         take(options.file)
     text = README.read_text(encoding="utf-8")
     new = replaced(text, render())

@@ -47,7 +47,8 @@ def test_the_newest_file_of_a_kind_is_read(readme, tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(document))
     path, document = readme.newest(False, tmp_path)
     assert path.name == "a.json"
-    assert readme.made(document["machine"]) == "2 cores of some, torch 2, 2026-01-10, commit 0123456"
+    where = "[all rows](benchmarks/results/a.json)"
+    assert readme.made(path, document["machine"]) == f"(2 cores of some, torch 2, 2026-01-10, commit 0123456; {where})"
     assert readme.newest(True, tmp_path)[0].name == "c.json"
     assert "| missed |" not in readme.render(tmp_path)
     assert "not measured" in readme.render(tmp_path).partition("### Speed on a GPU")[2]
@@ -59,7 +60,6 @@ def test_the_newest_file_of_a_kind_is_read(readme, tmp_path):
 @pytest.mark.parametrize(
     ("value", "digits", "expected"),
     [
-        (None, 3, "–"),
         (0.0, 3, "0"),
         (0.0456, 2, "0.046"),
         (1992.3, 3, "1,990"),
@@ -81,9 +81,9 @@ def test_cases_put_the_providers_side_by_side(readme):
     missing = {name: value for name, value in row_of("oodeel").items() if name != "median_ms"}
     rows = [row_of("ood-engine"), row_of("pytorch-ood", samples=2), missing]
     columns = ["ood-engine", "pytorch-ood", "oodeel", "reference"]
-    *_, line = readme.table(rows, columns, readme.time_and_memory, ["energy"])
-    assert line == "| R50 N=4 float32 | 1.23 (0.5) | 1.23 for 2 (0.5) | – | – |"
-    *_, line = readme.table(rows, columns[:1], readme.time, ["energy", "msp"])
+    *_, line = readme.table(rows, columns, readme.time_and_memory, "energy")
+    assert line == "| R50 N=4 float32 | 1.23 (0.5) | 1.23 (0.5) | – | – |"
+    *_, line = readme.table(rows, columns[:1], readme.time, "energy", "msp")
     assert line == "| energy: R50 N=4 float32 | 1.23 ± 0.04 |"
     assert readme.per_sample(rows[1]) == "0.62"
 

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-__all__ = ["FOLDER", "RESULTS", "key_of", "machine_facts", "name_of", "read", "slower", "write"]
+from .common import Row
 
-Row = Mapping[str, Any]
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
 
@@ -44,23 +43,18 @@ def machine_facts() -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)", info.read_text() if info.exists() else "", re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
     """Commit of the checkout, with "+" where it has changes of its own."""
     try:
-        head, status = (
-            subprocess.run(["git", *arguments], cwd=FOLDER, capture_output=True, text=True, check=True).stdout.strip()
-            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain"))
-        )
+        command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
+        return subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head + "+" * bool(status)
 
 
 def name_of(machine: Mapping[str, Any]) -> str:
@@ -70,7 +64,6 @@ def name_of(machine: Mapping[str, Any]) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file."""
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return document
 
@@ -84,22 +77,16 @@ def write(path: Path, machine: Mapping[str, Any], rows: Sequence[Row]) -> None:
     os.replace(part, path)
 
 
-def key_of(row: Row) -> tuple[Any, ...]:
-    """What makes two rows of two runs the same measurement."""
-    return tuple(row.get(name) for name in ("subject", "workload", "shape", "dtype", "layout", "provider", "samples"))
-
-
 def slower(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
-    """One line for every row whose ratio to the reference row of its own run has grown beyond the spread of both runs."""
-    known = {key_of(row): row for row in old if "ratio" in row}
+    """A line for every row whose ratio to the reference row of its own run has grown beyond the spread of both runs."""
+    known = {(row["case"], row["provider"]): row for row in old if "ratio" in row}
     lines = []
     for row in new:
-        before = known.get(key_of(row))
+        before = known.get((row["case"], row["provider"]))
         if before is None or "ratio" not in row:
             continue
-        grown = row["ratio"] - before["ratio"]
         noise = SPREADS * (row["ratio_spread"] + before["ratio_spread"])
-        if row["ratio"] > LEAST_CHANGE * before["ratio"] and grown > noise:
-            words = ", ".join(str(part) for part in key_of(row) if part is not None)
-            lines.append(f"{words}: {before['ratio']:.3g} → {row['ratio']:.3g} × the reference row of its run")
+        if row["ratio"] > LEAST_CHANGE * before["ratio"] and row["ratio"] - before["ratio"] > noise:
+            words = f"{row['case']}, {row['provider']}: {before['ratio']:.3g} → {row['ratio']:.3g}"
+            lines.append(f"{words} × the reference row of its run")
     return lines
