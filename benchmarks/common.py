@@ -48,15 +48,13 @@ QUICK = Effort(rounds=7, seconds=0.15)
 
 
 class Provider(NamedTuple):
-    """One way to compute what a case asks for.
+    """One way to compute what a case asks for, or why it is missing here.
 
     Attributes:
         check: from the result to the tensors that are compared with the truth; None takes the result itself.
         tolerance: largest error, relative to the largest magnitude of each tensor; None where there is nothing to compare.
-        samples: of one call, where it takes only the first ones of the case.
+        samples: of one call, where it takes only the first ones of the case; its work is then not known.
         steps: minimal work of one call, where it is not that of the case.
-        graph: whether CUDA may capture it.
-        missing: why it cannot be measured here, such as a package that is not installed.
     """
 
     name: str
@@ -71,13 +69,10 @@ class Provider(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One computation at one size, and everyone who can do it.
+    """One computation at one size, and everyone who can do it; pytest-benchmark's own table shows the first.
 
-    Attributes:
-        providers: pytest-benchmark's own table shows the first.
-        reference: provider whose time is the unit of the ratios.
-        truth: the right result in fp64, if there is one.
-        steps: minimal arithmetic and traffic of each step; empty where it cannot be said.
+    The reference is the provider whose time is the unit of the ratios, the truth the result in fp64, and each step has its minimal
+    arithmetic and traffic.
     """
 
     subject: str

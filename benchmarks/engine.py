@@ -25,9 +25,7 @@ from .peers import import_beside_torch
 
 FORWARD, ALONE, ALL = "forward alone", f"{OURS}, scores alone", f"{OURS}, all detectors"
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-TOLERANCE = TOLERANCES[DTYPE]
-_CHECKED = 8
-"""Samples that are compared with fp64."""
+TOLERANCE, _CHECKED = TOLERANCES[DTYPE], 8
 
 
 class Engines:
@@ -101,10 +99,9 @@ def subspace_settings(names: Sequence[str], size: Workload) -> dict[str, dict[st
 
 def forward_cost(model: nn.Module, images: Tensor) -> Cost:
     """Products and convolutions of a forward; its weights and images read once, nothing in between."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         copy.deepcopy(model).to("meta")(images.to("meta"))
-    elements = sum(tensor.numel() for tensor in (*model.parameters(), images))
-    return Cost(counter.get_total_flops(), elements * images.element_size())
+    return Cost(counter.get_total_flops(), sum(part.nbytes for part in (*model.parameters(), images)))
 
 
 @cache

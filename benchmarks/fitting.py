@@ -37,10 +37,6 @@ class Samples:
         (self.h, self.held_h), (self.p, self.held_p) = (part.to(DEVICE).split([count, _HELD]) for part in (h, p))
 
 
-def extend(h: Tensor) -> Tensor:
-    return F.pad(h, (0, 1), value=1.0)
-
-
 def without_signs(coordinates: Tensor) -> list[Tensor]:
     """What two bases of one subspace have in common: leading coordinates up to sign, and all inner products."""
     return [coordinates[:, :_LEADING].abs(), coordinates @ coordinates.T]
@@ -54,9 +50,8 @@ def dual_basis(size: Workload) -> Case:
 
     def principal() -> Tensor:
         """Coordinates of the held-out samples in fp64; the eigenvectors sum to 0, so that what all anchors share drops out."""
-        a, held_a = p.double(), made.held_p.double()
-        extended, held = extend(h.double()), extend(made.held_h.double())
-        gram, across = (a @ a.T) * (extended @ extended.T), (held_a @ a.T) * (held @ extended.T)
+        a, x, held_a, held_x = (part.double() for part in (p, h, made.held_p, made.held_h))
+        gram, across = (a @ a.T) * (x @ x.T + 1), (held_a @ a.T) * (held_x @ x.T + 1)
         rows = gram.mean(0)
         values, vectors = torch.linalg.eigh(gram - rows[:, None] - rows + rows.mean())
         return (across - rows) @ (vectors[:, -components:].flip(1) / values[-components:].flip(0).sqrt())
@@ -96,8 +91,8 @@ def whole_engine(size: Workload, count: int, names: tuple[str, ...], provider: s
         return list(engine.score_features(feature_map.to(dtype)).values())
 
     def products() -> list[Tensor]:
-        p, extended = made.p.double(), extend(made.h.double())
-        return [left.T @ right for left, right in ((p, extended), (p, p), (extended, extended))]
+        p, h = made.p.double(), made.h.double()
+        return [left.T @ right for left, right in ((p, h), (p, p), (h, h))]
 
     truth = [score.double() for score in scores(fit(wide, torch.float64), torch.float64)]
     note = "second moments of all samples in fp64"

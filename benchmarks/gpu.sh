@@ -149,6 +149,6 @@ for stage in "${stages[@]}"; do
     echo "== $stage: $((SECONDS - start)) s${failure:+, $failure}" | tee -a "$log"
 done
 clocks
-find "$configs" -name '*.json' -newer "$start_mark" -exec cp {} "$OUT" \;
+[ ! -d "$configs" ] || find "$configs" -name '*.json' -newer "$start_mark" -exec cp {} "$OUT" \;
 echo "== everything: $SECONDS s, results in $OUT" | tee -a "$log"
 exit $status

@@ -103,8 +103,6 @@ def _oodeel(detector: Any, scene: Scene) -> Call:
 METHODS: dict[str, dict[str, Callable[[Any, Scene], Call]]] = {
     PYTORCH_OOD: {
         "energy": lambda its, scene: partial(its.EnergyBased(scene.linear()).predict, scene.features),
-        "msp": lambda its, scene: partial(its.MaxSoftmax(scene.linear()).predict, scene.features),
-        "max_logit": lambda its, scene: partial(its.MaxLogit(scene.linear()).predict, scene.features),
         "gradnorm": lambda its, scene: partial(
             its.GradNorm(scene.linear(), param_filter="weight".__eq__).predict, scene.features
         ),
@@ -115,8 +113,6 @@ METHODS: dict[str, dict[str, Callable[[Any, Scene], Call]]] = {
     },
     OODEEL: {
         "energy": lambda its, scene: _oodeel(its.Energy(), scene),
-        "msp": lambda its, scene: _oodeel(its.MLS(output_activation="softmax"), scene),
-        "max_logit": lambda its, scene: _oodeel(its.MLS(), scene),
         "react": lambda its, scene: _oodeel(its.Energy(use_react=True, react_quantile=FRACTION), scene),
         "knn": lambda its, scene: _oodeel(its.DKNN(nearest=scene.neighbours), scene),
         "mahalanobis": lambda its, scene: _oodeel(its.Mahalanobis(eps=0.0), scene),

@@ -80,13 +80,11 @@ def write(path: Path, machine: Mapping[str, Any], rows: Sequence[Row]) -> None:
 def slower(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
     """A line for every row whose ratio to the reference row of its own run has grown beyond the spread of both runs."""
     known = {(row["case"], row["provider"]): row for row in old if "ratio" in row}
-    lines = []
-    for row in new:
-        before = known.get((row["case"], row["provider"]))
-        if before is None or "ratio" not in row:
-            continue
-        noise = SPREADS * (row["ratio_spread"] + before["ratio_spread"])
-        if row["ratio"] > LEAST_CHANGE * before["ratio"] and row["ratio"] - before["ratio"] > noise:
-            words = f"{row['case']}, {row['provider']}: {before['ratio']:.3g} → {row['ratio']:.3g}"
-            lines.append(f"{words} × the reference row of its run")
-    return lines
+    pairs = [(known.get((row["case"], row["provider"])), row) for row in new if "ratio" in row]
+    return [
+        f"{row['case']}, {row['provider']}: {before['ratio']:.3g} → {row['ratio']:.3g} × the reference row of its run"
+        for before, row in pairs
+        if before is not None
+        and row["ratio"] > LEAST_CHANGE * before["ratio"]
+        and row["ratio"] - before["ratio"] > SPREADS * (row["ratio_spread"] + before["ratio_spread"])
+    ]

@@ -10,7 +10,6 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from sklearn.decomposition import PCA
 
 from ood_engine.demo import SmallCNN
 
@@ -88,28 +87,6 @@ def test_a_constant_entry_gives_no_direction(script: ModuleType) -> None:
     found = script.fit(g, torch.arange(30) % 3, script.Way("pca", 3, "nfk"))
     assert bool(found.vectors[:, 2].eq(0).all())
     assert bool(found.vectors[:, :2].abs().amax(0).gt(0).all())
-
-
-@pytest.mark.parametrize("normalisation", ["none", "nfk"])
-def test_pca_is_that_of_scikit_learn(script: ModuleType, model: SmallCNN, normalisation: str) -> None:
-    (images, labels), (fresh, _) = draw(30), draw(8, seed=1)
-    g, g_fresh = stacked(script, model, images), stacked(script, model, fresh)
-    scale = script.inverse(script.deviation(g)) if normalisation == "nfk" else torch.ones(g.shape[1])
-    pca = PCA(6, svd_solver="full").fit(((g - g.mean(0)) * scale).numpy())
-    expected = pca.transform(((g_fresh - g.mean(0)) * scale).numpy())
-    found = script.fit(g, labels, script.Way("pca", 6, normalisation)).project(g_fresh).numpy()
-    signs = np.sign((found * expected).sum(0))
-    # Entries that no anchor moves are outside of V, but may move in other samples.
-    np.testing.assert_allclose(found * signs, expected, atol=1e-9 * np.abs(expected).max(), rtol=0)
-
-
-def test_class_averages_are_the_formula(script: ModuleType, model: SmallCNN) -> None:
-    images, labels = draw(30)
-    g = stacked(script, model, images)
-    found = script.fit(g, labels, script.Way("class average", None, "none"))
-    for each in range(5):
-        difference = g[labels == each].mean(0) - g.mean(0)
-        torch.testing.assert_close(found.vectors[each], difference / difference.norm(), rtol=1e-9, atol=1e-12)
 
 
 @pytest.fixture

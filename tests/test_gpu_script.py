@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -39,8 +38,8 @@ def calls(tmp_path: Path) -> list[list[str]]:
 
 def test_a_dry_run_lists_the_stages_within_nine_minutes():
     *stages, together = run("--dry-run", OUT="elsewhere").stdout.splitlines()
-    assert [line.split()[0] for line in stages] == ["headline", "tests", "tuning", "benchmarks", "targets"]
     seconds = [int(line.split()[-2]) for line in stages]
+    assert [line.split()[0] for line in stages] == ["headline", "tests", "tuning", "benchmarks", "targets"]
     assert together == f"together at most {sum(seconds)} s; what comes out goes to elsewhere"
     assert sum(seconds) < 540
     assert not (ROOT / "elsewhere").exists()
@@ -53,21 +52,28 @@ def test_without_a_gpu_or_with_a_wrong_word_it_says_so(tmp_path):
     assert run("--fast").returncode == 64
 
 
-def test_a_failed_stage_stops_none_and_shows_in_the_exit_code(fake_python, tmp_path):
-    body = 'case "$*" in *tune*) exit 7;; *tests/*) exit 0;; esac'
+def test_a_failed_stage_stops_none_and_a_file_without_its_package_is_skipped(fake_python, tmp_path):
+    body = """case "$*" in
+-c*) exit 1;;
+*ood_kernels.tune*) exit 7;;
+*test_readme*) echo "E   ModuleNotFoundError: No module named 'nobody_has_it'"; exit 2;;
+*test_gpu_script*) exit 1;;
+esac"""
     done = run(**fake_python(body), OOD_BENCH_SITE="/carried", PYTHONPATH="/own", OOD_BENCH_COMMIT="abc")
     assert done.returncode == 1
     assert "== tuning: 0 s, FAILED: exit code 7" in done.stdout
+    assert "SKIPPED (no nobody_has_it) tests/test_readme.py" in done.stdout
+    assert "FAILED tests/test_gpu_script.py" in done.stdout
+    assert done.stdout.count("FAILED tests/") == 1
     found = calls(tmp_path)
     assert all(call[1:] == ["kernels:.:/carried:/own", "abc"] for call in found)
     ran = [call[0] for call in found]
     assert "--quick benchmarks/kernels.py" in ran[0]
-    files = [line.split()[2] for line in ran if line.split()[2].startswith("tests/")]
+    files = [word for line in ran for word in line.split() if word.startswith("tests/")]
     assert sorted(files) == sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py"))
     assert "kernels" in files[0]
-    assert ["ood_kernels.tune" in ran[-3], "benchmarks/engine.py" in ran[-2], "benchmarks.readme --targets" in ran[-1]] == [
-        True
-    ] * 3
+    for words, line in zip(("ood_kernels.tune", "benchmarks/engine.py", "readme --targets"), ran[-3:], strict=True):
+        assert words in line
 
 
 def test_a_process_that_broke_the_gpu_is_followed_by_one_that_resumes(fake_python, tmp_path):
@@ -77,23 +83,8 @@ def test_a_process_that_broke_the_gpu_is_followed_by_one_that_resumes(fake_pytho
 
 
 def test_a_stage_that_hangs_is_stopped_and_the_next_one_runs(fake_python, tmp_path):
-    start = time.monotonic()
-    body = 'case "$*" in *tune*) exec sleep 50;; esac'
+    body = 'case "$*" in *ood_kernels.tune*) exec sleep 50;; esac'
     done = run("tuning", "targets", **fake_python(body), OOD_BENCH_TOTAL="17")
-    assert time.monotonic() - start < 30
     assert done.returncode == 1
     assert "FAILED: stopped after 2 s" in done.stdout
     assert len(calls(tmp_path)) == 2
-
-
-def test_a_test_file_without_its_package_is_skipped_and_a_failing_one_is_not(fake_python, tmp_path):
-    body = """case "$*" in
--c*) exit 1;;
-*test_readme*) echo "E   ModuleNotFoundError: No module named 'nobody_has_it'"; exit 2;;
-*test_gpu_script*) exit 1;;
-esac"""
-    done = run("tests", **fake_python(body))
-    assert done.returncode == 1
-    assert "SKIPPED (no nobody_has_it) tests/test_readme.py" in done.stdout
-    assert "FAILED tests/test_gpu_script.py" in done.stdout
-    assert done.stdout.count("FAILED tests/") == 1
