@@ -103,6 +103,6 @@ def peak_mib(call: Call) -> float:
 @cache
 def matmul_flops(dtype: torch.dtype) -> float:
     """Flops a second of a large matrix product: the other limit beside the copy, measured once a run."""
-    size = 1024 if DEVICE.type == "cpu" else 8192
+    size = 512 if DEVICE.type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
-    return 2 * size**3 / (statistics.median(time_ms(lambda: left @ right, 1) for _ in range(7)) / 1000)
+    return 2 * size**3 / (statistics.median(time_ms(lambda: left @ right, 1) for _ in range(5)) / 1000)

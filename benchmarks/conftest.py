@@ -64,16 +64,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def measured(request: pytest.FixtureRequest) -> Iterator[Callable[[Case], None]]:
+def measured(request: pytest.FixtureRequest) -> Iterator[Callable[[Callable[[], Case]], None]]:
     """Measures a case and keeps its rows; fails where a provider was wrong."""
     recorder, has_plugin = request.config.stash[KEY], request.config.pluginmanager.hasplugin("benchmark")
     effort = QUICK if request.config.getoption("--quick") else Effort()
     pedantic = request.getfixturevalue("benchmark").pedantic if has_plugin else in_rounds
 
-    def take(case: Case) -> None:
+    def take(make: Callable[[], Case]) -> None:
         try:
             with torch.no_grad():
-                rows = measure(case, effort, pedantic)
+                rows = measure(make(), effort, pedantic)
         except BrokenDeviceError as error:
             recorder.add(request.node.name, error.args[1])
             pytest.exit(f"the device no longer answers: {error.args[0]}", BROKEN)

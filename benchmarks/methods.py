@@ -163,5 +163,5 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("make", list(cases()))
-def test_methods(make: Callable[[], Case], measured: Callable[[Case], None]) -> None:
-    measured(make())
+def test_methods(make: Callable[[], Case], measured: Callable[[Callable[[], Case]], None]) -> None:
+    measured(make)

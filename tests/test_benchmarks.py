@@ -51,8 +51,9 @@ def test_methods(method):
 
 def test_engine():
     model = small_cnn()
-    made = engine.Engines(SMALL, model, nn.Sequential(model.body), (1, 8, 8))
-    found = measured(engine.around_a_forward(lambda: made, 3))
+    with torch.no_grad():
+        made = engine.Engines(SMALL, model, nn.Sequential(model.body), (1, 8, 8))
+        found = measured(engine.around_a_forward(lambda: made, 3))
     assert {OURS, engine.FORWARD, engine.ALONE, engine.ALL} < found.keys()
     assert found[OURS]["flops"] > found[engine.FORWARD]["flops"] > found[engine.ALONE]["flops"] > 0
     assert measured(engine.memory(lambda: made, 16))[engine.ALL]["peak_mib"] > 0
