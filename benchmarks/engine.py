@@ -31,22 +31,19 @@ TOLERANCE, _CHECKED = TOLERANCES[DTYPE], 8
 class Engines:
     """Engines around one model with random weights: with the default detectors, with all, and with all in fp64.
 
-    They are fitted from random features, so that the subspace has the anchors of a real one without the forwards that real
-    features take. `trunk` makes the map of images [C, H, W], whose height and width are measured.
+    They are fitted from random features at the scale of the model's own, so that the subspace has the anchors of a real one
+    without the forwards that real features take. `trunk` makes the map of images [C, H, W], whose height and width are measured.
     """
 
     def __init__(self, size: Workload, model: nn.Module, trunk: nn.Module, image: Sequence[int]) -> None:
         model.eval().to(DEVICE, DTYPE).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model, self.trunk, self._image = model, trunk.eval(), image
-        images = self.images(2)
-        height, width = trunk(images).shape[2:]
-        self.size = size._replace(height=height, width=width)
-        features = Operands(size, 2 * size.anchors).features
-        # Several of each class, also where there are more classes than samples.
-        labels = torch.arange(len(features)) % min(size.classes, size.anchors // 4)
-        cached = oe.FeatureCache.from_features(features, labels, maximum=2 * features)
+        images = self.images(8)
+        feature_map = self.feature_map(images)
+        self.size = size._replace(height=feature_map.shape[2], width=feature_map.shape[3])
+        cached = self._features(feature_map.float().mean((0, 2, 3)).cpu())
         self.default, self.all = (
-            oe.Engine(model, names, settings=subspace_settings(names, size)).fit_features(cached, images)
+            oe.Engine(model, names, settings=subspace_settings(names, size)).fit_features(cached, images[:2])
             for names in (oe.engine.DEFAULT_DETECTORS, oe.available_detectors())
         )
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -60,6 +57,12 @@ class Engines:
         """Random images [N, C, H, W], channels_last."""
         images = torch.randn((samples, *self._image), generator=torch.Generator().manual_seed(samples))
         return images.to(DEVICE, DTYPE, memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def feature_map(self, images: Tensor) -> Tensor:
+        """What the model makes of images before it pools."""
+        feature_map: Tensor = self.trunk(images)
+        return feature_map
 
     def case(self, subject: str, feature_map: Tensor, providers: Sequence[Provider], layout: str) -> Case:
         """Every provider held to the first scores of a map in fp64, of those detectors that it has; the second is the reference."""
@@ -77,6 +80,15 @@ class Engines:
     def steps(self, samples: int) -> list[Cost]:
         """Minimal work of the scores."""
         return list(self.size.score(samples, DTYPE.itemsize, DTYPE.itemsize).values())
+
+    def _features(self, scale: Tensor) -> oe.FeatureCache:
+        size, generator = self.size, torch.Generator().manual_seed(1)
+        noise = torch.randn((2 * size.anchors, size.channels), generator=generator)
+        features = (scale * (1 + 0.3 * noise)).relu_()
+        maximum = features * (1 + 3 * torch.rand(features.shape, generator=generator))
+        # Several of each class, also where there are more classes than samples.
+        labels = torch.arange(len(features)) % min(size.classes, size.anchors // 4)
+        return oe.FeatureCache.from_features(features, labels, maximum=maximum)
 
 
 def subspace_settings(names: Sequence[str], size: Workload) -> dict[str, dict[str, int]]:
@@ -109,7 +121,7 @@ def around_a_forward(make: Callable[[], Engines], samples: int) -> Case:
     """The forward alone, forward and scores, and the scores alone from the map that the forward made."""
     made = make()
     images = made.images(samples)
-    feature_map, forward = made.trunk(images), forward_cost(made.model, images)
+    feature_map, forward = made.feature_map(images), forward_cost(made.model, images)
     both = [forward, *made.steps(samples)]
     providers = [
         Provider(OURS, lambda: made.default.score(images), tolerance=TOLERANCE, steps=both, graph=False),
