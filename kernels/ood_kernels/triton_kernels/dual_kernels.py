@@ -75,7 +75,8 @@ def add_linear(
     With a shift, linear holds the dominant common part of the coordinates: rounded like the other operands, it would dominate the
     error. Each operand is therefore split into two bf16 numbers, with fp32's range and 16 bits of mantissa.
     """
-    for step in range(CLASS_BLOCKS):
+    # As in the loop around: shared memory is for the products over C and D.
+    for step in tl.range(CLASS_BLOCKS, num_stages=2):
         start = (block * CLASS_BLOCKS + step) * BLOCK_R
         left = cotangent_tile(
             a_ptr, row_start, start, samples, classes, largest, total, predicted, KIND, A_UNIT, BLOCK_N, BLOCK_R

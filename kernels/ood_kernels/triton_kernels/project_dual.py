@@ -178,6 +178,8 @@ def _default_tile(anchors: int, components: int, itemsize: int, precision: str, 
     block = 128 if anchors >= 4096 and itemsize == 2 and is_aligned else 64 if anchors >= 512 else 32
     tile: dict[str, Any] = {"VARIANT": "fused", "BLOCK_N": 64, "BLOCK_A": block, "BLOCK_R": 32, "num_warps": 8}
     tile |= {"BLOCK_K": 128, "num_stages": 4} if itemsize == 2 else {"BLOCK_K": 64, "num_stages": 3}
+    if not is_aligned:
+        tile |= {"BLOCK_R": 16, "BLOCK_K": 64}
     if precision == "ieee":
         tile |= {
             "BLOCK_N": 16,
