@@ -24,6 +24,7 @@ from .kernels import TOLERANCES
 from .peers import import_beside_torch
 
 FORWARD, ALONE, ALL = "forward alone", f"{OURS}, scores alone", f"{OURS}, all detectors"
+COMPARED = f"{OURS}, scores verified"
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 TOLERANCE, _CHECKED = TOLERANCES[DTYPE], 8
 
@@ -118,15 +119,17 @@ def engines() -> Engines:
 
 
 def around_a_forward(make: Callable[[], Engines], samples: int) -> Case:
-    """The forward alone, forward and scores, and the scores alone from the map that the forward made."""
+    """The forward alone, forward and scores, and the scores alone: of a map, and held to the features and logits of its forward."""
     made = make()
     images = made.images(samples)
     feature_map, forward = made.feature_map(images), forward_cost(made.model, images)
+    captured = made.default.scorer.run(images)
     both = [forward, *made.steps(samples)]
     providers = [
         Provider(OURS, lambda: made.default.score(images), tolerance=TOLERANCE, steps=both, graph=False),
         Provider(FORWARD, lambda: made.model(images), tolerance=None, steps=[forward]),
         Provider(ALONE, lambda: made.default.score_features(feature_map), tolerance=TOLERANCE),
+        Provider(COMPARED, lambda: made.default.scorer.score_captured(images, captured), tolerance=TOLERANCE),
         Provider(ALL, lambda: made.all.score(images), tolerance=TOLERANCE, graph=False, steps=both),
     ]
     return made.case("engine around a forward", feature_map, providers, "channels_last")

@@ -25,6 +25,7 @@ from .errors import (
 )
 from .evaluation.corruptions import CORRUPTIONS
 from .evaluation.tune import tune
+from .features.agreement import Agreement
 from .features.cache import CacheWriter, FeatureCache
 from .features.canary import Canary
 from .features.loader import Loader, image_batches
@@ -175,8 +176,9 @@ class Engine:
             for number, (images, labels) in enumerate(image_batches(loader, "fitting", progress)):
                 if number == 0:
                     self.scorer.tap.find(images)
+                    self.scorer.agreement = None
                     self._leave_out_unavailable(images)
-                writer.append(self.scorer.extract_batch(images, labels))
+                writer.append(self.scorer.extract_batch(images, labels, learn=True))
                 shapes.add(tuple(images.shape[1:]))
             self._fit_anew(writer.finish(), progress)
         self.scorer.image_shape = shapes.pop() if len(shapes) == 1 else None
@@ -196,7 +198,9 @@ class Engine:
         with torch.inference_mode(False), torch.no_grad():
             self.scorer.image_shape = None
             self.scorer.tap.find(images)
+            self.scorer.agreement = None
             self._leave_out_unavailable(images)
+            self.scorer.extract_batch(images, torch.zeros(len(images), dtype=torch.int64), learn=True)
             width, needing = self.head.weight.shape[1], [name for name, one in self.detectors.items() if one.needs_map]
             if cache.rows.features.shape[1] != width:
                 raise InputError(
@@ -313,7 +317,8 @@ class Engine:
     def score(self, images: Tensor) -> Scores:
         """Scores of one batch of images [N, C, H, W]: detector → float32 [N], higher = more in-distribution.
 
-        Does not synchronise with the device: an input with NaN or Inf scores NaN and counts in `Scores.bad_rows`.
+        Does not synchronise with the device: an input with NaN or Inf scores NaN and counts in `Scores.bad_rows`; one whose
+        features or logits are not the model's own scores NaN and counts in `Scores.mismatched_rows`.
 
         Raises:
             InputError: not a floating-point batch, an empty batch, or images the model rejects.
@@ -378,6 +383,7 @@ class Engine:
             plan=self.plan,
             head=states.HeadDigest.of(self.head),
             rectify=scorer.rectify,
+            agreement=scorer.agreement or Agreement(),
             image_shape=scorer.image_shape,
             seed=self.seed,
             detectors=scorer.detectors,
@@ -415,7 +421,7 @@ class Engine:
         state.to(scorer.tap.device)
         scorer.detectors, scorer.is_fitted = state.detectors, True
         scorer.calibrations, scorer.calibrated_under = state.calibrations, state.calibrated_under
-        scorer.image_shape = state.image_shape
+        scorer.image_shape, scorer.agreement = state.image_shape, state.agreement
         engine._fit_fingerprints, engine._canary = state.fit_fingerprints, state.canary
         engine.unavailable, engine.tuning, engine.information = state.unavailable, state.tuning, state.information
         scorer.warn_of_arithmetic()

@@ -11,13 +11,27 @@ from torch import Tensor
 
 from .scores import Scores
 
-__all__ = ["LARGEST_BUCKET", "ScoringGraphs"]
+__all__ = ["LARGEST_BUCKET", "Inputs", "ScoringGraphs"]
 
 LARGEST_BUCKET = 64
 """Larger batches saturate the GPU without a graph."""
 
-Inputs = tuple[Tensor | None, Tensor | None, Tensor]
-"""(feature map, head input, mask of finite images)."""
+
+class Inputs(NamedTuple):
+    """Activations of one batch.
+
+    Attributes:
+        feature_map: [N, D, H, W].
+        head_input: [N, D].
+        valid: bool [N], finite images.
+        logits: [N, C] output of the model, to compare with.
+    """
+
+    feature_map: Tensor | None
+    head_input: Tensor | None
+    valid: Tensor
+    logits: Tensor | None = None
+
 
 Score = Callable[[Inputs], Scores]
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
@@ -51,7 +65,7 @@ class ScoringGraphs:
 
     def __call__(self, inputs: Inputs, fitted: Hashable) -> Scores:
         """Scores of a batch of up to `LARGEST_BUCKET`; a new `fitted` key invalidates all graphs."""
-        samples = len(inputs[2])
+        samples = len(inputs.valid)
         bucket = 1 << (samples - 1).bit_length()
         key = (bucket, *(_kind(tensor) for tensor in inputs))
         with self._lock:
@@ -67,19 +81,19 @@ class ScoringGraphs:
             graph.replay()
             outputs = graph.outputs.clone()
         scores = dict(zip(graph.names, outputs[: len(graph.names), :samples].float(), strict=True))
-        clamped = dict(zip(graph.counted, outputs[len(graph.names) :, 0].long(), strict=True))
-        return Scores(scores, clamped)
+        *clamped, mismatched = outputs[len(graph.names) :, 0].long()
+        return Scores(scores, dict(zip(graph.counted, clamped, strict=True)), mismatched)
 
     def _record(self, inputs: Inputs, bucket: int) -> _Graph:
-        feature_map, head_input, valid = (_static(tensor, bucket) for tensor in inputs)
+        feature_map, head_input, valid, logits = (_static(tensor, bucket) for tensor in inputs)
         assert valid is not None
-        static = (feature_map, head_input, valid)
+        static = Inputs(feature_map, head_input, valid, logits)
         names: list[tuple[str, ...]] = []
 
         def run() -> Tensor:
             scores = self._score(static)
             names[:] = [tuple(scores), tuple(scores.clamped)]
-            counts = [count.expand(bucket) for count in scores.clamped.values()]
+            counts = [count.expand(bucket) for count in (*scores.clamped.values(), scores.mismatched_rows)]
             # fp64 represents scores and counts exactly.
             return torch.stack([row.double() for row in (*scores.values(), *counts)])
 

@@ -14,7 +14,8 @@ from ood_kernels.types import HasBasisTensors
 
 from .calibration import Calibration
 from .detectors import Detector
-from .errors import DetectorUnavailableError, InputError, NotFittedError, OodEngineWarning
+from .errors import DetectorUnavailableError, InputError, NotFittedError, OodEngineWarning, TapError
+from .features.agreement import Agreement
 from .features.cache import CacheRows, CacheWriter, FeatureCache, fingerprint
 from .features.fit_data import FitData, signals_from_rows
 from .features.loader import Loader, image_batches
@@ -42,6 +43,7 @@ class Scorer:
         calibrations: name → calibration; empty before `calibrate`.
         calibration_cache: features of the calibration samples; None after loading.
         calibrated_under: precision and backend of the calibration.
+        agreement: differences from the model's own activations in `fit`, to which every later sample is held.
     """
 
     def __init__(self, tap: Tap, detectors: dict[str, Detector], runtime: Runtime, *, rectify: bool = False) -> None:
@@ -54,6 +56,7 @@ class Scorer:
         self.calibrations: dict[str, Calibration] = {}
         self.calibration_cache: FeatureCache | None = None
         self.calibrated_under: dict[str, str | None] | None = None
+        self.agreement: Agreement | None = None
 
     @property
     def runtime(self) -> Runtime:
@@ -137,11 +140,15 @@ class Scorer:
                 writer.append(self.extract_batch(images, labels))
         return writer.finish()
 
-    def extract_batch(self, images: Tensor, labels: Tensor) -> CacheRows:
+    def extract_batch(self, images: Tensor, labels: Tensor, *, learn: bool = False) -> CacheRows:
         """Cache rows of one batch; features of an image with NaN or Inf are NaN.
+
+        Args:
+            learn: widen `agreement` by the differences of these samples, at most to the tolerance of verification.
 
         Raises:
             DetectorUnavailableError: a detector needs the map, which has negative values, without `rectify`.
+            TapError: samples whose features or logits differ from the model's own.
         """
         captured = self.run(images)
         features = wide(captured.head_input)
@@ -160,17 +167,59 @@ class Scorer:
             is_pooled = plan.proven and plan.tail is None and not self.rectify
             nap_mean = nothing if is_pooled else statistics.nap_mean
         valid = finite_rows(images).to(features.device)
+        self._require_agreement(features, captured, valid, learn)
         features = torch.where(valid[:, None], features, torch.nan)
         return CacheRows(features, fingerprint(images), labels, maximum, nap_mean)
 
+    def _require_agreement(self, features: Tensor, captured: Captured, valid: Tensor, learn: bool) -> None:
+        """Raise TapError unless features and recomputed logits of finite samples are the model's own; synchronises."""
+        valid = valid & torch.isfinite(features).all(1) & torch.isfinite(captured.head_input).all(1)
+        if not valid.any():
+            return
+        features, head_input, logits = features[valid], captured.head_input[valid], captured.logits[valid]
+        energies = self.kernels.masked_energy(features, self.head, None)
+        if learn and self.agreement is None:
+            self.agreement = Agreement.learn(features, head_input, energies, logits)
+        agreement = self.agreement or Agreement()
+        allowed = self._allowed(agreement._replace(features=0.0, logits=0.0) if learn else agreement, captured)
+        head, feature_map = self.tap.plan.head, self.tap.plan.feature_map
+        for differences, most, message in (
+            (
+                agreement.feature_differences(features, head_input),
+                allowed.features,
+                f"the spatial mean of {feature_map!r} is not what the head {head!r} receives, although it was in the batch that"
+                " verified the map: something acts on some images only, such as a clamp or a mask; name a module after it by"
+                " feature_map=..., or choose detectors without a map, such as 'energy'",
+            ),
+            (
+                agreement.logit_differences(energies, logits),
+                allowed.logits,
+                f"the weight of the head {head!r} does not explain the model's output: merge adapters into it, and fit again",
+            ),
+        ):
+            wrong = int((~(differences <= most)).sum())
+            if wrong:
+                raise TapError(
+                    f"{wrong} of {len(features)} images differ by up to {float(differences.max()):.3g}, where {most:.3g} is allowed"
+                    f" relative to their size: {message}"
+                )
+        if learn:
+            self.agreement = agreement.widened(features, head_input, energies, logits)
+
+    def _allowed(self, agreement: Agreement, captured: Captured | Inputs) -> Agreement:
+        tensors = (captured.head_input, captured.logits, self.tap.head.weight)
+        dtypes = [tensor.dtype for tensor in tensors if tensor is not None]
+        return agreement.allowed(*dtypes, precision=self.runtime.precision)
+
     def score(self, images: Tensor) -> Scores:
-        """Scores of one batch of images; NaN for images with NaN or Inf."""
+        """Scores of one batch of images; NaN for images with NaN or Inf, and where features or logits are not the model's own."""
         return self.score_captured(images, self.run(images))
 
     def score_captured(self, images: Tensor, captured: Captured) -> Scores:
         """Scores of images from the captured activations of their forward pass."""
         valid = finite_rows(images).to(captured.head_input.device)
-        return self.score_inputs((captured.feature_map if self.reads_map else None, captured.head_input, valid))
+        feature_map = captured.feature_map if self.reads_map else None
+        return self.score_inputs(Inputs(feature_map, captured.head_input, valid, captured.logits))
 
     def score_features(self, feature_map: Tensor | None, features: Tensor | None) -> Scores:
         """Scores from precomputed activations.
@@ -201,11 +250,11 @@ class Scorer:
         given = feature_map if features is None else features
         assert given is not None
         valid = torch.ones(len(given), dtype=torch.bool, device=given.device)
-        return self.score_inputs((feature_map, features, valid))
+        return self.score_inputs(Inputs(feature_map, features, valid))
 
     def score_inputs(self, inputs: Inputs) -> Scores:
         """Scores from a feature map and head input, by CUDA graph replay if the runtime enables it."""
-        valid = inputs[2]
+        valid = inputs.valid
         if self.kernels.runtime.cuda_graph and valid.is_cuda and 0 < len(valid) <= LARGEST_BUCKET:
             fitted = tuple((id(detector), detector.revision) for detector in self.detectors.values())
             return self._graphs(inputs, (*fitted, self.head.weight.data_ptr(), self.kernels))
@@ -216,8 +265,7 @@ class Scorer:
         return ScoringGraphs(self._score_eagerly)
 
     def _score_eagerly(self, inputs: Inputs) -> Scores:
-        feature_map, head_input, valid = inputs
-        return self._score_signals(self.signals(feature_map, head_input), valid)
+        return self._score_signals(self.signals(inputs.feature_map, inputs.head_input), inputs)
 
     def score_cache(self, cache: FeatureCache) -> Scores:
         """Scores of cached samples, on the CPU."""
@@ -276,17 +324,33 @@ class Scorer:
                 basis = detector.gradient_basis
         return constants, pruner, basis
 
-    def _score_signals(self, signals: Signals, valid: Tensor | None = None) -> Scores:
-        """Every detector's score; NaN in rows with a non-finite input or score."""
-        finite = torch.isfinite(signals.features).all(1)
-        if valid is not None:
-            finite &= valid
-        scores = {}
+    def _score_signals(self, signals: Signals, inputs: Inputs | None = None) -> Scores:
+        """Every detector's score; NaN in rows with a non-finite input or score, or that are not the model's own."""
+        usable = torch.isfinite(signals.features).all(1)
+        mismatched = None
         with full_precision(signals.features.device):
-            for name, detector in self.detectors.items():
-                score = detector(signals).float()
-                scores[name] = torch.where(finite & torch.isfinite(score), score, torch.nan)
-        return Scores(scores, signals.clamped)
+            scores = {name: detector(signals).float() for name, detector in self.detectors.items()}
+            if inputs is not None:
+                usable &= inputs.valid
+                agrees = self._agrees(signals, inputs)
+                if agrees is not None:
+                    mismatched = (usable & ~agrees).sum()
+                    usable &= agrees
+        scores = {name: torch.where(usable & torch.isfinite(score), score, torch.nan) for name, score in scores.items()}
+        return Scores(scores, signals.clamped, mismatched)
+
+    def _agrees(self, signals: Signals, inputs: Inputs) -> Tensor | None:
+        """Bool [N]: features and logits are the model's own as far as both are at hand; None if neither is."""
+        if self.agreement is None:
+            return None
+        allowed = self._allowed(self.agreement, inputs)
+        agrees = None
+        if inputs.head_input is not None and inputs.feature_map is not None and self.tap.plan.proven:
+            agrees = allowed.feature_differences(signals.features, inputs.head_input) <= allowed.features
+        if inputs.logits is not None and signals.energies is not None:
+            same_logits = allowed.logit_differences(signals.energies, inputs.logits) <= allowed.logits
+            agrees = same_logits if agrees is None else agrees & same_logits
+        return agrees
 
     def fit(self, cache: FeatureCache, detectors: dict[str, Detector], seed: int, progress: bool = False) -> None:
         """Fit detectors on cached ID features, and replace the current ones.

@@ -24,6 +24,7 @@ import ood_kernels as ok
 from .calibration import Calibration
 from .detectors import Detector, create_detector
 from .errors import OodEngineError, StateError
+from .features.agreement import Agreement
 from .features.cache import CacheRows
 from .features.canary import Canary
 from .files import atomic_file
@@ -34,7 +35,7 @@ from .version import __version__
 
 __all__ = ["FORMAT", "HeadDigest", "State", "read", "read_header", "write"]
 
-FORMAT = 3
+FORMAT = 4
 _KEY = "ood_engine"
 _DIGEST_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -85,6 +86,7 @@ class State:
         plan: the head and feature map found.
         head: digest of the head.
         rectify: whether NAP is computed on ReLU(map).
+        agreement: largest differences from the model's own activations in `fit`.
         image_shape: (C, H, W) of the images of `fit`; None if they varied.
         seed: seed of every random choice in fitting.
         detectors: name → fitted detector.
@@ -100,6 +102,7 @@ class State:
     plan: TapPlan
     head: HeadDigest
     rectify: bool
+    agreement: Agreement
     image_shape: tuple[int, ...] | None
     seed: int
     detectors: dict[str, Detector]
@@ -181,6 +184,7 @@ def read(path: Path) -> State:
     return State(
         plan=TapPlan(**{**header["plan"], "tail_shape": tuple(header["plan"]["tail_shape"])}),
         head=HeadDigest(**header["head"]),
+        agreement=Agreement(**header["agreement"]),
         image_shape=tuple(header["image_shape"]) if header["image_shape"] else None,
         detectors=detectors,
         calibrations=calibrations,
@@ -227,6 +231,7 @@ def _header(state: State) -> dict[str, Any]:
         "torch": torch.__version__,
         "plan": asdict(state.plan),
         "image_shape": state.image_shape,
+        "agreement": state.agreement._asdict(),
         "head": state.head._asdict(),
         "detectors": [{"name": name, "settings": detector.settings} for name, detector in state.detectors.items()],
         "subspaces": [_subspace(detectors) for detectors in _by_basis(state.detectors.values())],

@@ -39,6 +39,9 @@ def wide(tensor: Tensor) -> Tensor:
 class Signals:
     """Penultimate features, NAP, energies, softmax and gradient coordinates of one batch.
 
+    Attributes:
+        energies: those of the unpruned head and of the pruned head of `pruner`; None until a detector needs them.
+
     Args:
         features: [N, D] penultimate features h, fp32 or fp64.
         head: the unpruned head.
@@ -67,7 +70,7 @@ class Signals:
         self._kernels = kernels
         self._statistics = statistics
         self._nap = nap or {}
-        self._energies = energies
+        self.energies = energies
         self._coordinates = coordinates or {}
         self._pruner = pruner
         self._shared: dict[Hashable, Any] = {}
@@ -89,17 +92,17 @@ class Signals:
     @property
     def lse(self) -> Tensor:
         """[N] logsumexp of the logits: the Energy score."""
-        return (self._energies or self._compute_energies())[0]
+        return (self.energies or self._compute_energies())[0]
 
     @property
     def probabilities(self) -> Tensor:
         """[N, C] softmax of the unpruned head."""
-        return (self._energies or self._compute_energies())[2]
+        return (self.energies or self._compute_energies())[2]
 
     def pruned_lse(self, pruner: Pruner) -> Tensor:
         """[N] logsumexp of the logits of the head pruned by the masks of `pruner`."""
         if pruner is self._pruner:
-            return (self._energies or self._compute_energies())[1]
+            return (self.energies or self._compute_energies())[1]
         return self._kernels.masked_energy(self.features, self.head, pruner.masks)[1]
 
     def coordinates(self, basis: HasBasisTensors) -> Tensor:
@@ -121,5 +124,5 @@ class Signals:
 
     def _compute_energies(self) -> Energies:
         masks = None if self._pruner is None else self._pruner.masks
-        self._energies = self._kernels.masked_energy(self.features, self.head, masks)
-        return self._energies
+        self.energies = self._kernels.masked_energy(self.features, self.head, masks)
+        return self.energies

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ood_engine as oe
 from ood_engine.demo import SmallCNN
 from ood_engine.detectors.heads import Mahalanobis
-from ood_engine.graphs import LARGEST_BUCKET, ScoringGraphs
+from ood_engine.graphs import LARGEST_BUCKET, Inputs, ScoringGraphs
 from ood_engine.runtime import Kernels
 from ood_engine.scores import Scores
 
@@ -51,7 +51,7 @@ class FakeGraph:
 
 
 def score(inputs):
-    feature_map, features, valid = inputs
+    feature_map, features, valid, _ = inputs
     total = feature_map.sum((1, 2, 3)) if feature_map is not None else features.sum(1)
     scores = Scores({"total": torch.where(valid, total, torch.nan), "twice": 2 * total})
     scores.clamped = {"twice": (total <= 0).sum()}
@@ -59,7 +59,8 @@ def score(inputs):
 
 
 def batch(samples, seed=0):
-    return (torch.randn(samples, 3, 2, 2, generator=torch.Generator().manual_seed(seed)), None, torch.ones(samples) > 0)
+    generator = torch.Generator().manual_seed(seed)
+    return Inputs(torch.randn(samples, 3, 2, 2, generator=generator), None, torch.ones(samples) > 0)
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 5, 33, LARGEST_BUCKET])
@@ -90,8 +91,8 @@ def test_a_smaller_batch_of_the_same_bucket_sees_nothing_of_the_one_before():
 def test_one_graph_a_bucket_and_kind_of_input():
     graph = FakeGraph()
     graphs = ScoringGraphs(score, graph)
-    features = (None, torch.randn(4, 3), torch.ones(4) > 0)
-    channels_last = (batch(4)[0].to(memory_format=torch.channels_last), None, torch.ones(4) > 0)
+    features = Inputs(None, torch.randn(4, 3), torch.ones(4) > 0)
+    channels_last = Inputs(batch(4)[0].to(memory_format=torch.channels_last), None, torch.ones(4) > 0)
     for inputs in (batch(3), batch(4), batch(5), batch(4), features, channels_last):
         graphs(inputs, "fitted")
     assert graph.captured == 4  # buckets 4 and 8, features, channels_last
@@ -147,7 +148,7 @@ def fitted():
 def test_scoring_never_waits_for_the_device(fitted):
     engine, images = fitted
     captured = engine.scorer.run(images)
-    inputs = (captured.feature_map, captured.head_input, torch.ones(6) > 0)
+    inputs = Inputs(captured.feature_map, captured.head_input, torch.ones(6) > 0, captured.logits)
     with torch.no_grad(), _NoHostRoundTrip():
         engine.scorer._score_eagerly(inputs)
 
@@ -157,13 +158,18 @@ def test_an_engine_replays_what_it_computes(fitted):
     graph = FakeGraph()
     graphs = ScoringGraphs(engine.scorer._score_eagerly, graph)
     captured = engine.scorer.run(images)
-    inputs = (captured.feature_map, captured.head_input, torch.ones(6) > 0)
+    inputs = Inputs(captured.feature_map, captured.head_input, torch.ones(6) > 0, captured.logits)
     # What is replayed is a bucket of 8: the batch, and rows of NaN.
-    bucket = tuple(torch.cat([part, torch.full_like(part[:2], torch.nan)]) for part in inputs[:2])
+    feature_map, head_input, logits = (
+        torch.cat([part, torch.full_like(part[:2], torch.nan)])
+        for part in (inputs.feature_map, inputs.head_input, inputs.logits)
+    )
     with torch.no_grad():
         ours = graphs(inputs, "fitted")
-        right = engine.scorer._score_eagerly((*bucket, torch.arange(8) < 6))
-    assert graph.replayed == 1
+        right = engine.scorer._score_eagerly(Inputs(feature_map, head_input, torch.arange(8) < 6, logits))
+        wrong = graphs(inputs._replace(logits=1 - inputs.logits), "fitted")
+    assert graph.replayed == 2
+    assert [int(one.mismatched_rows) for one in (ours, right, wrong)] == [0, 0, 6]
     assert set(ours) == set(right)
     assert all(torch.equal(ours[name], value[:6]) for name, value in right.items())
     # With 2 threads, BLAS may split 6 rows differently from 8. fp32 rounds these coordinates, at most 0.017, by up to 3.3e-7, and
