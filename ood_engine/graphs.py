@@ -49,16 +49,25 @@ class ScoringGraphs:
     """One captured graph with static inputs per batch bucket (the next power of two) and kind of input.
 
     A batch is copied into the static inputs, the rest of the bucket is filled with NaN, and outputs are cloned, so that returned
-    scores never change. A lock guards the shared buffers.
+    scores never change. A lock guards the shared buffers while work is queued, and an event until the device has done it, since
+    threads may use several streams.
 
     Args:
         score: inputs → scores, without device synchronisation.
         capture: records a nullary function; returns its replay and the tensor that the replay fills.
+        stream: device → its current stream.
     """
 
-    def __init__(self, score: Score, capture: Capture | None = None) -> None:
+    def __init__(
+        self,
+        score: Score,
+        capture: Capture | None = None,
+        stream: Callable[[torch.device], torch.cuda.Stream] | None = None,
+    ) -> None:
         self._score = score
         self._capture = capture or capture_cuda_graph
+        self._stream = stream or torch.cuda.current_stream
+        self._done: torch.cuda.Event | None = None
         self._lock = Lock()
         self._graphs: dict[Hashable, _Graph] = {}
         self._fitted: Hashable = None
@@ -69,6 +78,9 @@ class ScoringGraphs:
         bucket = 1 << (samples - 1).bit_length()
         key = (bucket, *(_kind(tensor) for tensor in inputs))
         with self._lock:
+            stream = self._stream(inputs.valid.device)
+            if self._done is not None:
+                stream.wait_event(self._done)
             if fitted != self._fitted:
                 self._graphs, self._fitted = {}, fitted
             if key not in self._graphs:
@@ -80,6 +92,7 @@ class ScoringGraphs:
                     static[samples:].fill_(False if static.dtype == torch.bool else torch.nan)
             graph.replay()
             outputs = graph.outputs.clone()
+            self._done = stream.record_event()
         scores = dict(zip(graph.names, outputs[: len(graph.names), :samples].float(), strict=True))
         *clamped, mismatched = outputs[len(graph.names) :, 0].long()
         return Scores(scores, dict(zip(graph.counted, clamped, strict=True)), mismatched)

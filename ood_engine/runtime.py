@@ -14,7 +14,7 @@ from ood_kernels.types import HasBasisTensors
 
 from .errors import InputError
 
-__all__ = ["Kernels", "Masks", "Runtime", "full_precision"]
+__all__ = ["Kernels", "Masks", "Runtime", "full_precision", "version_of"]
 
 Masks = tuple[Tensor | None, Tensor | None]
 """(weight mask, neuron mask) of a pruned head."""
@@ -118,9 +118,9 @@ class Kernels:
         if weight_mask is None or not weight_mask.is_cuda:
             return masks
         known, packed = self._packed.get(weight_mask, (None, weight_mask))
-        if known != _version(weight_mask):
+        if known != version_of(weight_mask):
             packed = ok.pack_mask(weight_mask)
-            self._packed[weight_mask] = (_version(weight_mask), packed)
+            self._packed[weight_mask] = (version_of(weight_mask), packed)
         return packed, neuron_mask
 
     def _prepare_basis(self, basis: HasBasisTensors) -> ok.BasisTensors:
@@ -131,7 +131,7 @@ class Kernels:
         parts = [part for part in tensors.parts() if part is not None]
         if not parts[0].is_cuda:
             return tensors
-        versions = tuple(_version(part) for part in parts)
+        versions = tuple(version_of(part) for part in parts)
         known, prepared = self._bases.get(parts[0], (None, tensors))
         if known != versions:
             prepared = tensors.to(dtype)
@@ -139,7 +139,7 @@ class Kernels:
         return prepared
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
     """In-place modification count; 0 for inference tensors, which have none."""
     return 0 if tensor.is_inference() else tensor._version
 

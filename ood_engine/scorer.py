@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import cached_property
 
 import torch
@@ -22,7 +22,7 @@ from .features.loader import Loader, image_batches
 from .features.signals import Signals, wide
 from .graphs import LARGEST_BUCKET, Inputs, ScoringGraphs
 from .model.tap import Captured, Tap
-from .runtime import Kernels, Runtime, full_precision
+from .runtime import Kernels, Runtime, full_precision, version_of
 from .scores import Scores
 
 __all__ = ["Scorer"]
@@ -256,9 +256,16 @@ class Scorer:
         """Scores from a feature map and head input, by CUDA graph replay if the runtime enables it."""
         valid = inputs.valid
         if self.kernels.runtime.cuda_graph and valid.is_cuda and 0 < len(valid) <= LARGEST_BUCKET:
-            fitted = tuple((id(detector), detector.revision) for detector in self.detectors.values())
-            return self._graphs(inputs, (*fitted, self.head.weight.data_ptr(), self.kernels))
+            return self._graphs(inputs, self._graph_key())
         return self._score_eagerly(inputs)
+
+    def _graph_key(self) -> Hashable:
+        """Everything that a captured graph reads besides its inputs; masks in place, since the kernels pack a copy."""
+        detectors = tuple((id(detector), detector.revision) for detector in self.detectors.values())
+        masks = [mask for detector in self.detectors.values() for mask in detector.masks or () if mask is not None]
+        head = [tensor for tensor in (self.head.weight, self.head.bias) if tensor is not None]
+        versions = tuple((tensor.data_ptr(), version_of(tensor)) for tensor in (*head, *masks))
+        return detectors, versions, self.kernels, self.agreement
 
     @cached_property
     def _graphs(self) -> ScoringGraphs:

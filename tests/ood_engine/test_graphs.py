@@ -50,6 +50,24 @@ class FakeGraph:
         return replay, outputs
 
 
+class FakeStream:
+    """A stream that writes down what it is told, into a list that several share."""
+
+    def __init__(self, told=None):
+        self.told = [] if told is None else told
+
+    def wait_event(self, event):
+        self.told.append((self, "wait", event))
+
+    def record_event(self):
+        self.told.append((self, "record", object()))
+        return self.told[-1][2]
+
+
+def graphs_of(function, capture):
+    return ScoringGraphs(function, capture, lambda device: FakeStream())
+
+
 def score(inputs):
     feature_map, features, valid, _ = inputs
     total = feature_map.sum((1, 2, 3)) if feature_map is not None else features.sum(1)
@@ -66,7 +84,7 @@ def batch(samples, seed=0):
 @pytest.mark.parametrize("samples", [1, 2, 3, 5, 33, LARGEST_BUCKET])
 def test_replay_scores_as_the_function_does(samples):
     graph = FakeGraph()
-    graphs = ScoringGraphs(score, graph)
+    graphs = graphs_of(score, graph)
     for seed in range(3):
         inputs = batch(samples, seed)
         inputs[2][0] = seed != 1
@@ -80,7 +98,7 @@ def test_replay_scores_as_the_function_does(samples):
 
 
 def test_a_smaller_batch_of_the_same_bucket_sees_nothing_of_the_one_before():
-    graphs = ScoringGraphs(score, FakeGraph())
+    graphs = graphs_of(score, FakeGraph())
     graphs(batch(8, seed=1), "fitted")
     ours = graphs(batch(5, seed=2), "fitted")
     assert len(ours["total"]) == 5
@@ -90,7 +108,7 @@ def test_a_smaller_batch_of_the_same_bucket_sees_nothing_of_the_one_before():
 
 def test_one_graph_a_bucket_and_kind_of_input():
     graph = FakeGraph()
-    graphs = ScoringGraphs(score, graph)
+    graphs = graphs_of(score, graph)
     features = Inputs(None, torch.randn(4, 3), torch.ones(4) > 0)
     channels_last = Inputs(batch(4)[0].to(memory_format=torch.channels_last), None, torch.ones(4) > 0)
     for inputs in (batch(3), batch(4), batch(5), batch(4), features, channels_last):
@@ -101,7 +119,7 @@ def test_one_graph_a_bucket_and_kind_of_input():
 
 
 def test_outputs_do_not_change_with_the_next_batch():
-    graphs = ScoringGraphs(score, FakeGraph())
+    graphs = graphs_of(score, FakeGraph())
     first = graphs(batch(4, seed=1), "fitted")
     kept = {name: value.clone() for name, value in first.items()}
     graphs(batch(4, seed=2), "fitted")
@@ -121,17 +139,36 @@ def test_another_thread_may_replay_once_the_lock_is_free():
         def __exit__(self, *error):
             outputs[0].fill_(torch.nan)
 
-    graphs = ScoringGraphs(score, capture)
+    graphs = graphs_of(score, capture)
     graphs._lock = Lock()
     assert torch.equal(graphs(batch(4), "fitted")["total"], score(batch(4))["total"])
 
 
 def test_threads_share_the_buffers_one_at_a_time():
-    graphs = ScoringGraphs(score, FakeGraph())
+    graphs = graphs_of(score, FakeGraph())
     inputs = [batch(samples, seed) for seed, samples in enumerate((1, 2, 3, 4, 5, 6, 7, 8) * 8)]
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda one: graphs(one, "fitted"), inputs))
     assert all(torch.equal(ours["total"], score(one)["total"]) for ours, one in zip(results, inputs, strict=True))
+
+
+def test_a_stream_waits_for_the_one_before_to_finish_with_the_buffers():
+    told = []
+    streams = [FakeStream(told), FakeStream(told)]
+    turn = iter(streams)
+
+    def capture(function):
+        outputs = function()
+        return lambda: told.append("replay"), outputs
+
+    graphs = ScoringGraphs(score, capture, lambda device: next(turn))
+    for seed in range(2):
+        graphs(batch(4, seed), "fitted")
+    (first, did, event), *rest = told[1:]
+    assert told[0] == "replay"
+    assert (first, did) == (streams[0], "record")
+    assert rest[:2] == [(streams[1], "wait", event), "replay"]
+    assert rest[2][:2] == (streams[1], "record")
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +193,7 @@ def test_scoring_never_waits_for_the_device(fitted):
 def test_an_engine_replays_what_it_computes(fitted):
     engine, images = fitted
     graph = FakeGraph()
-    graphs = ScoringGraphs(engine.scorer._score_eagerly, graph)
+    graphs = graphs_of(engine.scorer._score_eagerly, graph)
     captured = engine.scorer.run(images)
     inputs = Inputs(captured.feature_map, captured.head_input, torch.ones(6) > 0, captured.logits)
     # What is replayed is a bucket of 8: the batch, and rows of NaN.
@@ -178,6 +215,21 @@ def test_an_engine_replays_what_it_computes(fitted):
     for name, value in engine.score(images).items():
         is_whitened = isinstance(getattr(engine.detectors[name], "low", None), Mahalanobis)
         torch.testing.assert_close(ours[name], value, rtol=1e-3 if is_whitened else 1e-5, atol=1e-5)
+
+
+def test_a_graph_is_captured_anew_for_another_bias_mask_or_agreement(fitted):
+    engine, _ = fitted
+    scorer, keys = engine.scorer, []
+    keys.append(scorer._graph_key())
+    assert keys[0] == scorer._graph_key()
+    for tensor in (scorer.head.bias, scorer.head.weight, *engine.detectors["opnp"].masks):
+        tensor.copy_(tensor.clone())
+        keys.append(scorer._graph_key())
+    agreement = scorer.agreement
+    scorer.agreement = agreement._replace(features=1.0)
+    keys.append(scorer._graph_key())
+    scorer.agreement = agreement
+    assert len(set(keys)) == 6
 
 
 def test_the_runtime_is_checked_and_can_be_changed(fitted):
