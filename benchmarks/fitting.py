@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -104,6 +107,52 @@ def whole_engine(size: Workload, count: int, names: tuple[str, ...] = oe.engine.
     return Case("fit engine", size.name, sizes, providers, PLAIN, truth)
 
 
+def photographs(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of 10 random images with labels."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(0, count, 10):
+        yield torch.rand((10, 3, 224, 224), generator=generator), torch.arange(10)
+
+
+def features_kept(name: str, count: int) -> Tensor:
+    """Features of photographs, from the cache of an engine or from a loop of forwards."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 32, 7, 4), nn.ReLU(), nn.Conv2d(32, 512, 3, 4), nn.ReLU())
+    model = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)).eval().to(DEVICE)
+    if name == OURS:
+        cache = oe.Engine(model, ("energy",)).fit(photographs(count)).cache
+        assert cache is not None
+        return cache.rows.features
+    with torch.no_grad():
+        return torch.cat([body(images.to(DEVICE)).mean((2, 3)).cpu() for images, _ in photographs(count)])
+
+
+def resident_growth(name: str, count: int) -> float:
+    """MiB that the process of `features_kept` grows by between its first 100 photographs and all: what a fragmented heap takes."""
+    features_kept(name, 100)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    features_kept(name, count)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def from_images(count: int) -> Case:
+    """An engine from small batches of photographs, beside a loop that keeps the features; the memory is that of a new process."""
+
+    def grown(name: str) -> float:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            return process.submit(resident_growth, name, count).result()
+
+    providers = [
+        Provider(
+            name, partial(features_kept, name, count), graph=False, peak=partial(grown, name), note="resident growth"
+        )
+        for name in (OURS, PLAIN)
+    ]
+    return Case(
+        "fit from images", "photographs", {"samples": count}, providers, PLAIN, [features_kept(PLAIN, count).double()]
+    )
+
+
 def forms(size: Workload, samples: int) -> Case:
     """The same batch projected onto one subspace in its dual and its explicit form; the cost model chooses one."""
     made = Samples(size, size.anchors + samples)
@@ -128,6 +177,8 @@ def cases() -> Iterator[Any]:
     small = r18._replace(components=32)
     for count in (1000, 4000, 16_000):
         yield planned(whole_engine, small, count, name=f"engine R18 n={count}", quick=count < 16_000)
+    yield planned(from_images, 200, name="engine from 200 images", quick=True)
+    yield planned(from_images, 800, name="engine from 800 images")
     for classes in (2, 10, 50, 200):
         size = r18._replace(name="forms", classes=classes, anchors=1000)
         yield planned(forms, size, 64, name=f"forms C={classes}", quick=classes == 10)

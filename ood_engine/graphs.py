@@ -32,6 +32,13 @@ class Inputs(NamedTuple):
     valid: Tensor
     logits: Tensor | None = None
 
+    def rows(self, here: slice) -> Inputs:
+        """Some rows."""
+        feature_map, head_input, logits = (
+            None if tensor is None else tensor[here] for tensor in (self.feature_map, self.head_input, self.logits)
+        )
+        return Inputs(feature_map, head_input, self.valid[here], logits)
+
 
 Score = Callable[[Inputs], Scores]
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]

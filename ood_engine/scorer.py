@@ -27,6 +27,9 @@ from .scores import Scores
 
 __all__ = ["Scorer"]
 
+_BLOCK = 4096
+"""Rows scored at once: a dual basis takes 32 KiB per row, so that the pixels of one image would take gigabytes."""
+
 
 class Scorer:
     """A tapped model, its detectors, their thresholds, and one set of kernels for fitting, calibration, tuning and scoring.
@@ -253,8 +256,11 @@ class Scorer:
         return self.score_inputs(Inputs(feature_map, features, valid))
 
     def score_inputs(self, inputs: Inputs) -> Scores:
-        """Scores from a feature map and head input, by CUDA graph replay if the runtime enables it."""
+        """Scores from a feature map and head input, by CUDA graph replay if the runtime enables it, or in blocks of rows."""
         valid = inputs.valid
+        if len(valid) > _BLOCK:
+            blocks = (inputs.rows(slice(start, start + _BLOCK)) for start in range(0, len(valid), _BLOCK))
+            return Scores.concatenate([self._score_eagerly(block) for block in blocks])
         if self.kernels.runtime.cuda_graph and valid.is_cuda and 0 < len(valid) <= LARGEST_BUCKET:
             return self._graphs(inputs, self._graph_key())
         return self._score_eagerly(inputs)

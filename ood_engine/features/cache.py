@@ -24,6 +24,7 @@ __all__ = ["NO_LABEL", "CacheRows", "CacheWriter", "FeatureCache", "fingerprint"
 NO_LABEL = -1
 """Label of an unlabelled sample."""
 
+_FIRST_BLOCK = 1024
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -153,6 +154,9 @@ class FeatureCache:
 class CacheWriter:
     """Appends an unknown number of batches; spills to disk beyond `limit_bytes`.
 
+    Batches are copied into blocks of doubling size: kept one by one between the image batches that a loader allocates and frees,
+    they would fragment the heap by about the size of every image (0.6 MiB per image of 224 × 224).
+
     Args:
         limit_bytes: largest size in memory.
         directory: parent of the spill folder, which is removed with the cache; None: the system's temporary directory.
@@ -174,7 +178,8 @@ class CacheWriter:
         self._limit = limit_bytes
         self._parent = Path(directory) if directory is not None else Path(tempfile.gettempdir())
         self._directory: Path | None = None
-        self._batches: list[CacheRows] = []
+        self._blocks: list[CacheRows] = []
+        self._filled = 0
         self._bytes = 0
         self._count = 0
 
@@ -187,10 +192,26 @@ class CacheWriter:
         """
         rows = CacheRows(*(self._kept(column.detach()).cpu() for column in rows))
         self._bytes += sum(column.numel() * column.element_size() for column in rows)
-        self._count += rows.features.shape[0]
-        self._batches.append(rows)
+        self._store(rows)
+        self._count += len(rows.features)
         if self._bytes > self._limit:
             self._spill()
+
+    def _store(self, rows: CacheRows) -> None:
+        count = len(rows.features)
+        if not self._blocks or self._filled + count > len(self._blocks[-1].features):
+            self._trim()
+            size = count if self._directory is not None else max(count, self._count, _FIRST_BLOCK)
+            self._blocks.append(CacheRows(*(column.new_empty((size, *column.shape[1:])) for column in rows)))
+            self._filled = 0
+        for block, column in zip(self._blocks[-1], rows, strict=True):
+            block[self._filled : self._filled + count] = column
+        self._filled += count
+
+    def _trim(self) -> None:
+        """Cut the last block to its filled rows."""
+        if self._blocks:
+            self._blocks[-1] = self._blocks[-1].select(slice(self._filled))
 
     def _kept(self, column: Tensor) -> Tensor:
         if self._dtype is None or not column.is_floating_point():
@@ -211,8 +232,9 @@ class CacheWriter:
         """
         if self._count == 0:
             raise InputError("the loader gave no images: expected at least one batch; check its path and filters")
+        self._trim()
         if self._directory is None:
-            return FeatureCache(CacheRows(*(torch.cat(columns) for columns in zip(*self._batches, strict=True))))
+            return FeatureCache(CacheRows(*(torch.cat(columns) for columns in zip(*self._blocks, strict=True))))
         columns = []
         for name, column in self._template._asdict().items():
             shape = (self._count, *column.shape[1:])
@@ -226,10 +248,11 @@ class CacheWriter:
         return FeatureCache(CacheRows(*columns), self._directory, self)
 
     def _spill(self) -> None:
+        self._trim()
         try:
             if self._directory is None:
                 self._make_directory()
-            for name, parts in zip(CacheRows._fields, zip(*self._batches, strict=True), strict=True):
+            for name, parts in zip(CacheRows._fields, zip(*self._blocks, strict=True), strict=True):
                 with open(self._file(name), "ab") as file:
                     for column in parts:
                         file.write(column.contiguous().view(torch.uint8).numpy().tobytes())
@@ -242,8 +265,8 @@ class CacheWriter:
                 f"no space left in {self._parent} for the feature cache ({self._bytes / 2**20:.0f} MiB so far): expected"
                 " room for n · 2D numbers; free some space, or choose another folder by cache_directory=..."
             ) from error
-        self._template = self._batches[-1]
-        self._batches = []
+        self._template = CacheRows(*(column[:0] for column in self._blocks[-1]))
+        self._blocks = []
 
     def _make_directory(self) -> None:
         # A new folder, so that files mapped by another cache are never overwritten.

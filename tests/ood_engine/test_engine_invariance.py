@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ood_engine as oe
+from ood_engine.runtime import Kernels
 
 
 @settings(deadline=None, max_examples=12)
@@ -38,6 +39,21 @@ def test_order_and_batches_of_the_fit(size, model, id_batches, test_images, imag
                 assert difference.max() <= 1e-3 * value.abs().max(), (name, key)
             else:
                 assert torch.equal(found[key], value), (name, key)
+
+
+def test_blocks_of_rows_bound_the_memory_and_change_no_bit(engine, monkeypatch):
+    features = torch.rand((10, 12), generator=torch.Generator().manual_seed(0)).repeat(1000, 1)
+    seen = []
+    project = Kernels.project_gradients
+    monkeypatch.setattr(Kernels, "project_gradients", lambda *of: seen.append(len(of[1])) or project(*of))
+    names = [name for name, one in engine.detectors.items() if not one.needs_map]
+    monkeypatch.setattr(engine.scorer, "detectors", {name: engine.detectors[name] for name in names})
+    blocks = engine.score_features(None, features)
+    assert max(seen) <= 4096
+    monkeypatch.setattr("ood_engine.scorer._BLOCK", 10_000)
+    whole = engine.score_features(None, features)
+    assert max(seen) == 10_000
+    assert all(torch.equal(blocks[name], whole[name]) for name in names)
 
 
 def test_order_of_the_detectors(model, id_batches, test_images, engine, assert_same_scores):

@@ -6,6 +6,8 @@ import errno
 import gc
 import io
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -44,6 +46,43 @@ def test_mapped_equals_memory(tmp_path):
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(memory.rows, mapped.rows, strict=True))
     assert memory.has_map
     assert mapped.has_map
+
+
+def test_blocks_hold_the_rows_of_many_small_batches():
+    batches = [make_rows(10, seed) for seed in range(300)]
+    writer = CacheWriter()
+    for rows in batches:
+        writer.append(rows)
+    cache = writer.finish()
+    for column, parts in zip(cache.rows, zip(*batches, strict=True), strict=True):
+        assert torch.equal(column, torch.cat(parts))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident memory from /proc")
+def test_small_batches_between_large_images_do_not_fragment_the_heap():
+    program = """
+import torch
+from torch import nn
+import ood_engine as oe
+
+def batches():
+    global before
+    for number in range(60):
+        if number == 10:
+            before = resident()
+        yield torch.rand(10, 3, 224, 224)
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+body = nn.Sequential(nn.Conv2d(3, 32, 7, 4), nn.ReLU(), nn.Conv2d(32, 512, 3, 4), nn.ReLU())
+model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)).eval()
+oe.Engine(model, ("nap", "energy")).fit(batches())
+print(resident() - before)
+"""
+    grown = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    # The images of one batch are 5.7 MiB; fragmented, the heap grew by that every batch.
+    assert float(grown) < 60
 
 
 def test_moves_to_disk_only_beyond_the_limit(tmp_path):
