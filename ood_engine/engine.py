@@ -22,6 +22,7 @@ from .errors import (
     NotFittedError,
     OodEngineWarning,
     StateDriftWarning,
+    one_of,
 )
 from .evaluation.corruptions import CORRUPTIONS
 from .evaluation.tune import tune
@@ -101,7 +102,7 @@ class Engine:
         names = tuple(dict.fromkeys(DEFAULT_DETECTORS if detectors is None else detectors))
         stray = sorted(set(settings or {}) - set(names))
         if stray:
-            raise InputError(f"settings for {stray[0]!r}: expected one of this engine's detectors, {', '.join(names)}")
+            raise InputError(f"settings for {stray[0]!r}: {one_of(stray[0], names)}")
         unfitted = {name: create_detector(name, **(settings or {}).get(name, {})) for name in names}
         tap = Tap(model, head=head, feature_map=feature_map)
         self.scorer = Scorer(tap, unfitted, runtime or Runtime(), rectify=rectify)

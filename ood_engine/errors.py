@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 __all__ = [
     "CalibrationError",
     "DataError",
@@ -13,7 +16,9 @@ __all__ = [
     "StateDriftWarning",
     "StateError",
     "TapError",
+    "did_you_mean",
     "one_line",
+    "one_of",
 ]
 
 
@@ -67,3 +72,19 @@ def one_line(error: BaseException, *, with_type: bool = False) -> str:
     text = " ".join(str(error).encode("utf-8", "backslashreplace").decode().split())[:300]
     name = type(error).__name__
     return f"{name}: {text}" if text and with_type else text or name
+
+
+def one_of(name: object, known: Iterable[object]) -> str:
+    """The part of a message that refuses a name: the known ones, and the closest if one is similar.
+
+    Example:
+        >>> one_of("nap-enrgy", ["nap", "nap_energy", "opnp"])
+        "expected one of nap, nap_energy, opnp; did you mean 'nap_energy'?"
+    """
+    names = [str(one) for one in known]
+    return f"expected one of {', '.join(names) or 'none'}{did_you_mean(name, names)}"
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The end of a message that refuses a name: the most similar known one, if any."""
+    return "".join(f"; did you mean {one!r}?" for one in get_close_matches(str(name), known, 1))

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 import ood_kernels as ok
 from ood_kernels.types import HasBasisTensors
 
-from .errors import InputError
+from .errors import InputError, one_of
 
 __all__ = ["Kernels", "Masks", "Runtime", "full_precision", "version_of"]
 
@@ -52,7 +52,7 @@ class Runtime:
 
     def __post_init__(self) -> None:
         if self.precision not in ok.PRECISIONS:
-            raise InputError(f"precision={self.precision!r}: expected one of {', '.join(ok.PRECISIONS)}")
+            raise InputError(f"precision={self.precision!r}: {one_of(self.precision, ok.PRECISIONS)}")
         if self.backend not in (None, *ok.BACKENDS):
             raise InputError(f"backend={self.backend!r}: expected one of {', '.join(ok.BACKENDS)}, or None")
 

@@ -13,7 +13,7 @@ from typing import TextIO
 import click
 import torch
 
-from ..errors import OodEngineError, OodEngineWarning
+from ..errors import OodEngineError, OodEngineWarning, one_of
 from ..version import __version__
 from .common import Interrupted
 
@@ -25,6 +25,7 @@ COMMANDS = {
     "score": "Score images into a Parquet or CSV table.",
     "evaluate": "Evaluate detectors on ID and OOD sets and write a report.",
     "explain": "Explain the score of one image.",
+    "detectors": "List every detector and its settings.",
     "inspect": "Show the contents of a state file, without a model.",
     "bench": "Measure the overhead of scoring over a model's forward pass.",
 }
@@ -42,6 +43,13 @@ class _LazyGroup(click.Group):
             return None
         command: click.Command = getattr(import_module(f".{cmd_name}", __package__), cmd_name)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"no such command {args[0]!r}: {one_of(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -10,13 +10,21 @@ from torch import Tensor
 
 from ood_kernels.types import HasBasisTensors
 
-from ..errors import InputError
+from ..errors import InputError, did_you_mean, one_of
 from ..features.fit_data import FitData
 from ..features.signals import Signals
 from ..fitted import FittedModule
 from ..runtime import Masks
 
-__all__ = ["Detector", "available_detectors", "changed_settings", "create_detector", "default_settings", "register"]
+__all__ = [
+    "Detector",
+    "available_detectors",
+    "changed_settings",
+    "create_detector",
+    "default_settings",
+    "register",
+    "summary",
+]
 
 
 class Detector(FittedModule):
@@ -97,10 +105,22 @@ def default_settings(name: str) -> dict[str, Any]:
         InputError: no detector of that name.
     """
     if name not in _REGISTRY:
-        raise InputError(f"detector {name!r} is not known: expected one of {', '.join(available_detectors())}")
+        raise InputError(f"detector {name!r} is not known: {one_of(name, available_detectors())}")
     detector, defaults, _ = _REGISTRY[name]
     parameters = inspect.signature(detector.__init__).parameters.values()
     return {p.name: defaults.get(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def summary(name: str) -> str:
+    """One sentence on a detector, from its docstring.
+
+    Raises:
+        InputError: no detector of that name.
+    """
+    defaults = default_settings(name)
+    sentence = (_REGISTRY[name][0].__doc__ or "").partition("\n")[0]
+    fixed = ", ".join(f"{key} {defaults[key]}" for key in _REGISTRY[name][2])
+    return f"{fixed}: {sentence}" if fixed else sentence
 
 
 def create_detector(name: str, **settings: Any) -> Detector:
@@ -112,8 +132,7 @@ def create_detector(name: str, **settings: Any) -> Detector:
     defaults = default_settings(name)
     unknown = sorted(set(settings) - set(defaults))
     if unknown:
-        known = ", ".join(defaults) or "none"
-        raise InputError(f"detector {name!r} has no setting {unknown[0]!r}: expected one of {known}")
+        raise InputError(f"detector {name!r} has no setting {unknown[0]!r}: {one_of(unknown[0], defaults)}")
     for key in _REGISTRY[name][2]:
         if settings.get(key, defaults[key]) != defaults[key]:
             raise InputError(f"detector {name!r}: its {key} is {defaults[key]!r} by its name, got {settings[key]!r}")
@@ -133,6 +152,7 @@ def changed_settings(detectors: Mapping[str, Detector], parameters: Mapping[str,
         InputError: a key that is neither.
     """
     changed = {name: dict(detector.settings) for name, detector in detectors.items()}
+    known = dict.fromkeys(key for settings in changed.values() for key in settings)
     for key, value in parameters.items():
         holders = [name for name in changed if key in default_settings(name) and key not in _REGISTRY[name][2]]
         if key in changed and isinstance(value, Mapping):
@@ -143,5 +163,6 @@ def changed_settings(detectors: Mapping[str, Detector], parameters: Mapping[str,
         else:
             raise InputError(
                 f"refit({key}=...): expected a detector ({', '.join(changed)}) or a setting of one of them"
+                f"{did_you_mean(key, [*changed, *known])}"
             )
     return changed

@@ -12,7 +12,7 @@ from torch import Tensor
 import ood_kernels as ok
 from ood_kernels import reference
 
-from ..errors import InputError
+from ..errors import InputError, one_of
 from ..features.fit_data import FitData
 from ..features.signals import Signals
 from ..subspace import extend
@@ -60,7 +60,7 @@ class GradPCA(Detector):
     def __init__(self, *, cotangent: str = "sum_logits", explained: float = 0.99, anchors_per_class: int = 10) -> None:
         super().__init__("constants", "mean", "mean_square")
         if cotangent not in reference.COTANGENTS:
-            raise InputError(f"cotangent={cotangent!r}: expected one of {', '.join(reference.COTANGENTS)}")
+            raise InputError(f"cotangent={cotangent!r}: {one_of(cotangent, reference.COTANGENTS)}")
         if isinstance(explained, bool) or not isinstance(explained, (int, float)) or not 0 < explained <= 1:
             raise InputError(f"explained={explained!r}: expected a share in (0, 1]")
         if isinstance(anchors_per_class, bool) or not isinstance(anchors_per_class, int) or anchors_per_class < 1:

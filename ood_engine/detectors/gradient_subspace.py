@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ood_kernels.reference import compute_dtype
 
-from ..errors import InputError
+from ..errors import InputError, one_of
 from ..features.fit_data import FitData
 from ..subspace import BASES, Basis, ClassAverageBasis, DualBasis, ExplicitBasis, check_n_components, plan_of
 from ..subspace.anchors import check_anchor_method
@@ -53,7 +53,7 @@ class GradientSubspace(NamedTuple):
     def check(self) -> None:
         """Raise InputError for settings that are unknown, out of range or incompatible."""
         if self.basis not in _NORMALISATIONS:
-            raise InputError(f"basis={self.basis!r}: expected one of {', '.join(_NORMALISATIONS)}")
+            raise InputError(f"basis={self.basis!r}: {one_of(self.basis, _NORMALISATIONS)}")
         reads_gram = self.basis in ("auto", "dual", "explicit")
         check_max_anchors(self.max_anchors, least=2, most=LARGEST_EIGENPROBLEM if reads_gram else None)
         check_n_components(self.n_components)

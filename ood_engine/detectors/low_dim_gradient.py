@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, one_of
 from ..features.fit_data import FitData
 from ..features.signals import Signals
 from ..subspace import Basis
@@ -100,7 +100,7 @@ class LowDimGradient(Detector):
     ) -> None:
         super().__init__(*(["alpha"] if head == "vim" else []))
         if head not in HEADS:
-            raise InputError(f"head={head!r}: expected one of {', '.join(HEADS)}")
+            raise InputError(f"head={head!r}: {one_of(head, HEADS)}")
         self._head = head
         self._subspace = GradientSubspace(basis, n_components, cotangent, normalisation, max_anchors, anchors)
         self._subspace.check()

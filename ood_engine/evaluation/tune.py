@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..detectors import Detector
-from ..errors import InputError
+from ..errors import InputError, one_of
 from ..features.cache import FeatureCache
 from ..features.loader import Loader, image_batches
 from ..runtime import full_precision
@@ -96,7 +96,7 @@ def tune(
 
 def _grid_of(scorer: Scorer, name: str) -> Sequence[dict[str, Any]]:
     if name not in scorer.detectors:
-        raise InputError(f"tune {name!r}: expected one of this engine's detectors, {', '.join(scorer.detectors)}")
+        raise InputError(f"tune {name!r}: {one_of(name, scorer.detectors)}")
     return scorer.detectors[name].grid()
 
 

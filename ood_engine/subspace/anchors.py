@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ood_kernels import reference
 
-from ..errors import InputError
+from ..errors import InputError, one_of
 from .base import extend
 from .samples import check_samples
 
@@ -37,7 +37,7 @@ class Anchors:
 def check_anchor_method(method: str) -> None:
     """Raise InputError for a method that is not one of `ANCHOR_METHODS`."""
     if method not in ANCHOR_METHODS:
-        raise InputError(f"anchors={method!r}: expected one of {', '.join(ANCHOR_METHODS)}")
+        raise InputError(f"anchors={method!r}: {one_of(method, ANCHOR_METHODS)}")
 
 
 def choose_anchors(

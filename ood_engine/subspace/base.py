@@ -12,7 +12,7 @@ from torch import Tensor
 import ood_kernels as ok
 from ood_kernels import reference
 
-from ..errors import InputError
+from ..errors import InputError, one_of
 from ..fitted import FittedModule
 from .nfk import Separable
 from .plan import Plan, plan_of
@@ -36,7 +36,7 @@ class Basis(FittedModule):
     ) -> None:
         super().__init__(*fitted, "constants", "explained")
         if cotangent not in reference.COTANGENTS:
-            raise InputError(f"cotangent={cotangent!r}: expected one of {', '.join(reference.COTANGENTS)}")
+            raise InputError(f"cotangent={cotangent!r}: {one_of(cotangent, reference.COTANGENTS)}")
         self.cotangent = cotangent
         self.bias = bias
         self._optional_names = (*_METRIC, *optional)

@@ -216,10 +216,12 @@ def test_no_model_at_all():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"detectors": ["nap-enrgy"]}, "expected one of energy, .*, opp; did you mean 'nap_energy'?"),
+        ({"settings": {"opnp": {"weights_range": (0, 1)}}}, "did you mean 'weight_range'?"),
         ({"detectors": ["nap", "magic"]}, "detector 'magic' is not known: expected one of energy, .*, opp"),
         ({"detectors": "nap"}, r"detectors='nap': expected a sequence of names, such as \('nap',\)"),
         ({"detectors": []}, r"detectors=\(\): expected at least one name; see ood_engine.available_detectors"),
-        ({"settings": {"nap": {}}}, "settings for 'nap': expected one of this engine's detectors, nap_energy, opnp"),
+        ({"settings": {"nap": {}}}, "settings for 'nap': expected one of nap_energy, opnp"),
         (
             {"settings": {"opnp": {"rho": 1}}},
             "detector 'opnp' has no setting 'rho': expected one of weight_range, neuron",

@@ -344,7 +344,7 @@ def test_inspect_refuses_what_is_no_state(refused, place):
 
 def test_usage_errors_are_one_line(refused):
     refused(["fit"], "Missing option", "ood-engine fit --help")
-    refused(["fits"], "No such command")
+    refused(["fits"], "no such command 'fits': expected one of", "did you mean 'fit'?")
     refused(["inspect", "x", "--nope"], "--nope")
 
 

@@ -103,7 +103,7 @@ def test_what_cannot_be_tuned(small, images):
     nothing = r"nothing to tune: none of energy, nap_energy, opnp, .* has settings to search"
     for loader, options, message in (
         ([x], {"detectors": ["energy"]}, nothing),
-        ([x], {"detectors": ["nap"]}, "tune 'nap': expected one of this engine's detectors, energy, nap_energy"),
+        ([x], {"detectors": ["nap"]}, "tune 'nap': expected one of energy, nap_energy"),
         ([x], {"corruptions": ["rain"]}, "corruption 'rain' is unknown"),
         ([x], {"corruptions": []}, "corruptions"),
         ([], {}, "the loader gave no images"),
