@@ -18,16 +18,20 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 COMPARES_NUMBERS = re.compile(r"torch\.equal|allclose|assert_close|assert_same|approx\(|tolerance")
-# These compare numbers too, but not such as BLAS or vector instructions compute, or take minutes: interpreted and compiled kernels.
+# These compare numbers too, but not such as BLAS or vector instructions compute, or take minutes: interpreted and compiled kernels,
+# the registration of operators with torch.compile, and whole runs of benchmarks and examples.
 NOT_NUMERIC = (
     "ood_kernels/triton_kernels",
     "ood_kernels/aot",
+    "ood_kernels/test_ops.py",
     "ood_kernels/test_tune.py",
     "ood_engine/cli",
     "ood_engine/demo",
     "ood_engine/evaluation/test_report.py",
     "ood_engine/images",
     "ood_engine/model/test_zoo.py",
+    "test_all_parameters.py",
+    "test_benchmarks.py",
 )
 _HERE = Path(__file__).parent
 
