@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -35,3 +37,18 @@ def test_the_first_that_fails_is_told_and_ends_the_run(failing):
     assert "never" not in done.stdout
     assert "after" not in done.stdout
     assert [line.split()[0] for line in done.stdout.splitlines() if line.endswith("FAILED")] == ["bad"]
+
+
+def test_every_extra_that_is_installed_somewhere_exists():
+    keywords = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.keyword)]
+    (extras,) = [node.value for node in keywords if node.arg == "extras_require"]
+    known = {key.value for key in extras.keys}
+    places = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / ".ci").iterdir(),
+        *ROOT.rglob("ood_engine/**/*.py"),
+    ]
+    for place in places:
+        for names in re.findall(r"(?:ood-engine|\.)\[([a-z,]+)\]'", place.read_text(encoding="utf-8")):
+            assert set(names.split(",")) <= known, (place, names)
