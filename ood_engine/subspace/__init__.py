@@ -4,7 +4,6 @@ The gradient of a scalar of the logits is G = a ⊗ h̃ (h̃ = [h; 1]), so every
 ⟨G_i, G_j⟩ = (a_i·a_j)(h̃_i·h̃_j), and PCA of n anchor gradients is the eigenproblem of their centred n × n Gram matrix.
 """
 
-from . import convert as convert  # registers the conversions to a factored basis
 from .base import Basis, extend
 from .class_average import ClassAverageBasis
 from .dual import DualBasis

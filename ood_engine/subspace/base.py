@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import singledispatch
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from ..fitted import FittedModule
 from .nfk import Separable
 from .plan import Plan, plan_of
 
-__all__ = ["Basis", "extend", "outer_sums", "to_factored", "whitening_of"]
+__all__ = ["Basis", "extend", "outer_sums", "whitening_of"]
 
 _METRIC = ("inverse_deviation", "class_scale", "feature_scale", "separable_error", "whitening")
 
@@ -104,17 +103,6 @@ class Basis(FittedModule):
         """The same subspace as vectors [K, C, D̃], an `ExplicitBasis`: 8 GB for ResNet-50 on ImageNet at K = 1000."""
         raise NotImplementedError
 
-    def to_factored(self, tolerance: float = 0.01) -> Basis:
-        """The same vectors in a product of two smaller spaces, a `FactoredBasis`.
-
-        Args:
-            tolerance: maximum loss as a share of Σ_k explained_k ‖V_k‖², in [0, 1); 0.01 is our default; the paper gives none.
-
-        Raises:
-            InputError: a basis with "nfk" normalisation, whose scales do not factorise.
-        """
-        return to_factored(self, tolerance)
-
     def centred_norm(self, p: Tensor, h: Tensor) -> Tensor:
         """‖g̃‖ [N], in fp64 because of cancellation: without normalisation √(‖a‖²‖h̃‖² - 2 aᵀ Ḡ h̃ + ‖Ḡ‖²)."""
         return self._norms(p, h)[0].sqrt()
@@ -188,12 +176,6 @@ class Basis(FittedModule):
             value = state_dict.get(prefix + name)
             self._buffers[name] = None if value is None else torch.empty_like(value, device=self._place.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-@singledispatch
-def to_factored(basis: Basis, tolerance: float) -> Basis:
-    """What `Basis.to_factored` calls; `ood_engine.subspace.convert` registers each basis."""
-    raise NotImplementedError(f"{type(basis).__name__} has no conversion to a factored basis")
 
 
 def extend(h: Tensor, bias: bool) -> Tensor:

@@ -226,10 +226,6 @@ class ClassAverageBasis(Basis):
         """The columns [K, C, D̃]."""
         return self.form.to_explicit()
 
-    def to_factored(self, tolerance: float = 0.01) -> Basis:
-        """The same columns in a product of two smaller spaces, see `Basis.to_factored`."""
-        return self.form.to_factored(tolerance)
-
 
 def class_means_bytes(present: int, classes: int, width: int, dtype: torch.dtype) -> int:
     """Bytes of the mean gradients of the `present` classes: present · C · D̃ numbers."""

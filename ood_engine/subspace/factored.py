@@ -17,7 +17,7 @@ from .eigen import LARGEST_EIGENPROBLEM, gram_pca
 from .explicit import ExplicitBasis
 from .samples import check_fit, check_n_components, count_components, fix_signs
 
-__all__ = ["FactoredBasis", "leading_factors"]
+__all__ = ["FactoredBasis"]
 
 _WORKSPACE_ELEMENTS = 4 * 2**20
 
@@ -51,7 +51,7 @@ class FactoredBasis(Basis):
         super().__init__(*names, cotangent=cotangent, bias=bias)
 
     captured: Tensor
-    """0-d: share of Σ‖G - Ḡ‖² over the samples kept by the reduction; for a converted basis, of Σ_k explained_k ‖V_k‖²."""
+    """0-d: share of Σ‖G - Ḡ‖² over the samples kept by the reduction."""
 
     @classmethod
     def fit(
@@ -87,7 +87,8 @@ class FactoredBasis(Basis):
             The fitted basis, in fp64 if p or h is, else fp32.
 
         Raises:
-            InputError: equal gradients, non-finite values, an unknown option, or an eigenproblem beyond 8192.
+            InputError: equal gradients, non-finite values, an unknown option, a tolerance outside [0, 1), ranks beyond
+                the sizes of the factors, or an eigenproblem beyond 8192.
         """
         check_n_components(n_components)
         basis = cls(cotangent=cotangent, bias=bias).to(p.device)
@@ -101,29 +102,22 @@ class FactoredBasis(Basis):
         class_scale, feature_scale = basis.scales()
         a, features = a * class_scale, features * feature_scale
         left, right = _scatters(a, features)
-        class_factors, feature_factors = leading_factors(left, right, tolerance, ranks)
+        class_factors, feature_factors = _leading_factors(left, right, tolerance, ranks)
         t, s = a @ class_factors, features @ feature_factors
         core, eigenvalues = _reduced_pca(t, s, n_components)
         total, kept = left.diagonal().sum(), _scatters(t, s)[0].diagonal().sum()
-        basis.set_fitted(explained=(eigenvalues / total).to(dtype))
-        basis.set_factors(class_factors, feature_factors, core, kept / total, dtype)
-        return basis
-
-    def set_factors(
-        self, class_factors: Tensor, feature_factors: Tensor, core: Tensor, captured: Tensor, dtype: torch.dtype
-    ) -> None:
-        """Set the projection, from factors and core of the normalised gradients."""
-        class_scale, feature_scale = self.scales()
         class_factors, feature_factors = class_factors * class_scale[:, None], feature_factors * feature_scale[:, None]
-        centre = class_factors.T @ self.mean.double() @ feature_factors
-        self.set_fitted(
+        centre = class_factors.T @ basis.mean.double() @ feature_factors
+        basis.set_fitted(
             class_factors=class_factors.to(dtype),
             feature_factors=feature_factors.to(dtype),
             core=core.to(dtype),
             constants=(core.flatten(1) @ centre.flatten()).to(dtype),
-            captured=captured.clamp(0, 1),
+            explained=(eigenvalues / total).to(dtype),
+            captured=(kept / total).clamp(0, 1),
         )
-        nfk.check_finite(self.class_factors, self.feature_factors, self.constants)
+        nfk.check_finite(basis.class_factors, basis.feature_factors, basis.constants)
+        return basis
 
     class_factors: Tensor
     feature_factors: Tensor
@@ -166,10 +160,6 @@ class FactoredBasis(Basis):
         tensors = self.tensors()
         return ExplicitBasis.of(self, (tensors.class_factors @ tensors.core) @ tensors.feature_factors.T)
 
-    def to_factored(self, tolerance: float = 0.01) -> FactoredBasis:
-        """The basis itself."""
-        return self
-
 
 def _scatters(a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """Σ (G - Ḡ)(G - Ḡ)ᵀ and Σ (G - Ḡ)ᵀ(G - Ḡ) of the gradients G_i = a_i ⊗ h_i."""
@@ -179,29 +169,17 @@ def _scatters(a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return left, right
 
 
-def leading_factors(
-    left: Tensor, right: Tensor, tolerance: float, ranks: tuple[int, int] | None = None
+def _leading_factors(
+    left: Tensor, right: Tensor, tolerance: float, ranks: tuple[int, int] | None
 ) -> tuple[Tensor, Tensor]:
-    """U_p [C, R] and U_h [D̃, Q], orthonormal: the leading eigenvectors of `left` [C, C] and `right` [D̃, D̃].
-
-    Args:
-        left: Σ (G - Ḡ)(G - Ḡ)ᵀ.
-        right: Σ (G - Ḡ)ᵀ(G - Ḡ).
-        tolerance: maximum loss as a share of the trace, half of it on each side.
-        ranks: (R, Q), instead of the tolerance.
-
-    Raises:
-        InputError: a tolerance outside [0, 1), or ranks beyond the sizes of the matrices.
-    """
+    """U_p [C, R] and U_h [D̃, Q], orthonormal: the leading eigenvectors of `left` [C, C] and `right` [D̃, D̃]."""
     if not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
         raise InputError(f"tolerance={tolerance!r}: expected the largest share of the trace to lose, in [0, 1)")
     largest = (len(left), len(right))
     if ranks is not None and (len(ranks) != 2 or not all(1 <= r <= m for r, m in zip(ranks, largest, strict=True))):
         raise InputError(f"ranks={ranks!r}: expected (R, Q) from (1, 1) to {largest}")
-    return tuple(  # type: ignore[return-value]
-        _leading(moment, tolerance / 2, None if ranks is None else ranks[side])
-        for side, moment in enumerate((left, right))
-    )
+    class_rank, feature_rank = ranks or (None, None)
+    return _leading(left, tolerance / 2, class_rank), _leading(right, tolerance / 2, feature_rank)
 
 
 def _leading(moment: Tensor, tolerance: float, rank: int | None) -> Tensor:
