@@ -70,11 +70,6 @@ class Basis(FittedModule):
         return "none" if self.class_scale is None else "nfk-separable"
 
     @property
-    def is_orthonormal(self) -> bool:
-        """Whether the vectors are orthonormal in the space of normalised gradients."""
-        return self.whitening is None
-
-    @property
     def bytes(self) -> int:
         """Bytes read by a projection, besides its inputs."""
         return sum(part.nbytes for part in self.tensors().parts() if part is not None)
@@ -103,14 +98,14 @@ class Basis(FittedModule):
         """The same subspace as vectors [K, C, D̃], an `ExplicitBasis`: 8 GB for ResNet-50 on ImageNet at K = 1000."""
         raise NotImplementedError
 
-    def centred_norm(self, p: Tensor, h: Tensor) -> Tensor:
-        """‖g̃‖ [N], in fp64 because of cancellation: without normalisation √(‖a‖²‖h̃‖² - 2 aᵀ Ḡ h̃ + ‖Ḡ‖²)."""
-        return self._norms(p, h)[0].sqrt()
-
     def residual_norm(self, p: Tensor, h: Tensor) -> Tensor:
-        """Norm of the component of g̃ orthogonal to the span of V, [N] in fp64."""
-        total, inside = self._norms(p, h)
-        return (total - inside).clamp_min(0).sqrt()
+        """Norm of the component of g̃ orthogonal to the span of V, [N] in fp64 because of cancellation."""
+        a, h = reference.cotangent(p.double(), self.cotangent), h.double()
+        along_mean, coordinates = self._inner_products(a, h)
+        if self.whitening is not None:
+            coordinates = coordinates @ self.whitening.double()
+        total = self._square(a, h) - 2 * along_mean + self._mean_square()
+        return (total - coordinates.square().sum(1)).clamp_min(0).sqrt()
 
     def metric(self) -> dict[str, Tensor]:
         """The metric buffers that are set."""
@@ -133,15 +128,6 @@ class Basis(FittedModule):
         if self.class_scale is None or self.feature_scale is None:
             return a, h
         return a * self.class_scale**power, h * self.feature_scale[: h.shape[1]] ** power
-
-    def _norms(self, p: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """‖g̃‖² and its part within the span of V, [N] each, in fp64."""
-        a, h = reference.cotangent(p.double(), self.cotangent), h.double()
-        along_mean, coordinates = self._inner_products(a, h)
-        if self.whitening is not None:
-            coordinates = coordinates @ self.whitening.double()
-        total = self._square(a, h) - 2 * along_mean + self._mean_square()
-        return total.clamp_min(0), coordinates.square().sum(1)
 
     def _inner_products(self, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """⟨I ∘ G, I ∘ Ḡ⟩ [N] and the centred coordinates [N, K], in fp64."""

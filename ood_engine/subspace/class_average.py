@@ -219,8 +219,9 @@ class ClassAverageBasis(Basis):
         """Σ_k weights_k V_k, [C, D̃] in fp64."""
         return self.form.combine(weights)
 
-    def _norms(self, p: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        return self.form._norms(p, h)
+    def residual_norm(self, p: Tensor, h: Tensor) -> Tensor:
+        """Norm of the component orthogonal to the span of all columns, [N] in fp64."""
+        return self.form.residual_norm(p, h)
 
     def to_explicit(self) -> ExplicitBasis:
         """The columns [K, C, D̃]."""
