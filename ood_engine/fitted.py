@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,16 +32,20 @@ class FittedModule(nn.Module):
     They move with `.to(device)` but keep their dtype under `.half()`, `.to(dtype)` and the like, since half precision would alter
     a fitted mask or covariance. `load_state_dict` also fills an unfitted module. Fitted or loaded, buffers are row-major and
     aligned, for bitwise equal scores.
+
+    Args:
+        fitted: names of the buffers that every fit sets.
+        optional: names of those that only some fits set; None otherwise.
     """
 
     _place: Tensor
 
-    def __init__(self, *fitted: str) -> None:
+    def __init__(self, *fitted: str, optional: Sequence[str] = ()) -> None:
         super().__init__()
-        self._fitted_names = fitted
+        self._fitted_names, self._optional_names = fitted, optional
         # Tracks the device of a module without other buffers.
         self.register_buffer("_place", torch.empty(0), persistent=False)
-        for name in fitted:
+        for name in (*fitted, *optional):
             self.register_buffer(name, None)
 
     @property
@@ -75,10 +79,12 @@ class FittedModule(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        for name in self._fitted_names:
+        for name in (*self._fitted_names, *self._optional_names):
             value = state_dict.get(prefix + name)
             if value is not None:
                 self._buffers[name] = torch.empty_like(value, device=self._place.device)
+            elif name in self._optional_names:
+                self._buffers[name] = None
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name, loaded in self._buffers.items():
             self._buffers[name] = None if loaded is None else aligned(loaded)

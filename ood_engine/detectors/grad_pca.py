@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,7 +55,7 @@ class GradPCA(Detector):
     """
 
     def __init__(self, *, cotangent: str = "sum_logits", explained: float = 0.99, anchors_per_class: int = 10) -> None:
-        super().__init__("constants", "mean", "mean_square")
+        super().__init__("constants", "mean", "mean_square", optional=_SUBSPACE)
         if cotangent not in reference.COTANGENTS:
             raise InputError(f"cotangent={cotangent!r}: {one_of(cotangent, reference.COTANGENTS)}")
         if isinstance(explained, bool) or not isinstance(explained, (int, float)) or not 0 < explained <= 1:
@@ -66,8 +63,6 @@ class GradPCA(Detector):
         if isinstance(anchors_per_class, bool) or not isinstance(anchors_per_class, int) or anchors_per_class < 1:
             raise InputError(f"anchors_per_class={anchors_per_class!r}: expected a whole number of at least 1")
         self._cotangent, self._explained, self._anchors_per_class = cotangent, explained, anchors_per_class
-        for name in _SUBSPACE:
-            self.register_buffer(name, None)
 
     def fit(self, data: FitData) -> None:
         """Compute the class means and their principal components.
@@ -210,12 +205,6 @@ class GradPCA(Detector):
         is_mean = total <= rounding * square
         score = torch.where(is_mean, 1.0, inside / total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()).clamp(max=1)
         return score.to(signals.features.dtype)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        for name in _SUBSPACE:
-            value = state_dict.get(prefix + name)
-            self._buffers[name] = None if value is None else torch.empty_like(value, device=self._place.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _class_features(data: FitData, index: Tensor, membership: Tensor, count: int) -> Tensor:

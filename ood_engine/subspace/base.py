@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -33,14 +30,11 @@ class Basis(FittedModule):
     def __init__(
         self, *fitted: str, optional: tuple[str, ...] = (), cotangent: str = "energy", bias: bool = True
     ) -> None:
-        super().__init__(*fitted, "constants", "explained")
+        super().__init__(*fitted, "constants", "explained", optional=(*_METRIC, *optional))
         if cotangent not in reference.COTANGENTS:
             raise InputError(f"cotangent={cotangent!r}: {one_of(cotangent, reference.COTANGENTS)}")
         self.cotangent = cotangent
         self.bias = bias
-        self._optional_names = (*_METRIC, *optional)
-        for name in self._optional_names:
-            self.register_buffer(name, None)
 
     constants: Tensor
     explained: Tensor
@@ -156,12 +150,6 @@ class Basis(FittedModule):
             return mean * self.inverse_deviation.double().square()
         class_scale, feature_scale = self.scales()
         return mean * class_scale.square()[:, None] * feature_scale.square()
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        for name in self._optional_names:
-            value = state_dict.get(prefix + name)
-            self._buffers[name] = None if value is None else torch.empty_like(value, device=self._place.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def extend(h: Tensor, bias: bool) -> Tensor:
