@@ -12,7 +12,7 @@ from ood_kernels import reference
 from ..errors import InputError, one_of
 from ..features.fit_data import FitData
 from ..features.signals import Signals
-from ..subspace import extend
+from ..subspace.base import extend, tensors_of
 from ..subspace.samples import fix_signs
 from .base import Detector, register
 
@@ -174,19 +174,9 @@ class GradPCA(Detector):
 
     def tensors(self) -> ok.BasisTensors:
         """The tensors that `ood_kernels.project_gradients` takes: explicit where class means were held, else over anchors."""
-        constants = self.fitted("constants")
         if self._buffers["components"] is not None:
-            components = self.fitted("components")
-            return ok.ExplicitTensors(components=components, constants=constants, cotangent=self._cotangent)
-        return ok.DualTensors(
-            anchor_cotangents=self.fitted("anchor_cotangents"),
-            anchor_features=self.fitted("anchor_features"),
-            coefficients=self.fitted("coefficients"),
-            constants=constants,
-            cotangent=self._cotangent,
-            shift=self.fitted("shift"),
-            linear=self.fitted("linear"),
-        )
+            return tensors_of(self, ok.ExplicitTensors, self._cotangent)
+        return tensors_of(self, ok.DualTensors, self._cotangent)
 
     @property
     def gradient_basis(self) -> GradPCA:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,9 @@ from ..fitted import FittedModule
 from .nfk import Separable
 from .plan import Plan, plan_of
 
-__all__ = ["Basis", "extend", "outer_sums", "whitening_of"]
+__all__ = ["Basis", "extend", "outer_sums", "tensors_of", "whitening_of"]
 
+_Tensors = TypeVar("_Tensors", ok.DualTensors, ok.ExplicitTensors, ok.FactoredTensors)
 _METRIC = ("inverse_deviation", "class_scale", "feature_scale", "separable_error", "whitening")
 
 
@@ -54,7 +57,7 @@ class Basis(FittedModule):
     @property
     def mean(self) -> Tensor:
         """[C, D̃] mean gradient Ḡ."""
-        raise NotImplementedError
+        return self.fitted("mean_gradient")
 
     @property
     def normalisation(self) -> str:
@@ -69,8 +72,8 @@ class Basis(FittedModule):
         return sum(part.nbytes for part in self.tensors().parts() if part is not None)
 
     def flops(self, samples: int) -> int:
-        """Floating point operations of projecting `samples` gradients."""
-        raise NotImplementedError
+        """Floating point operations of projecting `samples` gradients: each multiplies every number of every matrix once."""
+        return 2 * samples * sum(part.numel() for part in self.tensors().parts() if part is not None and part.ndim > 1)
 
     def plan(self, samples: int = 64) -> Plan:
         """Cost of this basis and its alternatives for a batch, see `ood_engine.subspace.plan`."""
@@ -125,7 +128,7 @@ class Basis(FittedModule):
 
     def _inner_products(self, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """⟨I ∘ G, I ∘ Ḡ⟩ [N] and the centred coordinates [N, K], in fp64."""
-        raise NotImplementedError
+        return ((a @ self._metric_mean()) * extend(h, self.bias)).sum(1), self.tensors().project(a, h)
 
     def _square(self, a: Tensor, h: Tensor) -> Tensor:
         """‖I ∘ G‖² [N]."""
@@ -135,9 +138,6 @@ class Basis(FittedModule):
         if self.class_scale is not None:
             a, h = self.scaled(a, h)
         return a.square().sum(1) * (h.square().sum(1) + self.bias)
-
-    def _along_mean(self, a: Tensor, h: Tensor) -> Tensor:
-        return ((a @ self._metric_mean()) * extend(h, self.bias)).sum(1)
 
     def _mean_square(self) -> Tensor:
         """‖I ∘ Ḡ‖², 0-d in fp64."""
@@ -150,6 +150,12 @@ class Basis(FittedModule):
             return mean * self.inverse_deviation.double().square()
         class_scale, feature_scale = self.scales()
         return mean * class_scale.square()[:, None] * feature_scale.square()
+
+
+def tensors_of(module: FittedModule, kind: type[_Tensors], cotangent: str, bias: bool = True) -> _Tensors:
+    """The fitted buffers of a module that are named like the fields of a basis tuple, as that tuple."""
+    parts: dict[str, Any] = {name: module.fitted(name) for name in kind._fields if name not in ("cotangent", "bias")}
+    return kind(**parts, cotangent=cotangent, bias=bias)
 
 
 def extend(h: Tensor, bias: bool) -> Tensor:

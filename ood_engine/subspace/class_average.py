@@ -197,7 +197,7 @@ class ClassAverageBasis(Basis):
     def form(self) -> ExplicitBasis | DualBasis:
         """The same columns as the explicit or dual basis of their storage, with shared memory."""
         place = self.fitted("classes").device
-        kind = _WeightedDualBasis if self.components is None else ExplicitBasis
+        kind = DualBasis if self.components is None else ExplicitBasis
         basis = kind(cotangent=self.cotangent, bias=self.bias).to(place)
         basis.set_fitted(**{name: value for name, value in self.state_dict().items() if name in basis._buffers})
         return basis
@@ -206,10 +206,6 @@ class ClassAverageBasis(Basis):
     def mean(self) -> Tensor:
         """[C, D̃] mean gradient."""
         return self.form.mean
-
-    def flops(self, samples: int) -> int:
-        """Floating point operations of projecting `samples` gradients."""
-        return self.form.flops(samples)
 
     def tensors(self) -> ok.BasisTensors:
         """The tensors of the stored form, explicit or dual."""
@@ -231,17 +227,6 @@ class ClassAverageBasis(Basis):
 def class_means_bytes(present: int, classes: int, width: int, dtype: torch.dtype) -> int:
     """Bytes of the mean gradients of the `present` classes: present · C · D̃ numbers."""
     return present * classes * width * dtype.itemsize
-
-
-class _WeightedDualBasis(DualBasis):
-    """A dual basis with a weighted mean of its anchors."""
-
-    def __init__(self, *, cotangent: str = "energy", bias: bool = True) -> None:
-        super().__init__(cotangent=cotangent, bias=bias)
-        self.register_buffer("weights", None)
-
-    def _mean_weights(self) -> Tensor:
-        return self.fitted("weights")
 
 
 def _gram(components: Tensor, scale: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from ood_kernels import reference
 
 from . import nfk
 from .anchors import check_anchor_method, choose_anchors
-from .base import Basis, extend, outer_sums
+from .base import Basis, extend, outer_sums, tensors_of
 from .eigen import LARGEST_EIGENPROBLEM, gram_pca
 from .explicit import ExplicitBasis
 from .samples import check_fit, check_n_components
@@ -44,10 +44,12 @@ class DualBasis(Basis):
 
     def __init__(self, *, cotangent: str = "energy", bias: bool = True) -> None:
         names = ("anchor_cotangents", "anchor_features", "coefficients", "shift", "linear", "mean_square")
-        super().__init__(*names, optional=("residual",), cotangent=cotangent, bias=bias)
+        super().__init__(*names, optional=("residual", "weights"), cotangent=cotangent, bias=bias)
 
     residual: Tensor | None
     """0-d: share of Σ ‖G‖² over all samples outside the span of the anchors; None if all samples are anchors."""
+    weights: Tensor | None
+    """[n] in fp64, of the anchors in the mean gradient; None if uniform."""
 
     @classmethod
     def fit(
@@ -132,27 +134,14 @@ class DualBasis(Basis):
 
     def _mean_weights(self) -> Tensor:
         """[n] in fp64: Ḡ = Σ_i weight_i G_i."""
+        if self.weights is not None:
+            return self.weights
         anchors = self.fitted("anchor_features")
         return torch.full((len(anchors),), 1 / len(anchors), dtype=torch.float64, device=anchors.device)
 
-    def flops(self, samples: int) -> int:
-        """Floating point operations of projecting `samples` gradients."""
-        anchors, classes = self.fitted("anchor_cotangents").shape
-        width = self.fitted("anchor_features").shape[1]
-        return 2 * samples * (anchors * (classes + width + self.n_components) + classes * self.n_components)
-
     def tensors(self) -> ok.DualTensors:
         """Anchors, coefficients, constants and shift."""
-        return ok.DualTensors(
-            anchor_cotangents=self.fitted("anchor_cotangents"),
-            anchor_features=self.fitted("anchor_features"),
-            coefficients=self.fitted("coefficients"),
-            constants=self.fitted("constants"),
-            cotangent=self.cotangent,
-            bias=self.bias,
-            shift=self.fitted("shift"),
-            linear=self.fitted("linear"),
-        )
+        return tensors_of(self, ok.DualTensors, self.cotangent, self.bias)
 
     def combine(self, weights: Tensor) -> Tensor:
         """Σ_k weights_k V_k, [C, D̃] in fp64: the direction in gradient space with these coordinates."""

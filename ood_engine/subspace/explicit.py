@@ -9,7 +9,7 @@ import ood_kernels as ok
 from ood_kernels import reference
 
 from . import nfk
-from .base import Basis, extend, outer_sums
+from .base import Basis, extend, outer_sums, tensors_of
 from .eigen import LARGEST_EIGENPROBLEM, gram_pca
 from .samples import check_fit, check_n_components
 
@@ -114,23 +114,9 @@ class ExplicitBasis(Basis):
         )
         return explicit
 
-    @property
-    def mean(self) -> Tensor:
-        """[C, D̃] mean gradient."""
-        return self.fitted("mean_gradient")
-
-    def flops(self, samples: int) -> int:
-        """Floating point operations of projecting `samples` gradients."""
-        return 2 * samples * self.fitted("components").numel()
-
     def tensors(self) -> ok.ExplicitTensors:
         """Components and constants."""
-        return ok.ExplicitTensors(
-            components=self.fitted("components"),
-            constants=self.fitted("constants"),
-            cotangent=self.cotangent,
-            bias=self.bias,
-        )
+        return tensors_of(self, ok.ExplicitTensors, self.cotangent, self.bias)
 
     def combine(self, weights: Tensor) -> Tensor:
         """Σ_k weights_k V_k, [C, D̃] in fp64: the direction in gradient space with these coordinates."""
@@ -139,9 +125,6 @@ class ExplicitBasis(Basis):
         for weight, component in zip(weights.double(), components, strict=True):
             total += weight * component.double()
         return total
-
-    def _inner_products(self, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        return self._along_mean(a, h), self.tensors().project(a, h)
 
     def to_explicit(self) -> ExplicitBasis:
         """The basis itself."""

@@ -12,7 +12,7 @@ from ood_kernels import reference
 
 from ..errors import InputError
 from . import nfk
-from .base import Basis, extend, outer_sums
+from .base import Basis, extend, outer_sums, tensors_of
 from .eigen import LARGEST_EIGENPROBLEM, gram_pca
 from .explicit import ExplicitBasis
 from .samples import check_fit, check_n_components, count_components, fix_signs
@@ -123,32 +123,13 @@ class FactoredBasis(Basis):
     feature_factors: Tensor
 
     @property
-    def mean(self) -> Tensor:
-        """[C, D̃] mean gradient."""
-        return self.fitted("mean_gradient")
-
-    @property
     def ranks(self) -> tuple[int, int]:
         """(R, Q)."""
         return self.fitted("class_factors").shape[1], self.fitted("feature_factors").shape[1]
 
-    def flops(self, samples: int) -> int:
-        """Floating point operations of projecting `samples` gradients."""
-        return 2 * samples * sum(self.fitted(name).numel() for name in ("class_factors", "feature_factors", "core"))
-
     def tensors(self) -> ok.FactoredTensors:
         """Factors, core and constants."""
-        return ok.FactoredTensors(
-            class_factors=self.fitted("class_factors"),
-            feature_factors=self.fitted("feature_factors"),
-            core=self.fitted("core"),
-            constants=self.fitted("constants"),
-            cotangent=self.cotangent,
-            bias=self.bias,
-        )
-
-    def _inner_products(self, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        return self._along_mean(a, h), self.tensors().project(a, h)
+        return tensors_of(self, ok.FactoredTensors, self.cotangent, self.bias)
 
     def combine(self, weights: Tensor) -> Tensor:
         """Σ_k weights_k V_k, [C, D̃] in fp64: the direction in gradient space with these coordinates."""
