@@ -11,7 +11,7 @@ from ood_kernels.reference import compute_dtype
 
 from ..errors import InputError, one_of
 from ..features.fit_data import FitData
-from ..subspace import BASES, Basis, ClassAverageBasis, DualBasis, ExplicitBasis, check_n_components, plan_of
+from ..subspace import BASES, Basis, ClassAverageBasis, DualBasis, ExplicitBasis, check_n_components
 from ..subspace.anchors import check_anchor_method
 from ..subspace.class_average import MAX_BYTES, class_means_bytes
 from ..subspace.eigen import LARGEST_EIGENPROBLEM
@@ -116,7 +116,7 @@ class GradientSubspace(NamedTuple):
         if self.anchors == "class_balanced":
             options["labels"] = data.labels(index).to(p.device)
         basis = DualBasis.fit(p, h, anchors=self.anchors, **options)
-        if self.basis == "auto" and plan_of(basis, samples=_PLANNED_BATCH).choice == "explicit":
+        if self.basis == "auto" and basis.plan(_PLANNED_BATCH).choice == "explicit":
             return basis.to_explicit()
         return basis
 

@@ -9,7 +9,7 @@ from .class_average import ClassAverageBasis
 from .dual import DualBasis
 from .explicit import ExplicitBasis
 from .factored import FactoredBasis
-from .plan import Machine, Plan, plan, plan_of
+from .plan import Plan, plan
 from .samples import check_n_components
 
 __all__ = [
@@ -19,12 +19,10 @@ __all__ = [
     "DualBasis",
     "ExplicitBasis",
     "FactoredBasis",
-    "Machine",
     "Plan",
     "check_n_components",
     "extend",
     "plan",
-    "plan_of",
 ]
 
 BASES: dict[str, type[DualBasis | ExplicitBasis | FactoredBasis | ClassAverageBasis]] = {

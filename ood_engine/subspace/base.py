@@ -13,7 +13,7 @@ from ood_kernels import reference
 from ..errors import InputError, one_of
 from ..fitted import FittedModule
 from .nfk import Separable
-from .plan import Plan, plan_of
+from .plan import Plan, matrix_elements, plan
 
 __all__ = ["Basis", "extend", "outer_sums", "tensors_of", "whitening_of"]
 
@@ -72,12 +72,12 @@ class Basis(FittedModule):
         return sum(part.nbytes for part in self.tensors().parts() if part is not None)
 
     def flops(self, samples: int) -> int:
-        """Floating point operations of projecting `samples` gradients: each multiplies every number of every matrix once."""
-        return 2 * samples * sum(part.numel() for part in self.tensors().parts() if part is not None and part.ndim > 1)
+        """Floating point operations of projecting `samples` gradients."""
+        return 2 * samples * matrix_elements(self.tensors())
 
     def plan(self, samples: int = 64) -> Plan:
         """Cost of this basis and its alternatives for a batch, see `ood_engine.subspace.plan`."""
-        return plan_of(self, samples=samples)
+        return plan(self, samples=samples)
 
     def tensors(self) -> ok.BasisTensors:
         """The tensors for `ood_kernels.project_gradients`."""
