@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import ood_kernels as ok
@@ -13,13 +12,13 @@ from ..errors import InputError, one_of
 from ..features.fit_data import FitData
 from ..features.signals import Signals
 from ..subspace.base import extend, tensors_of
+from ..subspace.class_samples import class_differences, inner_products
 from ..subspace.samples import fix_signs
 from .base import Detector, register
 
 __all__ = ["GradPCA"]
 
 _CLASS_MEAN_BYTES = 2 * 2**30
-_GRAM_BLOCK = 1024
 _EPSILON = torch.finfo(torch.float64).eps
 _SUBSPACE = ("components", "anchor_cotangents", "anchor_features", "coefficients", "shift", "linear")
 
@@ -128,14 +127,12 @@ class GradPCA(Detector):
 
     def _fit_anchors(self, a: Tensor, h: Tensor, membership: Tensor, data: FitData) -> None:
         """Components over anchors a [n, C], h [n, D] in fp64, with class `membership` [n] in 0 … K - 1."""
-        averages = F.one_hot(membership).double()
-        averages /= averages.sum(0)
-        weights = averages.mean(1)
-        differences = averages - weights[:, None]
-        inner = _inner_products(torch.cat([differences, weights[:, None]], 1), a, extend(h, True))
-        scale = (a.square().sum(1) * (h.square().sum(1) + 1)).max()
-        coefficients = differences @ self._principal(inner[:-1, :-1], scale)
-        shift = weights @ h
+        count = int(membership.max()) + 1
+        differences, weights = class_differences(membership, h.new_full((count,), 1 / count))
+        extended = extend(h, True)
+        inner = inner_products(torch.cat([differences, weights[:, None]], 1), a, extended)
+        along = self._principal(inner[:-1, :-1], (a.square().sum(1) * extended.square().sum(1)).max())
+        coefficients, shift = differences @ along, weights @ h
         dtype = reference.compute_dtype(data.head.weight)
         self.set_fitted(
             anchor_cotangents=a.to(dtype),
@@ -143,8 +140,8 @@ class GradPCA(Detector):
             coefficients=coefficients.to(dtype),
             shift=shift.to(dtype),
             linear=reference.linear_part(a, h, coefficients, shift.to(dtype).double()).to(dtype),
-            constants=(coefficients.T @ _along(weights, a, extend(h, True))).to(dtype),
-            mean=(a * weights[:, None]).T @ extend(h, True),
+            constants=(inner[-1, :-1] @ along).to(dtype),
+            mean=(a * weights[:, None]).T @ extended,
             mean_square=inner[-1, -1],
         )
 
@@ -212,17 +209,3 @@ def _first_of_each(membership: Tensor, count: int) -> Tensor:
     """Ascending rows of the first `count` members of each class."""
     order = membership.argsort(stable=True)
     return torch.cat([rows[:count] for rows in order.split(membership.bincount().tolist())]).sort().values
-
-
-def _inner_products(coefficients: Tensor, a: Tensor, h: Tensor) -> Tensor:
-    """[K, K] inner products of Σ_i coefficients_ik a_i ⊗ h̃_i, in row blocks of the samples' Gram matrix."""
-    blocks = zip(a.split(_GRAM_BLOCK), h.split(_GRAM_BLOCK), coefficients.split(_GRAM_BLOCK), strict=True)
-    return torch.stack([part.T @ (((left @ a.T) * (right @ h.T)) @ coefficients) for left, right, part in blocks]).sum(
-        0
-    )
-
-
-def _along(weights: Tensor, a: Tensor, h: Tensor) -> Tensor:
-    """[n] ⟨G_i, Σ_j weights_j G_j⟩."""
-    mean = (a * weights[:, None]).T @ h
-    return ((a @ mean) * h).sum(1)

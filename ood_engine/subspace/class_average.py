@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import ood_kernels as ok
@@ -12,7 +11,7 @@ from ood_kernels import reference
 from ..errors import InputError
 from . import nfk
 from .base import Basis, extend, whitening_of
-from .class_samples import ClassSamples
+from .class_samples import ClassSamples, class_differences, inner_products
 from .dual import DualBasis
 from .explicit import ExplicitBasis
 from .samples import check_fit
@@ -23,7 +22,6 @@ MAX_BYTES = 2 * 2**30
 """Memory limit of exact class means over all samples; 2 GiB is our default; the paper gives none."""
 
 _EPSILON = torch.finfo(torch.float64).eps
-_GRAM_BLOCK = 1024
 _EXPLICIT = ("components", "mean_gradient")
 _DUAL = ("anchor_cotangents", "anchor_features", "coefficients", "shift", "linear", "mean_square", "weights")
 
@@ -155,14 +153,12 @@ class ClassAverageBasis(Basis):
         column = torch.arange(len(anchors), device=a.device).repeat_interleave(
             a.new_tensor(list(map(len, anchors))).long()
         )
-        averages = F.one_hot(column, len(anchors)).double()
-        averages /= averages.sum(0)
-        weights = averages @ samples.shares
+        differences, weights = class_differences(column, samples.shares)
         if normalisation == "nfk-separable":
             spread = nfk.mean_and_deviation(a, extend(h, self.bias), weights)[1]
             self.set_separable(nfk.separate(spread, self.bias))
-        differences = averages - weights[:, None]
-        inner = self._inner_products_of(torch.cat([differences, weights[:, None]], 1), a, h)
+        scaled_a, scaled_h = self.scaled(a, h)
+        inner = inner_products(torch.cat([differences, weights[:, None]], 1), scaled_a, extend(scaled_h, self.bias))
         gram, along_mean, mean_square = inner[:-1, :-1], inner[-1, :-1], inner[-1, -1]
         squares, norms = gram.diagonal(), self._square(a, h)
         kept = samples.distinct(squares, len(rows) * _EPSILON * norms.max())
@@ -184,14 +180,6 @@ class ClassAverageBasis(Basis):
             classes=samples.classes[kept],
             whitening=whitening_of(gram[kept][:, kept] / torch.outer(lengths, lengths), dtype),
         )
-
-    def _inner_products_of(self, coefficients: Tensor, a: Tensor, h: Tensor) -> Tensor:
-        """[K, K] inner products of Σ_i coefficients_ik g̃_i, in row blocks of the samples' Gram matrix."""
-        a, h = self.scaled(a, h)
-        h = extend(h, self.bias)
-        blocks = zip(a.split(_GRAM_BLOCK), h.split(_GRAM_BLOCK), coefficients.split(_GRAM_BLOCK), strict=True)
-        parts = [part.T @ (((left @ a.T) * (right @ h.T)) @ coefficients) for left, right, part in blocks]
-        return torch.stack(parts).sum(0)
 
     @property
     def form(self) -> ExplicitBasis | DualBasis:

@@ -6,6 +6,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ood_kernels import reference
@@ -13,9 +14,10 @@ from ood_kernels import reference
 from ..errors import InputError, OodEngineWarning
 from .base import extend
 
-__all__ = ["ClassSamples"]
+__all__ = ["ClassSamples", "class_differences", "inner_products"]
 
 _BLOCK = 4096
+_GRAM_BLOCK = 1024
 _NAMED = 5
 
 
@@ -107,6 +109,26 @@ class ClassSamples(NamedTuple):
                 stacklevel=5,
             )
         return kept
+
+
+def class_differences(members: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients over n samples of the class means Ḡ_c - M [n, K], and of the overall mean M = Σ_c share_c Ḡ_c [n], in fp64.
+
+    Args:
+        members: class of each sample [n], 0 … K - 1.
+        shares: weight of each class in M [K], with sum 1.
+    """
+    averages = F.one_hot(members, len(shares)).double()
+    averages /= averages.sum(0)
+    weights = averages @ shares
+    return averages - weights[:, None], weights
+
+
+def inner_products(coefficients: Tensor, a: Tensor, h: Tensor) -> Tensor:
+    """[K, K] inner products of Σ_i coefficients_ik a_i ⊗ h̃_i, in row blocks of the samples' Gram matrix."""
+    blocks = zip(a.split(_GRAM_BLOCK), h.split(_GRAM_BLOCK), coefficients.split(_GRAM_BLOCK), strict=True)
+    parts = [part.T @ (((left @ a.T) * (right @ h.T)) @ coefficients) for left, right, part in blocks]
+    return torch.stack(parts).sum(0)
 
 
 def _check_labels(labels: Tensor, samples: int, classes: int) -> None:

@@ -15,6 +15,7 @@ from ood_engine.features.cache import CacheRows, FeatureCache
 from ood_engine.features.fit_data import FitData
 from ood_engine.features.signals import Signals
 from ood_engine.runtime import Kernels
+from ood_engine.subspace import class_samples
 from ood_kernels.reference import COTANGENTS
 
 
@@ -74,7 +75,7 @@ def test_sum_logits_is_pca_of_class_mean_features(problem):
 
 def test_anchors_are_the_first_of_every_class(problem, autograd_gradients, monkeypatch):
     monkeypatch.setattr(grad_pca, "_CLASS_MEAN_BYTES", 0)
-    monkeypatch.setattr(grad_pca, "_GRAM_BLOCK", 5)
+    monkeypatch.setattr(class_samples, "_GRAM_BLOCK", 5)
     h, labels, weight, bias, test = problem
     detector = create_detector("grad_pca", cotangent="energy", anchors_per_class=3)
     detector.fit(data_of(h, labels, weight, bias))
