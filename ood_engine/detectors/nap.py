@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..features.signals import Signals
 from .base import Detector, register
 
-__all__ = ["NAP", "NAPMSP", "NAPEnergy", "combine"]
+__all__ = ["NAP", "NAPMSP", "Combined", "NAPEnergy", "check_eps", "combine"]
 
 _SMALLEST_BASE = 1e-6
 
@@ -52,13 +52,13 @@ class NAP(Detector):
         return signals.nap(self._eps)
 
 
-class _Combined(Detector):
-    """S = B^w · S_NAP^(1-w) with a base score B > 0."""
+class Combined(Detector):
+    """S = B^w · S_NAP^(1-w) with a base score B > 0; `others` are the settings of the next class."""
 
     needs_map = True
 
-    def __init__(self, *, eps: float = 1.0, w: float = 0.5) -> None:
-        super().__init__()
+    def __init__(self, *, eps: float = 1.0, w: float = 0.5, **others: Any) -> None:
+        super().__init__(**others)
         self._eps = check_eps(eps)
         self._w = check_weight(w)
 
@@ -77,16 +77,16 @@ class _Combined(Detector):
 
     def grid(self) -> Sequence[dict[str, Any]]:
         """Weights from 0 to 1 in steps of 0.1, our reading of the paper's search."""
-        return W_GRID
+        return [{"w": step / 10} for step in range(11)]
 
     def configure(self, **settings: Any) -> None:
         """Change w."""
-        self._w = check_weight(settings["w"])
+        self._w = check_weight(settings.get("w", self._w))
         super().configure(**settings)
 
 
 @register("nap_energy")
-class NAPEnergy(_Combined):
+class NAPEnergy(Combined):
     """NAP with Energy: S = B^w · S_NAP^(1-w) with B = lse.
 
     Args:
@@ -106,16 +106,13 @@ class NAPEnergy(_Combined):
         torch.Size([2])
     """
 
-    def __init__(self, *, eps: float = 1.0, w: float = 0.5) -> None:
-        super().__init__(eps=eps, w=w)
-
     def base(self, signals: Signals) -> Tensor:
         """[N] lse."""
         return signals.lse
 
 
 @register("nap_msp")
-class NAPMSP(_Combined):
+class NAPMSP(Combined):
     """NAP with MSP: S = B^w · S_NAP^(1-w) with B = max p, our reading of the paper.
 
     Args:
@@ -140,9 +137,6 @@ class NAPMSP(_Combined):
     def base(self, signals: Signals) -> Tensor:
         """[N] largest probability."""
         return signals.probabilities.amax(1)
-
-
-W_GRID: tuple[dict[str, Any], ...] = tuple({"w": step / 10} for step in range(11))
 
 
 def combine(base: Tensor, nap: Tensor, w: float, signals: Signals, name: str) -> Tensor:

@@ -15,7 +15,7 @@ from ..features.fit_data import FitData
 from ..features.signals import Signals
 from ..runtime import Masks
 from .base import Detector, register
-from .nap import W_GRID, check_eps, check_weight, combine
+from .nap import Combined
 
 __all__ = ["NAPOPNP", "ONP", "OPNP", "OPP", "keep_mask", "sensitivity", "sensitivity_ranks"]
 
@@ -186,7 +186,7 @@ class ONP(_Pruned):
 
 
 @register("nap_opnp")
-class NAPOPNP(OPNP):
+class NAPOPNP(Combined, OPNP):
     """NAP with OPNP: S = B^w · S_NAP^(1-w) with B = lse of the pruned head; a combination proposed here, in neither paper.
 
     Args:
@@ -207,8 +207,6 @@ class NAPOPNP(OPNP):
         torch.Size([2])
     """
 
-    needs_map = True
-
     def __init__(
         self,
         *,
@@ -217,27 +215,11 @@ class NAPOPNP(OPNP):
         eps: float = 1.0,
         w: float = 0.5,
     ) -> None:
-        super().__init__(weight_range=weight_range, neuron_range=neuron_range)
-        self._eps = check_eps(eps)
-        self._w = check_weight(w)
+        super().__init__(eps=eps, w=w, weight_range=weight_range, neuron_range=neuron_range)
 
-    @property
-    def eps(self) -> float:
-        """The constant in the NAP ratio."""
-        return self._eps
-
-    def forward(self, signals: Signals) -> Tensor:
-        """[N] weighted geometric mean of pruned energy and NAP."""
-        return combine(signals.pruned_lse(self), signals.nap(self._eps), self._w, signals, self.name)
-
-    def grid(self) -> Sequence[dict[str, Any]]:
-        """Weights from 0 to 1 in steps of 0.1, at the current ranges."""
-        return W_GRID
-
-    def configure(self, **settings: Any) -> None:
-        """Change w or the ranges."""
-        self._w = check_weight(settings.get("w", self._w))
-        super().configure(**settings)
+    def base(self, signals: Signals) -> Tensor:
+        """[N] lse of the pruned head."""
+        return signals.pruned_lse(self)
 
 
 def _ranks(data: FitData) -> tuple[Tensor, Tensor]:
