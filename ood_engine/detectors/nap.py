@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..features.signals import Signals
 from .base import Detector, register
 
-__all__ = ["NAP", "NAPMSP", "Combined", "NAPEnergy", "check_eps", "combine"]
+__all__ = ["NAP", "NAPMSP", "Combined", "NAPEnergy", "combine"]
 
 _SMALLEST_BASE = 1e-6
 

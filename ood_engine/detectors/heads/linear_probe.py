@@ -15,6 +15,7 @@ __all__ = ["LinearProbe"]
 _BATCH = 128
 _MOST_QUANTILE_VALUES = 2**27
 _BLOCK_ROWS = 8192
+_REACT_QUANTILE = 0.9
 
 
 class LinearProbe(VectorHead):
@@ -23,18 +24,16 @@ class LinearProbe(VectorHead):
     Trained as in the paper's code: cross-entropy, SGD with momentum 0.9, weight decay 5e-4, learning rate 0.1, 10 epochs. The
     batch size of 128 is our default; the paper gives none. Trained on the CPU, hence deterministic for a given seed on any device.
 
-    After training, inputs of the probe may be clamped. "react" (arXiv 2111.12797) clips the late dimensions from above at a
-    quantile of their training values; "bats" (arXiv 2210.04200) clamps every dimension to mean ± width · standard deviation of
-    the batch norm.
+    After training, inputs of the probe may be clamped. "react" (arXiv 2111.12797) clips the late dimensions from above at the 0.9
+    quantile of their training values (at most the first 2^27 of them), where the paper's code uses 0.9 and 0.7 of the test data;
+    "bats" (arXiv 2210.04200) clamps every dimension to mean ± standard deviation of the batch norm, a width that is our default;
+    the paper gives none.
 
     Args:
         score: "energy" or "msp".
         epochs: training epochs.
         clamp: "none", "react" or "bats".
         react_from: first dimension clipped by ReAct; the paper's code uses 10 on CIFAR, 950 on ImageNet.
-        react_quantile: clipping quantile; the paper's code uses 0.9 and 0.7 of the test data, here of the training data (at most
-            its first 2^27 values).
-        bats_width: half-width of the interval in standard deviations; 1 is our default; the paper gives none.
 
     Attributes:
         accuracy: 0-d training accuracy of the probe; None before `fit`.
@@ -45,16 +44,7 @@ class LinearProbe(VectorHead):
 
     accuracy: Tensor | None
 
-    def __init__(
-        self,
-        score: str = "energy",
-        epochs: int = 10,
-        *,
-        clamp: str = "none",
-        react_from: int = 10,
-        react_quantile: float = 0.9,
-        bats_width: float = 1.0,
-    ) -> None:
+    def __init__(self, score: str = "energy", epochs: int = 10, *, clamp: str = "none", react_from: int = 10) -> None:
         super().__init__("weight", "bias", "lower", "upper", "accuracy")
         if score not in ("energy", "msp"):
             raise InputError(f"probe score {score!r}: expected 'energy' or 'msp'")
@@ -62,16 +52,11 @@ class LinearProbe(VectorHead):
             raise InputError(f"epochs={epochs!r}: expected a whole number of at least 1")
         if clamp not in ("none", "react", "bats"):
             raise InputError(f"probe clamp {clamp!r}: expected 'none', 'react' or 'bats'")
-        if not 0 < react_quantile <= 1 or react_from < 0:
-            raise InputError(
-                f"react_from={react_from!r}, react_quantile={react_quantile!r}: expected a dimension of at least 0 and a fraction"
-                " in (0, 1]"
-            )
-        if not bats_width > 0:
-            raise InputError(f"bats_width={bats_width!r}: expected standard deviations above 0")
+        if react_from < 0:
+            raise InputError(f"react_from={react_from!r}: expected a dimension of at least 0")
         self.score = score
         self.epochs = epochs
-        self._clamp = (clamp, react_from, react_quantile, bats_width)
+        self._clamp, self._react_from = clamp, react_from
 
     def fit(self, x: Tensor, labels: Tensor, classes: int, seed: int = 0) -> None:
         """Train on x [m, K] with labels [m] in 0 … classes - 1.
@@ -106,14 +91,13 @@ class LinearProbe(VectorHead):
 
     def _bounds(self, x: Tensor, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper clamping bounds, [K] each."""
-        kind, react_from, react_quantile, bats_width = self._clamp
-        if kind == "bats":
-            return mean - bats_width * deviation, mean + bats_width * deviation
+        if self._clamp == "bats":
+            return mean - deviation, mean + deviation
         lower, upper = torch.full_like(mean, -torch.inf), torch.full_like(mean, torch.inf)
-        late = x[: max(1, _MOST_QUANTILE_VALUES // x.shape[1]), react_from:]
-        if kind == "react" and late.numel():
+        late = x[: max(1, _MOST_QUANTILE_VALUES // x.shape[1]), self._react_from :]
+        if self._clamp == "react" and late.numel():
             # `torch.quantile` is limited to 2^24 values.
-            upper[react_from:] = late.flatten().kthvalue(max(1, round(react_quantile * late.numel()))).values
+            upper[self._react_from :] = late.flatten().kthvalue(max(1, round(_REACT_QUANTILE * late.numel()))).values
         return lower, upper
 
     def fit_samples(self, x: Tensor, data: FitData, index: Tensor) -> None:

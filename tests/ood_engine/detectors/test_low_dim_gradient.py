@@ -246,7 +246,7 @@ def test_components_cotangent_and_anchors_are_settings(make_engine):
         ({"a": float("nan")}, r"a=nan: expected a finite weight"),
         ({"a": 1, "head": "residual"}, r"a=1 with the residual head: it has no forward side"),
         ({"a": 1, "head": "vim"}, r"a=1 with the vim head: it has no forward side"),
-        ({"head": "probe_react", "react_from": -1}, r"react_from=-1, react_quantile=0.9: expected a dimension"),
+        ({"head": "probe_react", "react_from": -1}, r"react_from=-1: expected a dimension of at least 0"),
         ({"basis": "pca"}, "basis='pca': expected one of auto, dual, explicit, factored, class_average"),
         ({"normalisation": "nfk"}, "normalisation='nfk' with basis='auto': expected one of none, nfk-separable"),
         ({"basis": "dual", "normalisation": "x"}, "normalisation='x' with basis='dual': expected one of none, nfk-sep"),
@@ -261,7 +261,7 @@ def test_settings_are_checked_before_anything_is_run(settings, message):
 
 def test_react_clips_late_dimensions_at_a_training_quantile():
     x, labels = vectors(300), torch.arange(300) % 3
-    plain, react = LinearProbe(), LinearProbe(clamp="react", react_from=2, react_quantile=0.9)
+    plain, react = LinearProbe(), LinearProbe(clamp="react", react_from=2)
     plain.fit(x, labels, 3)
     react.fit(x, labels, 3)
     assert torch.equal(
@@ -277,10 +277,10 @@ def test_react_clips_late_dimensions_at_a_training_quantile():
 
 def test_bats_clamps_to_what_the_batch_norm_has_seen():
     x, labels = vectors(300) * 2 + 1, torch.arange(300) % 3
-    head = LinearProbe(clamp="bats", bats_width=1.5, epochs=30)
+    head = LinearProbe(clamp="bats", epochs=30)
     head.fit(x, labels, 3)
-    assert torch.allclose(head.fitted("upper"), x.mean(0) + 1.5 * x.std(0), rtol=0.1, atol=0.2)
-    assert torch.allclose(head.fitted("lower"), x.mean(0) - 1.5 * x.std(0), rtol=0.1, atol=0.2)
+    assert torch.allclose(head.fitted("upper"), x.mean(0) + x.std(0), rtol=0.1, atol=0.2)
+    assert torch.allclose(head.fitted("lower"), x.mean(0) - x.std(0), rtol=0.1, atol=0.2)
     far = torch.full((1, x.shape[1]), 1e6)
     assert torch.equal(head(far), head(far * 10))
 
