@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bases import basis_tensors
-from .bases.dual import linear_part, project_dual
-from .bases.explicit import project_explicit
-from .bases.factored import project_factored
+from .bases.dual import linear_part
 from .masks import unpack_mask
 from .types import BasisTensors, HasBasisTensors, Head, PoolStatistics, ScoreOutputs, compute_dtype
 
@@ -27,9 +25,6 @@ __all__ = [
     "nap_from_statistics",
     "pool_nap",
     "pool_statistics",
-    "project_dual",
-    "project_explicit",
-    "project_factored",
     "project_gradients",
     "score",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import check_shapes
 from ..types import compute_dtype
 
-__all__ = ["DualTensors", "linear_part", "project_dual"]
+__all__ = ["DualTensors", "linear_part"]
 
 
 class DualTensors(NamedTuple):
@@ -85,40 +85,25 @@ class DualTensors(NamedTuple):
         return sizes["C"], sizes["D"]
 
     def project(self, a: Tensor, h: Tensor) -> Tensor:
-        """Centred coordinates [N, K], see `project_dual`."""
-        return project_dual(a, h, *self[:4], self.bias, *self[6:])
+        """Centred coordinates [N, K]: ((A Aₐᵀ) ∘ (H̃ H̃ₐᵀ)) · coefficients - constants.
 
-
-def project_dual(
-    a: Tensor,
-    h: Tensor,
-    anchor_cotangents: Tensor,
-    anchor_features: Tensor,
-    coefficients: Tensor,
-    constants: Tensor,
-    bias: bool = True,
-    shift: Tensor | None = None,
-    linear: Tensor | None = None,
-) -> Tensor:
-    """Centred coordinates [N, K] in a dual basis: ((A Aₐᵀ) ∘ (H̃ H̃ₐᵀ)) · coefficients - constants.
-
-    The Gram entry of two rank-one gradients is ⟨a ⊗ h̃, a_i ⊗ h̃_i⟩ = (a·a_i)(h̃·h̃_i), so three matrix products replace
-    a tensor of [N, C, D]: 2·n·(C + D̃ + K) flops per sample. With a shift μ, G = a ⊗ [h - μ; 0] + a ⊗ [μ; 1], and `a @ linear`
-    is the second term's coordinates: the same result from a Gram matrix without the common offset of its entries.
-    """
-    dtype = compute_dtype(a, h, anchor_cotangents, anchor_features, coefficients, constants, shift, linear)
-    a, h = a.to(dtype), h.to(dtype)
-    kernel = (h if shift is None else h - shift.to(dtype)) @ anchor_features.to(dtype).T
-    if bias and shift is None:
-        kernel += 1
-    kernel *= a @ anchor_cotangents.to(dtype).T
-    coordinates = kernel @ coefficients.to(dtype) - constants.to(dtype)
-    return coordinates if linear is None else coordinates + a @ linear.to(dtype)
+        The Gram entry of two rank-one gradients is ⟨a ⊗ h̃, a_i ⊗ h̃_i⟩ = (a·a_i)(h̃·h̃_i), so three matrix products replace
+        a tensor of [N, C, D]: 2·n·(C + D̃ + K) flops per sample. With a shift μ, G = a ⊗ [h - μ; 0] + a ⊗ [μ; 1], and `a @ linear`
+        is the second term's coordinates: the same result from a Gram matrix without the common offset of its entries.
+        """
+        dtype = compute_dtype(a, h, *self.parts())
+        a, h = a.to(dtype), h.to(dtype)
+        kernel = (h if self.shift is None else h - self.shift.to(dtype)) @ self.anchor_features.to(dtype).T
+        if self.bias and self.shift is None:
+            kernel += 1
+        kernel *= a @ self.anchor_cotangents.to(dtype).T
+        coordinates = kernel @ self.coefficients.to(dtype) - self.constants.to(dtype)
+        return coordinates if self.linear is None else coordinates + a @ self.linear.to(dtype)
 
 
 def linear_part(
     anchor_cotangents: Tensor, anchor_features: Tensor, coefficients: Tensor, shift: Tensor, bias: bool = True
 ) -> Tensor:
-    """Coordinates [C, K] of e_c ⊗ [shift; 1] in a dual basis, Σ_i α_ik a_ic (h_i·shift + 1): `linear` in `project_dual`."""
+    """Coordinates [C, K] of e_c ⊗ [shift; 1] in a dual basis, Σ_i α_ik a_ic (h_i·shift + 1): its `linear`."""
     inner = anchor_features @ shift + bias
     return (anchor_cotangents * inner[:, None]).T @ coefficients

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import check_shapes
 from ..types import compute_dtype
 
-__all__ = ["ExplicitTensors", "project_explicit"]
+__all__ = ["ExplicitTensors"]
 
 _WORKSPACE_ELEMENTS = 4 * 2**20
 _LONGEST_SUM = 2**17
@@ -70,31 +70,28 @@ class ExplicitTensors(NamedTuple):
         return sizes["C"], sizes["D"] - self.bias
 
     def project(self, a: Tensor, h: Tensor) -> Tensor:
-        """Centred coordinates [N, K], see `project_explicit`."""
-        return project_explicit(a, h, *self[:2], self.bias)
-
-
-def project_explicit(a: Tensor, h: Tensor, components: Tensor, constants: Tensor, bias: bool = True) -> Tensor:
-    """Centred coordinates [N, K] in an explicit basis V [K, C, D̃]: aᵀ V_k h̃ - constant_k, 2·K·C·D̃ flops per sample."""
-    dtype = compute_dtype(a, h, components, constants)
-    a, h = a.to(dtype), h.to(dtype)
-    n_components, classes, width = components.shape
-    samples = a.shape[0]
-    coordinates = a.new_empty((samples, n_components))
-    # Chunks of materialised gradients as rows of one product, where they are smaller than the intermediate a @ V; longer sums would
-    # lose digits.
-    if classes < n_components and classes * width <= _LONGEST_SUM:
-        rows = max(1, _WORKSPACE_ELEMENTS // max(1, classes * width))
-        vectors, extended = components.to(dtype).flatten(1), torch.cat([h, h.new_ones((samples, 1))], 1) if bias else h
-        for start in range(0, samples, rows):
-            here = slice(start, start + rows)
-            gradients = (a[here, :, None] * extended[here, None]).flatten(1)
-            torch.mm(gradients, vectors.T, out=coordinates[here])
+        """Centred coordinates [N, K]: aᵀ V_k h̃ - constant_k, 2·K·C·D̃ flops per sample."""
+        components, constants, bias = self.components, self.constants, self.bias
+        dtype = compute_dtype(a, h, components, constants)
+        a, h = a.to(dtype), h.to(dtype)
+        n_components, classes, width = components.shape
+        samples = a.shape[0]
+        coordinates = a.new_empty((samples, n_components))
+        # Chunks of materialised gradients as rows of one product, where they are smaller than the intermediate a @ V; longer sums
+        # would lose digits.
+        if classes < n_components and classes * width <= _LONGEST_SUM:
+            rows = max(1, _WORKSPACE_ELEMENTS // max(1, classes * width))
+            vectors = components.to(dtype).flatten(1)
+            extended = torch.cat([h, h.new_ones((samples, 1))], 1) if bias else h
+            for start in range(0, samples, rows):
+                here = slice(start, start + rows)
+                gradients = (a[here, :, None] * extended[here, None]).flatten(1)
+                torch.mm(gradients, vectors.T, out=coordinates[here])
+            return coordinates - constants.to(dtype)
+        block = max(1, _WORKSPACE_ELEMENTS // max(1, samples * width))
+        for start in range(0, n_components, block):
+            left = a @ components[start : start + block].to(dtype)  # [block, N, D̃]
+            features = left[..., :-1] if bias else left
+            part = (features * h).sum(-1)
+            coordinates[:, start : start + block] = (part + left[..., -1] if bias else part).T
         return coordinates - constants.to(dtype)
-    block = max(1, _WORKSPACE_ELEMENTS // max(1, samples * width))
-    for start in range(0, n_components, block):
-        left = a @ components[start : start + block].to(dtype)  # [block, N, D̃]
-        features = left[..., :-1] if bias else left
-        part = (features * h).sum(-1)
-        coordinates[:, start : start + block] = (part + left[..., -1] if bias else part).T
-    return coordinates - constants.to(dtype)

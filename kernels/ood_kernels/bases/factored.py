@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..checks import check_shapes, unfit
 from ..types import compute_dtype
-from .explicit import project_explicit
+from .explicit import ExplicitTensors
 
-__all__ = ["FactoredTensors", "project_factored"]
+__all__ = ["FactoredTensors"]
 
 
 class FactoredTensors(NamedTuple):
@@ -80,27 +80,15 @@ class FactoredTensors(NamedTuple):
         return sizes["C"], sizes["D"] - self.bias
 
     def project(self, a: Tensor, h: Tensor) -> Tensor:
-        """Centred coordinates [N, K], see `project_factored`."""
-        return project_factored(a, h, *self[:4], self.bias)
+        """Centred coordinates [N, K]: (aᵀ U_p) core_k (U_hᵀ h̃) - constant_k.
 
-
-def project_factored(
-    a: Tensor,
-    h: Tensor,
-    class_factors: Tensor,
-    feature_factors: Tensor,
-    core: Tensor,
-    constants: Tensor,
-    bias: bool = True,
-) -> Tensor:
-    """Centred coordinates [N, K] in a factored basis: (aᵀ U_p) core_k (U_hᵀ h̃) - constant_k.
-
-    The reduction preserves the rank-one structure of G = a ⊗ h̃: U_pᵀ G U_h = (U_pᵀ a) ⊗ (U_hᵀ h̃). After two small products
-    it is an explicit projection with R in place of C and Q in place of D̃: 2·(C·R + D̃·Q + K·R·Q) flops per sample.
-    """
-    dtype = compute_dtype(a, h, class_factors, feature_factors, core, constants)
-    feature_factors = feature_factors.to(dtype)
-    reduced = h.to(dtype) @ feature_factors[: h.shape[1]]
-    if bias:
-        reduced += feature_factors[-1]
-    return project_explicit(a.to(dtype) @ class_factors.to(dtype), reduced, core, constants, bias=False)
+        The reduction preserves the rank-one structure of G = a ⊗ h̃: U_pᵀ G U_h = (U_pᵀ a) ⊗ (U_hᵀ h̃). After two small products
+        it is an explicit projection with R in place of C and Q in place of D̃: 2·(C·R + D̃·Q + K·R·Q) flops per sample.
+        """
+        dtype = compute_dtype(a, h, *self[:4])
+        feature_factors = self.feature_factors.to(dtype)
+        reduced = h.to(dtype) @ feature_factors[: h.shape[1]]
+        if self.bias:
+            reduced += feature_factors[-1]
+        explicit = ExplicitTensors(self.core, self.constants, bias=False)
+        return explicit.project(a.to(dtype) @ self.class_factors.to(dtype), reduced)
