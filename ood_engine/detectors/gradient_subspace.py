@@ -19,14 +19,7 @@ from ..subspace.samples import check_max_anchors
 
 __all__ = ["GradientSubspace"]
 
-_SEPARABLE = ("none", "nfk-separable")
-_NORMALISATIONS = {
-    "auto": _SEPARABLE,
-    "dual": _SEPARABLE,
-    "explicit": ("none", "nfk", "nfk-separable"),
-    "factored": _SEPARABLE,
-    "class_average": ("none", "nfk", "nfk-separable"),
-}
+_NORMALISATIONS = {name: kind.normalisations for name, kind in {"auto": DualBasis, **BASES}.items()}
 _CANDIDATES_PER_ANCHOR = 16
 _PLANNED_BATCH = 64
 

@@ -38,8 +38,8 @@ class NAP(Detector):
 
     needs_map = True
 
-    def __init__(self, *, eps: float = 1.0) -> None:
-        super().__init__()
+    def __init__(self, *, eps: float = 1.0, **others: Any) -> None:
+        super().__init__(**others)
         self._eps = check_eps(eps)
 
     @property
@@ -52,20 +52,12 @@ class NAP(Detector):
         return signals.nap(self._eps)
 
 
-class Combined(Detector):
-    """S = B^w · S_NAP^(1-w) with a base score B > 0; `others` are the settings of the next class."""
-
-    needs_map = True
+class Combined(NAP):
+    """S = B^w · S_NAP^(1-w) with a base score B > 0; `others` are the settings of the base, if it is a detector itself."""
 
     def __init__(self, *, eps: float = 1.0, w: float = 0.5, **others: Any) -> None:
-        super().__init__(**others)
-        self._eps = check_eps(eps)
+        super().__init__(eps=eps, **others)
         self._w = check_weight(w)
-
-    @property
-    def eps(self) -> float:
-        """The constant in the NAP ratio."""
-        return self._eps
 
     def base(self, signals: Signals) -> Tensor:
         """[N] base score B."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,7 @@ class _Pruned(Detector):
     """Energy of the head pruned by sensitivity."""
 
     prunes = True
+    searched: ClassVar[tuple[str, ...]] = ("weight_range", "neuron_range")
 
     def __init__(self, weight_range: Range, neuron_range: Range) -> None:
         super().__init__("weight_ranks", "neuron_ranks", "weight_mask", "neuron_mask")
@@ -81,6 +82,10 @@ class _Pruned(Detector):
     def forward(self, signals: Signals) -> Tensor:
         """[N] logsumexp of the pruned head."""
         return signals.pruned_lse(self)
+
+    def grid(self) -> Sequence[dict[str, Any]]:
+        """Lower ends 0 to 0.3 and upper ends 0.99 to 1, equal for weights and neurons, chosen here."""
+        return [dict.fromkeys(self.searched, keep) for keep in product(_LOWER, _UPPER)]
 
     def configure(self, **settings: Any) -> None:
         """Change the ranges; the masks follow from the stored ranks."""
@@ -126,10 +131,6 @@ class OPNP(_Pruned):
     def __init__(self, *, weight_range: Range = (0.1, 0.995), neuron_range: Range = (0.05, 0.995)) -> None:
         super().__init__(weight_range, neuron_range)
 
-    def grid(self) -> Sequence[dict[str, Any]]:
-        """Lower ends 0 to 0.3 and upper ends 0.99 to 1, equal for weights and neurons, chosen here."""
-        return [{"weight_range": keep, "neuron_range": keep} for keep in product(_LOWER, _UPPER)]
-
 
 @register("opp")
 class OPP(_Pruned):
@@ -150,12 +151,10 @@ class OPP(_Pruned):
         torch.Size([2])
     """
 
+    searched = ("weight_range",)
+
     def __init__(self, *, weight_range: Range = (0.1, 0.995)) -> None:
         super().__init__(weight_range, _EVERYTHING)
-
-    def grid(self) -> Sequence[dict[str, Any]]:
-        """Lower ends 0 to 0.3 and upper ends 0.99 to 1, chosen here."""
-        return [{"weight_range": keep} for keep in product(_LOWER, _UPPER)]
 
 
 @register("onp")
@@ -177,12 +176,10 @@ class ONP(_Pruned):
         torch.Size([2])
     """
 
+    searched = ("neuron_range",)
+
     def __init__(self, *, neuron_range: Range = (0.05, 0.995)) -> None:
         super().__init__(_EVERYTHING, neuron_range)
-
-    def grid(self) -> Sequence[dict[str, Any]]:
-        """Lower ends 0 to 0.3 and upper ends 0.99 to 1, chosen here."""
-        return [{"neuron_range": keep} for keep in product(_LOWER, _UPPER)]
 
 
 @register("nap_opnp")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class Basis(FittedModule):
         self.cotangent = cotangent
         self.bias = bias
 
+    normalisations: ClassVar[tuple[str, ...]] = ("none", "nfk-separable")
+    """The normalisations that it can be fitted with."""
     constants: Tensor
     explained: Tensor
     """[K] share of the anchors' gradient variance along each component."""

@@ -49,6 +49,8 @@ class ClassAverageBasis(Basis):
         (tensor([0, 1, 2, 3]), torch.Size([32, 4]))
     """
 
+    normalisations = ("none", "nfk", "nfk-separable")
+
     def __init__(self, *, cotangent: str = "energy", bias: bool = True) -> None:
         super().__init__("classes", optional=(*_EXPLICIT, *_DUAL), cotangent=cotangent, bias=bias)
 
@@ -92,7 +94,7 @@ class ClassAverageBasis(Basis):
             InputError: a single class, equal class means, labels out of range, non-finite values, or an unknown option.
         """
         basis = cls(cotangent=cotangent, bias=bias).to(p.device)
-        check_fit(p, h, normalisation, ("none", "nfk", "nfk-separable"), max_anchors)
+        check_fit(p, h, normalisation, cls.normalisations, max_anchors)
         samples = ClassSamples.of(p.detach(), h.detach(), labels, cotangent, bias)
         required = class_means_bytes(len(samples.classes), p.shape[1], h.shape[1] + bias, samples.dtype)
         if required <= max_bytes:

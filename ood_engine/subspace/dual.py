@@ -90,7 +90,7 @@ class DualBasis(Basis):
         """
         check_n_components(n_components)
         basis = cls(cotangent=cotangent, bias=bias).to(p.device)
-        check_fit(p, h, normalisation, ("none", "nfk-separable"), max_anchors, LARGEST_EIGENPROBLEM)
+        check_fit(p, h, normalisation, cls.normalisations, max_anchors, LARGEST_EIGENPROBLEM)
         p, h = p.detach(), h.detach()
         dtype = reference.compute_dtype(p, h)
         check_anchor_method(anchors)

@@ -37,6 +37,8 @@ class ExplicitBasis(Basis):
         torch.Size([32, 3])
     """
 
+    normalisations = ("none", "nfk", "nfk-separable")
+
     def __init__(self, *, cotangent: str = "energy", bias: bool = True) -> None:
         super().__init__("components", "mean_gradient", cotangent=cotangent, bias=bias)
 
@@ -77,7 +79,7 @@ class ExplicitBasis(Basis):
         """
         check_n_components(n_components)
         basis = cls(cotangent=cotangent, bias=bias).to(p.device)
-        check_fit(p, h, normalisation, ("none", "nfk", "nfk-separable"), max_anchors, LARGEST_EIGENPROBLEM)
+        check_fit(p, h, normalisation, cls.normalisations, max_anchors, LARGEST_EIGENPROBLEM)
         dtype = reference.compute_dtype(p, h)
         a = reference.cotangent(p.detach()[:max_anchors].double(), cotangent)
         features = extend(h.detach()[:max_anchors].double(), bias)

@@ -92,7 +92,7 @@ class FactoredBasis(Basis):
         """
         check_n_components(n_components)
         basis = cls(cotangent=cotangent, bias=bias).to(p.device)
-        check_fit(p, h, normalisation, ("none", "nfk-separable"), max_anchors)
+        check_fit(p, h, normalisation, cls.normalisations, max_anchors)
         a = reference.cotangent(p.detach()[:max_anchors].double(), cotangent)
         features = extend(h.detach()[:max_anchors].double(), bias)
         dtype = reference.compute_dtype(p, h)

@@ -47,19 +47,11 @@ def _probe(score: str, clamp: str = "none") -> Callable[[HeadSettings], VectorHe
     return lambda settings: LinearProbe(score, settings.epochs, clamp=clamp, react_from=settings.react_from)
 
 
-def _energy(signals: Signals) -> Tensor:
-    return signals.lse
-
-
-def _msp(signals: Signals) -> Tensor:
-    return signals.probabilities.amax(1)
-
-
 VECTOR_HEADS: dict[str, HeadKind] = {
-    "probe_energy": HeadKind(_probe("energy"), _energy),
-    "probe_msp": HeadKind(_probe("msp"), _msp),
-    "probe_react": HeadKind(_probe("energy", "react"), _energy),
-    "probe_bats": HeadKind(_probe("energy", "bats"), _energy),
+    "probe_energy": HeadKind(_probe("energy"), lambda signals: signals.lse),
+    "probe_msp": HeadKind(_probe("msp"), lambda signals: signals.probabilities.amax(1)),
+    "probe_react": HeadKind(_probe("energy", "react"), lambda signals: signals.lse),
+    "probe_bats": HeadKind(_probe("energy", "bats"), lambda signals: signals.lse),
     "knn": HeadKind(lambda settings: KNearestNeighbours(settings.k)),
     "mahalanobis": HeadKind(lambda settings: Mahalanobis()),
     "mahalanobis_pp": HeadKind(lambda settings: Mahalanobis(normalise=True)),
