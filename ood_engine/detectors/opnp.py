@@ -55,56 +55,8 @@ def keep_mask(ranks: Tensor, keep: Range) -> Tensor:
     return above & (ranks <= math.floor(high * last))
 
 
-class _Pruned(Detector):
-    """Energy of the head pruned by sensitivity."""
-
-    prunes = True
-    searched: ClassVar[tuple[str, ...]] = ("weight_range", "neuron_range")
-
-    def __init__(self, weight_range: Range, neuron_range: Range) -> None:
-        super().__init__("weight_ranks", "neuron_ranks", "weight_mask", "neuron_mask")
-        self._ranges = check_range("weight_range", weight_range), check_range("neuron_range", neuron_range)
-
-    weight_mask: Tensor | None
-    neuron_mask: Tensor | None
-
-    @property
-    def masks(self) -> Masks:
-        """(weight mask bool [C, D], neuron mask bool [D]), True = keep."""
-        return self.fitted("weight_mask"), self.fitted("neuron_mask")
-
-    def fit(self, data: FitData) -> None:
-        """Rank the sensitivities of the unpruned head and derive the masks."""
-        weight_ranks, neuron_ranks = data.shared("sensitivity ranks", lambda: _ranks(data))
-        self.set_fitted(weight_ranks=weight_ranks, neuron_ranks=neuron_ranks)
-        self._update_masks()
-
-    def forward(self, signals: Signals) -> Tensor:
-        """[N] logsumexp of the pruned head."""
-        return signals.pruned_lse(self)
-
-    def grid(self) -> Sequence[dict[str, Any]]:
-        """Lower ends 0 to 0.3 and upper ends 0.99 to 1, equal for weights and neurons, chosen here."""
-        return [dict.fromkeys(self.searched, keep) for keep in product(_LOWER, _UPPER)]
-
-    def configure(self, **settings: Any) -> None:
-        """Change the ranges; the masks follow from the stored ranks."""
-        weight_range = check_range("weight_range", settings.get("weight_range", self._ranges[0]))
-        self._ranges = weight_range, check_range("neuron_range", settings.get("neuron_range", self._ranges[1]))
-        if self.weight_mask is not None:
-            self._update_masks()
-        super().configure(**settings)
-
-    def _update_masks(self) -> None:
-        weight_range, neuron_range = self._ranges
-        self.set_fitted(
-            weight_mask=keep_mask(self.fitted("weight_ranks"), weight_range),
-            neuron_mask=keep_mask(self.fitted("neuron_ranks"), neuron_range),
-        )
-
-
 @register("opnp")
-class OPNP(_Pruned):
+class OPNP(Detector):
     """S = lse of the head with both weights and neurons pruned.
 
     The sensitivity of a weight is M_cj = E|∂E/∂W_cj|, that of a neuron the mean over its weights. Entries outside their quantile
@@ -128,12 +80,53 @@ class OPNP(_Pruned):
         (torch.Size([8, 64]), torch.Size([64]))
     """
 
+    prunes = True
+    _searched: ClassVar[tuple[str, ...]] = ("weight_range", "neuron_range")
+
     def __init__(self, *, weight_range: Range = (0.1, 0.995), neuron_range: Range = (0.05, 0.995)) -> None:
-        super().__init__(weight_range, neuron_range)
+        super().__init__("weight_ranks", "neuron_ranks", "weight_mask", "neuron_mask")
+        self._ranges = check_range("weight_range", weight_range), check_range("neuron_range", neuron_range)
+
+    weight_mask: Tensor | None
+    neuron_mask: Tensor | None
+
+    @property
+    def masks(self) -> Masks:
+        """(weight mask bool [C, D], neuron mask bool [D]), True = keep."""
+        return self.fitted("weight_mask"), self.fitted("neuron_mask")
+
+    def fit(self, data: FitData) -> None:
+        """Rank the sensitivities of the unpruned head and derive the masks."""
+        weight_ranks, neuron_ranks = data.shared("sensitivity ranks", lambda: _ranks(data))
+        self.set_fitted(weight_ranks=weight_ranks, neuron_ranks=neuron_ranks)
+        self._update_masks()
+
+    def forward(self, signals: Signals) -> Tensor:
+        """[N] logsumexp of the pruned head."""
+        return signals.pruned_lse(self)
+
+    def grid(self) -> Sequence[dict[str, Any]]:
+        """Lower ends 0 to 0.3 and upper ends 0.99 to 1, equal for weights and neurons, chosen here."""
+        return [dict.fromkeys(self._searched, keep) for keep in product(_LOWER, _UPPER)]
+
+    def configure(self, **settings: Any) -> None:
+        """Change the ranges; the masks follow from the stored ranks."""
+        weight_range = check_range("weight_range", settings.get("weight_range", self._ranges[0]))
+        self._ranges = weight_range, check_range("neuron_range", settings.get("neuron_range", self._ranges[1]))
+        if self.weight_mask is not None:
+            self._update_masks()
+        super().configure(**settings)
+
+    def _update_masks(self) -> None:
+        weight_range, neuron_range = self._ranges
+        self.set_fitted(
+            weight_mask=keep_mask(self.fitted("weight_ranks"), weight_range),
+            neuron_mask=keep_mask(self.fitted("neuron_ranks"), neuron_range),
+        )
 
 
 @register("opp")
-class OPP(_Pruned):
+class OPP(OPNP):
     """OPNP with weight pruning only.
 
     Args:
@@ -151,14 +144,14 @@ class OPP(_Pruned):
         torch.Size([2])
     """
 
-    searched = ("weight_range",)
+    _searched = ("weight_range",)
 
     def __init__(self, *, weight_range: Range = (0.1, 0.995)) -> None:
-        super().__init__(weight_range, _EVERYTHING)
+        super().__init__(weight_range=weight_range, neuron_range=_EVERYTHING)
 
 
 @register("onp")
-class ONP(_Pruned):
+class ONP(OPNP):
     """OPNP with neuron pruning only.
 
     Args:
@@ -176,10 +169,10 @@ class ONP(_Pruned):
         torch.Size([2])
     """
 
-    searched = ("neuron_range",)
+    _searched = ("neuron_range",)
 
     def __init__(self, *, neuron_range: Range = (0.05, 0.995)) -> None:
-        super().__init__(_EVERYTHING, neuron_range)
+        super().__init__(weight_range=_EVERYTHING, neuron_range=neuron_range)
 
 
 @register("nap_opnp")
