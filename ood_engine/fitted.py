@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +35,18 @@ class FittedModule(nn.Module):
 
     Args:
         fitted: names of the buffers that every fit sets.
-        optional: names of those that only some fits set; None otherwise.
     """
 
     _place: Tensor
+    _optional_names: ClassVar[tuple[str, ...]] = ()
+    """Buffers that only some fits set; None otherwise."""
 
-    def __init__(self, *fitted: str, optional: Sequence[str] = ()) -> None:
+    def __init__(self, *fitted: str) -> None:
         super().__init__()
-        self._fitted_names, self._optional_names = fitted, optional
+        self._fitted_names = fitted
         # Tracks the device of a module without other buffers.
         self.register_buffer("_place", torch.empty(0), persistent=False)
-        for name in (*fitted, *optional):
+        for name in (*fitted, *self._optional_names):
             self.register_buffer(name, None)
 
     @property

@@ -41,8 +41,8 @@ class Detector(FittedModule):
     needs_map: ClassVar[bool] = False
     prunes: ClassVar[bool] = False
 
-    def __init__(self, *fitted: str, optional: Sequence[str] = ()) -> None:
-        super().__init__(*fitted, optional=optional)
+    def __init__(self, *fitted: str) -> None:
+        super().__init__(*fitted)
         self.name = type(self).__name__
         self.settings: dict[str, Any] = {}
         self.revision = 0

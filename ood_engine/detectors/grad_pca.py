@@ -20,7 +20,6 @@ __all__ = ["GradPCA"]
 
 _CLASS_MEAN_BYTES = 2 * 2**30
 _EPSILON = torch.finfo(torch.float64).eps
-_SUBSPACE = ("components", "anchor_cotangents", "anchor_features", "coefficients", "shift", "linear")
 
 
 @register("grad_pca")
@@ -53,8 +52,10 @@ class GradPCA(Detector):
         True
     """
 
+    _optional_names = ("components", "anchor_cotangents", "anchor_features", "coefficients", "shift", "linear")
+
     def __init__(self, *, cotangent: str = "sum_logits", explained: float = 0.99, anchors_per_class: int = 10) -> None:
-        super().__init__("constants", "mean", "mean_square", optional=_SUBSPACE)
+        super().__init__("constants", "mean", "mean_square")
         if cotangent not in reference.COTANGENTS:
             raise InputError(f"cotangent={cotangent!r}: {one_of(cotangent, reference.COTANGENTS)}")
         if isinstance(explained, bool) or not isinstance(explained, (int, float)) or not 0 < explained <= 1:
@@ -69,7 +70,7 @@ class GradPCA(Detector):
         Raises:
             InputError: a single class, or equal class means.
         """
-        for name in _SUBSPACE:
+        for name in self._optional_names:
             self._buffers[name] = None
         _, index = data.split(0)
         classes, membership = data.labels(index).unique(return_inverse=True)

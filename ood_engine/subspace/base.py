@@ -30,10 +30,10 @@ class Basis(FittedModule):
     to those along an orthonormal basis of its span.
     """
 
-    def __init__(
-        self, *fitted: str, optional: tuple[str, ...] = (), cotangent: str = "energy", bias: bool = True
-    ) -> None:
-        super().__init__(*fitted, "constants", "explained", optional=(*_METRIC, *optional))
+    _optional_names: ClassVar[tuple[str, ...]] = _METRIC
+
+    def __init__(self, *fitted: str, cotangent: str = "energy", bias: bool = True) -> None:
+        super().__init__(*fitted, "constants", "explained")
         if cotangent not in reference.COTANGENTS:
             raise InputError(f"cotangent={cotangent!r}: {one_of(cotangent, reference.COTANGENTS)}")
         self.cotangent = cotangent

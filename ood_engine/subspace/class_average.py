@@ -50,9 +50,10 @@ class ClassAverageBasis(Basis):
     """
 
     normalisations = ("none", "nfk", "nfk-separable")
+    _optional_names = (*Basis._optional_names, *_EXPLICIT, *_DUAL)
 
     def __init__(self, *, cotangent: str = "energy", bias: bool = True) -> None:
-        super().__init__("classes", optional=(*_EXPLICIT, *_DUAL), cotangent=cotangent, bias=bias)
+        super().__init__("classes", cotangent=cotangent, bias=bias)
 
     classes: Tensor
     """[K] int64: class of each column."""

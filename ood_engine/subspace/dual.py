@@ -42,9 +42,11 @@ class DualBasis(Basis):
         torch.Size([32, 3])
     """
 
+    _optional_names = (*Basis._optional_names, "residual", "weights")
+
     def __init__(self, *, cotangent: str = "energy", bias: bool = True) -> None:
         names = ("anchor_cotangents", "anchor_features", "coefficients", "shift", "linear", "mean_square")
-        super().__init__(*names, optional=("residual", "weights"), cotangent=cotangent, bias=bias)
+        super().__init__(*names, cotangent=cotangent, bias=bias)
 
     residual: Tensor | None
     """0-d: share of Σ ‖G‖² over all samples outside the span of the anchors; None if all samples are anchors."""
