@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TextIO
 
 import click
 import torch
@@ -115,13 +114,6 @@ def _reader_left() -> int:
     return 1
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
     place = "" if issubclass(category, OodEngineWarning) else f"{category.__name__}: "
     click.echo(f"warning: {place}{' '.join(str(message).split())}", err=True)

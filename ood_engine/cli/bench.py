@@ -9,8 +9,6 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from ..demo import SmallCNN
@@ -19,7 +17,7 @@ from ..errors import InputError
 from ..features.loader import with_progress
 from ..files import write_atomically
 from ..model.loading import load_model
-from .common import check_output, device_option, echo_json, json_option
+from .common import check_output, echo_json, path_option, print_table, run_options, weights_option
 from .timing import interleave, peak_mib, summary_ms
 
 __all__ = ["bench"]
@@ -34,16 +32,11 @@ BUILT_IN_IMAGES, BUILT_IN_SHAPE = 512, (1, 32, 32)
 
 @click.command()
 @click.option("--model", metavar="SPEC", help="package.module:factory or file.py:factory.  [a small CNN, untrained]")
-@click.option(
-    "--weights", type=click.Path(path_type=Path), help="Its weights: .safetensors, or a state_dict saved by torch.save."
-)
-@click.option("--state", type=click.Path(path_type=Path), help="State file of this model, from `ood-engine fit`.")
+@weights_option
+@path_option("--state", help="State file of this model, from `ood-engine fit`.")
 @click.option("--quick", is_flag=True, help="A tenth of the time, with fewer rounds.")
-@click.option(
-    "--output", default=Path("bench-output"), type=click.Path(path_type=Path), help="Output folder for bench.json."
-)
-@device_option
-@json_option
+@path_option("--output", default=Path("bench-output"), help="Output folder for bench.json.")
+@run_options
 def bench(
     model: str | None,
     weights: Path | None,
@@ -163,9 +156,7 @@ def _print(document: dict[str, Any]) -> None:
     machine, shape = document["machine"], "×".join(map(str, document["image_shape"]))
     click.echo(f"{document['model']}, images of {shape}: {', '.join(document['detectors'])}")
     click.echo(f"{machine['device']}, {machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}")
-    table = Table("Images", "", box=None, pad_edge=False)
-    for heading in ("Median ms", "Min ms", "p5–p95 ms", "Images/s", "Peak MiB"):
-        table.add_column(heading, justify="right")
+    rows = []
     for row in document["rows"]:
         for count, label, figures in (
             (str(row["batch"]), "forward", row["forward"]),
@@ -175,5 +166,5 @@ def _print(document: dict[str, Any]) -> None:
             spread = f"{figures['p5_ms']:.3g} to {figures['p95_ms']:.3g}"
             rate, peak = (figures.get(name) for name in ("images_per_second", "peak_mib"))
             last = ["" if rate is None else f"{rate:,.0f}", "" if peak is None else f"{peak:.2f}"]
-            table.add_row(count, label, f"{figures['median_ms']:.3g}", f"{figures['min_ms']:.3g}", spread, *last)
-    Console().print(table, highlight=False)
+            rows.append([count, label, f"{figures['median_ms']:.3g}", f"{figures['min_ms']:.3g}", spread, *last])
+    print_table(["Images", ""], ["Median ms", "Min ms", "p5–p95 ms", "Images/s", "Peak MiB"], rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,16 +21,20 @@ __all__ = [
     "Interrupted",
     "batch_size_option",
     "check_output",
-    "device_option",
     "echo_json",
     "echo_skipped",
+    "engine_options",
     "image_options",
     "json_option",
     "load_engine",
     "make_preprocess",
     "model_options",
+    "path_option",
+    "print_table",
+    "run_options",
     "seed_option",
-    "state_option",
+    "together",
+    "weights_option",
 ]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -41,42 +45,37 @@ class Interrupted(Exception):
     """Ctrl-C, with a message on what is kept and how to continue."""
 
 
-class _Size(click.ParamType):
-    name = "HxW"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        parts = value.lower().split("x")
-        if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r}: expected HEIGHTxWIDTH, such as 224x224, or one number for a square", param, ctx)
-        return int(parts[0]), int(parts[-1])
+def _size(value: str) -> tuple[int, int]:
+    parts = value.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{value!r}: expected HEIGHTxWIDTH, such as 224x224, or one number for a square")
+    return int(parts[0]), int(parts[-1])
 
 
-class _Numbers(click.ParamType):
-    name = "number[,number,number]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(float(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r}: expected one number, or one per channel, such as 0.485,0.456,0.406", param, ctx)
+def _numbers(value: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in value.split(","))
+    except ValueError:
+        problem = f"{value!r}: expected one number, or one per channel, such as 0.485,0.456,0.406"
+        raise click.BadParameter(problem) from None
 
 
-class _Device(click.ParamType):
-    name = "device"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> torch.device:
-        name = ("cuda" if torch.cuda.is_available() else "cpu") if value == "auto" else str(value)
-        try:
-            return torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:
-            self.fail(f"{value!r} cannot be used here ({one_line(error)}); try --device cpu", param, ctx)
+def _device(value: str) -> torch.device:
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if value == "auto" else value
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise click.BadParameter(f"{value!r} cannot be used here ({one_line(error)}); try --device cpu") from error
 
 
-def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def path_option(*names: str, **attributes: Any) -> Callable[[Command], Command]:
+    """An option whose value is a path."""
+    return click.option(*names, type=click.Path(path_type=Path), **attributes)
+
+
+def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order of the help text."""
+
     def decorate(command: Command) -> Command:
         for option in reversed(options):
             command = option(command)
@@ -85,42 +84,41 @@ def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Com
     return decorate
 
 
-device_option = click.option(
-    "--device", type=_Device(), default="auto", help="Device of the model; auto: CUDA if available, else CPU."
+_MODEL = "package.module:factory or file.py:factory"
+weights_option = path_option("--weights", help="Its weights: .safetensors, or a state_dict saved by torch.save.")
+model_options = together(
+    click.option("--model", required=True, metavar="SPEC", help=f"{_MODEL}; factory() returns the model."),
+    weights_option,
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one machine-readable JSON object.")
+engine_options = together(
+    path_option("--state", required=True, help="State file from `ood-engine fit`."),
+    model_options,
+)
 seed_option = click.option("--seed", default=0, type=click.IntRange(0, 2**31 - 1), help="Seed of all random draws.")
 batch_size_option = click.option("--batch-size", default=64, type=click.IntRange(1), help="Images per forward pass.")
-state_option = click.option(
-    "--state", required=True, type=click.Path(path_type=Path), help="State file from `ood-engine fit`."
-)
-model_options = _together(
-    click.option(
-        "--model",
-        required=True,
-        metavar="SPEC",
-        help="package.module:factory or file.py:factory; factory() returns the model.",
-    ),
-    click.option(
-        "--weights",
-        type=click.Path(path_type=Path),
-        help="Its weights: .safetensors, or a state_dict saved by torch.save.",
-    ),
-)
-image_options = _together(
-    click.option(
-        "--size", metavar="HxW", type=_Size(), help="Resize images to height x width; one number for a square."
-    ),
+image_options = together(
+    click.option("--size", metavar="HxW", type=_size, help="Resize images to height x width; one number for a square."),
     click.option(
         "--channels", type=click.Choice(["1", "3"]), help="1 (grey) or 3 (RGB).  [3 unless stored in the state]"
     ),
     click.option(
         "--mean",
         metavar="NUMBERS",
-        type=_Numbers(),
+        type=_numbers,
         help="Mean subtracted from pixels in [0, 1]; one number, or one per channel.",
     ),
-    click.option("--std", metavar="NUMBERS", type=_Numbers(), help="Standard deviation to divide by, likewise."),
+    click.option("--std", metavar="NUMBERS", type=_numbers, help="Standard deviation to divide by, likewise."),
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one machine-readable JSON object.")
+run_options = together(
+    click.option(
+        "--device",
+        metavar="DEVICE",
+        type=_device,
+        default="auto",
+        help="Device of the model; auto: CUDA if available, else CPU.",
+    ),
+    json_option,
 )
 
 
@@ -133,7 +131,7 @@ def make_preprocess(given: Mapping[str, Any], stored: Mapping[str, Any] | None =
 
 
 def load_engine(
-    state: Path, model: str, weights: Path | None, device: torch.device, image_fields: Mapping[str, Any]
+    state: Path, model: str, weights: Path | None, device: torch.device, **image_fields: Any
 ) -> tuple[Engine, nn.Module, Preprocess]:
     """Load the engine of a state file, its model, and the preprocessing it was fitted with."""
     network = load_model(model, weights).to(device)
@@ -176,3 +174,18 @@ def echo_skipped(skipped: Sequence[tuple[str, str]], what: str) -> list[dict[str
     if len(skipped) > NAMED_SKIPPED:
         click.echo(f"warning: {len(skipped)} images in all were left out of {what}", err=True)
     return [{"name": name, "error": error} for name, error in skipped]
+
+
+def print_table(text: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
+    """Print a table without lines: columns of text, then columns of numbers, which stand to the right."""
+    # Imported here, because the overview of commands needs neither.
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*text, title=title and f"\n{title}", title_justify="left", box=None, pad_edge=False)
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console().print(table, highlight=False)

@@ -11,22 +11,16 @@ import torch
 
 from ..demo.run import run_demo
 from ..evaluation.report import print_table
-from .common import Interrupted, check_output, device_option, echo_json, json_option, seed_option
+from .common import Interrupted, check_output, echo_json, path_option, run_options, seed_option
 
 __all__ = ["demo"]
 
 
 @click.command()
-@click.option(
-    "--output",
-    default=Path("demo-output"),
-    type=click.Path(path_type=Path),
-    help="Output folder for images, model, state and report.",
-)
+@path_option("--output", default=Path("demo-output"), help="Output folder for images, model, state and report.")
 @click.option("--quick", is_flag=True, help="Smoke test with fewer images and epochs; the numbers mean little.")
 @seed_option
-@device_option
-@json_option
+@run_options
 def demo(output: Path, quick: bool, seed: int, device: torch.device, as_json: bool) -> None:
     """Train a small classifier on scanned digits, fit all detectors, and write a report.
 

@@ -16,16 +16,15 @@ from ..images.dataset import ImageDataset, open_dataset
 from .common import (
     batch_size_option,
     check_output,
-    device_option,
     echo_json,
     echo_skipped,
+    engine_options,
     image_options,
-    json_option,
     load_engine,
-    model_options,
-    state_option,
+    path_option,
+    run_options,
 )
-from .sweep import check_sweep, run_sweep, sweep_options
+from .sweep import SWEEP_SETTINGS, check_sweep, run_sweep, sweep_options
 
 __all__ = ["evaluate"]
 
@@ -33,14 +32,12 @@ ID_NAME = "in-distribution"
 
 
 @click.command()
-@state_option
-@model_options
-@click.option(
+@engine_options
+@path_option(
     "--id",
     "id_path",
     required=True,
     metavar="DATA",
-    type=click.Path(path_type=Path),
     help="Held-out ID images; with labels the accuracy is measured too.",
 )
 @click.option(
@@ -51,37 +48,22 @@ ID_NAME = "in-distribution"
     metavar="NAME=DATA",
     help="Name and images of an OOD set; repeatable.",
 )
-@click.option(
-    "--output",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Output folder for evaluation.json, report.html and figures.",
-)
+@path_option("--output", required=True, help="Output folder for evaluation.json, report.html and figures.")
 @click.option("--title", default="Out-of-distribution detection", help="Heading of the report.")
 @sweep_options
 @image_options
 @batch_size_option
-@device_option
-@json_option
+@run_options
 def evaluate(
-    state: Path,
-    model: str,
-    weights: Path | None,
     id_path: Path,
     ood_paths: tuple[str, ...],
     output: Path,
     title: str,
     is_sweep: bool,
     fit_path: Path | None,
-    bases: tuple[str, ...] | None,
-    components: tuple[int, ...] | None,
-    heads: tuple[str, ...] | None,
-    normalisations: tuple[str, ...] | None,
-    basis_limit: int | None,
     batch_size: int,
-    device: torch.device,
     as_json: bool,
-    **image_fields: Any,
+    **options: Any,
 ) -> None:
     """Evaluate how well each detector separates OOD sets from ID images, and write a report.
 
@@ -98,17 +80,11 @@ def evaluate(
           --id test/ --ood textures=dtd/ --ood noise=noise.npy --output report/
       ood-engine evaluate ... --sweep --fit train/ --components 8,32,128 --heads knn,vim
     """
-    sweep_settings = {
-        "bases": bases,
-        "components": components,
-        "heads": heads,
-        "normalisations": normalisations,
-        "basis_limit": basis_limit,
-    }
+    sweep_settings = {name: options.pop(name) for name in SWEEP_SETTINGS}
     check_sweep(is_sweep, fit_path, sweep_settings)
     places = _places(ood_paths)
     check_output(output, folder=True)
-    engine, _, preprocess = load_engine(state, model, weights, device, image_fields)
+    engine, _, preprocess = load_engine(**options)
     id_data = open_dataset(id_path, preprocess)
     ood_data = {name: open_dataset(path, preprocess) for name, path in places.items()}
     class_names, classes = engine.information.get("class_names"), engine.head.weight.shape[0]
@@ -135,7 +111,7 @@ def evaluate(
         title=title,
         id_name=ID_NAME,
         batch_size=batch_size,
-        information={"state": state.name},
+        information={"state": options["state"].name},
         progress=True,
     )
     files = write_report(evaluation, output)

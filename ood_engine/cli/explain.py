@@ -18,43 +18,28 @@ from ..evaluation.report.explanation import explanation_png, largest
 from ..files import write_atomically
 from ..images.dataset import open_dataset
 from ..images.preprocess import Preprocess
-from .common import (
-    check_output,
-    device_option,
-    echo_json,
-    image_options,
-    json_option,
-    load_engine,
-    model_options,
-    state_option,
-)
+from .common import check_output, echo_json, engine_options, image_options, load_engine, path_option, run_options
 
 __all__ = ["explain"]
 
 
 @click.command()
-@state_option
-@model_options
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Images: a folder, .npy or .npz.")
+@engine_options
+@path_option("--data", required=True, help="Images: a folder, .npy or .npz.")
 @click.option("--image", required=True, help="Name of the image in the data, as written by `score`, or its number.")
 @click.option("--detector", default="low_dim_gradient", help="A low-dimensional-gradient detector of the state.")
-@click.option("--output", type=click.Path(path_type=Path), help="Figure to write, a .png file.")
+@path_option("--output", help="Figure to write, a .png file.")
 @click.option("--top", default=10, type=click.IntRange(1), help="Classes and channels to show.")
 @image_options
-@device_option
-@json_option
+@run_options
 def explain(
-    state: Path,
-    model: str,
-    weights: Path | None,
     data: Path,
     image: str,
     detector: str,
     output: Path | None,
     top: int,
-    device: torch.device,
     as_json: bool,
-    **image_fields: Any,
+    **options: Any,
 ) -> None:
     """Explain the score of one image as a sum of contributions of classes, channels and image positions.
 
@@ -67,7 +52,7 @@ def explain(
         check_output(output)
         if output.suffix.lower() != ".png":
             raise InputError(f"{output}: expected a name that ends in .png for --output")
-    engine, _, preprocess = load_engine(state, model, weights, device, image_fields)
+    engine, _, preprocess = load_engine(**options)
     dataset = open_dataset(data, preprocess)
     sample = dataset[_index(dataset.names, image)]
     if sample.image is None:

@@ -20,13 +20,13 @@ from ..model.loading import load_model
 from .common import (
     batch_size_option,
     check_output,
-    device_option,
     echo_json,
     echo_skipped,
     image_options,
-    json_option,
     make_preprocess,
     model_options,
+    path_option,
+    run_options,
     seed_option,
 )
 
@@ -35,16 +35,13 @@ __all__ = ["fit"]
 
 @click.command()
 @model_options
-@click.option(
+@path_option(
     "--data",
     required=True,
-    type=click.Path(path_type=Path),
     help="ID images: a folder (flat, or one folder per class), .npy or .npz.",
 )
-@click.option(
-    "--output", required=True, type=click.Path(path_type=Path), help="State file to write, such as state.safetensors."
-)
-@click.option("--calibration", type=click.Path(path_type=Path), help="Held-out ID images for the thresholds.")
+@path_option("--output", required=True, help="State file to write, such as state.safetensors.")
+@path_option("--calibration", help="Held-out ID images for the thresholds.")
 @click.option(
     "--calibration-share",
     type=click.FloatRange(0, 1, max_open=True),
@@ -72,9 +69,7 @@ __all__ = ["fit"]
 @click.option(
     "--cache-limit", default=4096, type=click.IntRange(0), help="MiB of features held in memory; beyond that on disk."
 )
-@click.option(
-    "--cache-directory", type=click.Path(path_type=Path), help="Folder of features on disk.  [a temporary folder]"
-)
+@path_option("--cache-directory", help="Folder of features on disk.  [a temporary folder]")
 @click.option(
     "--cache-dtype",
     default="float32",
@@ -82,8 +77,7 @@ __all__ = ["fit"]
     help="Storage type of features during fitting.",
 )
 @seed_option
-@device_option
-@json_option
+@run_options
 def fit(
     model: str,
     weights: Path | None,

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from ..evaluation.report.evaluation import printable
 from ..state import read_header
-from .common import echo_json, json_option
+from .common import echo_json, json_option, print_table
 
 __all__ = ["inspect"]
 
@@ -41,12 +41,12 @@ def inspect(state: Path, as_json: bool) -> None:
         return
     console = Console()
     console.print(_grid(_facts(state, header)))
-    console.print(_detector_table(header))
+    _print_detectors(header)
     if any(row["chosen"] for row in header["tuning"]):
         console.print(_grid({f"tuned {row['detector']}": _tuned(row) for row in header["tuning"] if row["chosen"]}))
     if header["subspaces"]:
-        console.print(_subspace_table(header["subspaces"]))
-    console.print(_tensor_table(tensors))
+        _print_subspaces(header["subspaces"])
+    _print_tensors(tensors)
 
 
 def _tensors(state: Path) -> list[dict[str, Any]]:
@@ -108,54 +108,38 @@ def _grid(facts: dict[str, str]) -> Table:
     return grid
 
 
-def _detector_table(header: dict[str, Any]) -> Table:
-    table = Table("Detector", "Settings", title="\nDetectors", title_justify="left", box=None, pad_edge=False)
-    table.add_column("Threshold", justify="right")
+def _print_detectors(header: dict[str, Any]) -> None:
+    rows = []
     for entry in header["detectors"]:
         threshold = header["thresholds"].get(entry["name"])
-        settings = _short(entry["settings"])
-        table.add_row(
-            Text(printable(entry["name"])),
-            Text(printable(settings or "–")),
-            "–" if threshold is None else f"{threshold:.6g}",
-        )
-    return table
+        settings = printable(_short(entry["settings"]) or "–")
+        rows.append([printable(entry["name"]), settings, "–" if threshold is None else f"{threshold:.6g}"])
+    print_table(["Detector", "Settings"], ["Threshold"], rows, "Detectors")
 
 
-def _subspace_table(subspaces: list[dict[str, Any]]) -> Table:
-    title = f"\nGradient subspaces, a batch of {subspaces[0]['samples']}; * = basis in use"
-    table = Table("Subspace", "K", "Basis", title=title, title_justify="left", box=None, pad_edge=False)
-    for heading in ("MFLOP", "size", "workspace", "estimate"):
-        table.add_column(heading, justify="right")
+def _print_subspaces(subspaces: list[dict[str, Any]]) -> None:
+    rows = []
     for subspace in subspaces:
         in_use = subspace["form"].removesuffix("Basis").lower()
-        for position, cost in enumerate(subspace["costs"]):
+        names = [printable(_short(subspace["detectors"])), str(subspace["components"])]
+        for cost in subspace["costs"]:
             used = "*" if cost["form"] == in_use or len(subspace["costs"]) == 1 else ""
-            table.add_row(
-                Text(printable(_short(subspace["detectors"]))) if position == 0 else "",
-                str(subspace["components"]) if position == 0 else "",
-                cost["form"] + used,
-                f"{cost['flops'] / 1e6:.1f}",
-                _size(cost["bytes"]),
-                _size(cost["workspace"]),
-                f"{cost['seconds'] * 1e3:.3g} ms",
-            )
-    return table
+            sizes = [_size(cost["bytes"]), _size(cost["workspace"])]
+            figures = [f"{cost['flops'] / 1e6:.1f}", *sizes, f"{cost['seconds'] * 1e3:.3g} ms"]
+            rows.append([*names, cost["form"] + used, *figures])
+            names = ["", ""]
+    title = f"Gradient subspaces, a batch of {subspaces[0]['samples']}; * = basis in use"
+    print_table(["Subspace", "K", "Basis"], ["MFLOP", "size", "workspace", "estimate"], rows, title)
 
 
-def _tensor_table(tensors: list[dict[str, Any]]) -> Table:
+def _print_tensors(tensors: list[dict[str, Any]]) -> None:
+    shapes = [str(row["shape"]).replace(",", " ×")[1:-1] or "one" for row in tensors]
+    rows = [
+        [printable(row["name"]), shape, row["dtype"], _size(row["bytes"])]
+        for row, shape in zip(tensors, shapes, strict=True)
+    ]
     total = _size(sum(row["bytes"] for row in tensors))
-    title = f"\n{len(tensors)} tensors, {total}"
-    table = Table("Tensor", "Shape", "Type", title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("Size", justify="right")
-    for row in tensors:
-        table.add_row(
-            Text(printable(row["name"])),
-            str(row["shape"]).replace(",", " ×")[1:-1] or "one",
-            row["dtype"],
-            _size(row["bytes"]),
-        )
-    return table
+    print_table(["Tensor", "Shape", "Type"], ["Size"], rows, f"{len(tensors)} tensors, {total}")
 
 
 def _size(count: int) -> str:

@@ -20,13 +20,12 @@ from .common import (
     Interrupted,
     batch_size_option,
     check_output,
-    device_option,
     echo_json,
+    engine_options,
     image_options,
-    json_option,
     load_engine,
-    model_options,
-    state_option,
+    path_option,
+    run_options,
 )
 from .results import ResultWriter, names_folder
 
@@ -39,9 +38,8 @@ Rows = dict[str, list[Any]]
 
 
 @click.command()
-@state_option
-@model_options
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Images to score: a folder, .npy or .npz.")
+@engine_options
+@path_option("--data", required=True, help="Images to score: a folder, .npy or .npz.")
 @click.option(
     "--output", required=True, type=click.Path(), help="Table to write: .parquet, .csv, or a folder/ of parts."
 )
@@ -49,20 +47,15 @@ Rows = dict[str, list[Any]]
 @click.option("--part-rows", default=4096, type=click.IntRange(1), help="Maximum rows per part file.")
 @image_options
 @batch_size_option
-@device_option
-@json_option
+@run_options
 def score(
-    state: Path,
-    model: str,
-    weights: Path | None,
     data: Path,
     output: str,
     resume: bool,
     part_rows: int,
     batch_size: int,
-    device: torch.device,
     as_json: bool,
-    **image_fields: Any,
+    **options: Any,
 ) -> None:
     """Score images and write a table with one row per image.
 
@@ -85,9 +78,9 @@ def score(
         check_output(table.parent, folder=True)
     else:
         check_output(table)
-    engine, network, preprocess = load_engine(state, model, weights, device, image_fields)
+    engine, network, preprocess = load_engine(**options)
     dataset = open_dataset(data, preprocess)
-    writer = ResultWriter(output, _columns(engine), job=_job(network, state, data, dataset), resume=resume)
+    writer = ResultWriter(output, _columns(engine), job=_job(network, options["state"], data, dataset), resume=resume)
     before, started = writer.rows_done, time.perf_counter()
     try:
         _score_all(engine, dataset, writer, batch_size, part_rows)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -16,66 +16,48 @@ from ..evaluation.report.sweep import print_sweep, write_sweep_figures, write_sw
 from ..evaluation.sweep import COMPONENTS, NORMALISATIONS, sweep
 from ..images.dataset import ImageDataset
 from ..subspace import BASES
-from .common import Interrupted, echo_json, echo_skipped
+from .common import Interrupted, echo_json, echo_skipped, path_option, together
 
-__all__ = ["check_sweep", "run_sweep", "sweep_options"]
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+__all__ = ["SWEEP_SETTINGS", "check_sweep", "run_sweep", "sweep_options"]
 
 
-class _Names(click.ParamType):
-    name = "names"
-
-    def __init__(self, known: tuple[str, ...]) -> None:
-        self.known = known
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        names = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
-        unknown = [name for name in names if name not in self.known]
+def _names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    def names(value: str) -> tuple[str, ...]:
+        parts = tuple(part.strip() for part in value.split(","))
+        unknown = [part for part in parts if part not in known]
         if unknown:
-            self.fail(
-                f"{unknown[0]!r} is not known: expected a comma-separated choice of {', '.join(self.known)}", param, ctx
-            )
-        return tuple(names)
+            choice = ", ".join(known)
+            raise click.BadParameter(f"{unknown[0]!r} is not known: expected a comma-separated choice of {choice}")
+        return parts
+
+    return names
 
 
-class _Counts(click.ParamType):
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        parts = [part.strip() for part in value.split(",")]
-        if not all(part.isdecimal() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r}: expected whole numbers of at least 1, comma-separated, such as 8,32,128", param, ctx)
-        return tuple(int(part) for part in parts)
+def _counts(value: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in value.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        problem = f"{value!r}: expected whole numbers of at least 1, comma-separated, such as 8,32,128"
+        raise click.BadParameter(problem)
+    return tuple(int(part) for part in parts)
 
 
-_OPTIONS = (
+sweep_options = together(
     click.option("--sweep", "is_sweep", is_flag=True, help="Compare bases x K x heads of low_dim_gradient instead."),
-    click.option(
-        "--fit", "fit_path", metavar="DATA", type=click.Path(path_type=Path), help="Sweep: ID images to fit on."
-    ),
-    click.option("--bases", metavar="NAMES", type=_Names(tuple(BASES)), help=f"Sweep: bases.  [{','.join(BASES)}]"),
+    path_option("--fit", "fit_path", metavar="DATA", help="Sweep: ID images to fit on."),
+    click.option("--bases", metavar="NAMES", type=_names(BASES), help=f"Sweep: bases.  [{','.join(BASES)}]"),
     click.option(
         "--components",
         metavar="NUMBERS",
-        type=_Counts(),
+        type=_counts,
         help=f"Sweep: values of K.  [{','.join(map(str, COMPONENTS))}, up to what the data span]",
     ),
-    click.option("--heads", metavar="NAMES", type=_Names(HEADS), help="Sweep: heads, such as knn,vim.  [all]"),
+    click.option("--heads", metavar="NAMES", type=_names(HEADS), help="Sweep: heads, such as knn,vim.  [all]"),
     click.option(
-        "--normalisations", metavar="NAMES", type=_Names(NORMALISATIONS), help="Sweep: normalisations.  [none]"
+        "--normalisations", metavar="NAMES", type=_names(NORMALISATIONS), help="Sweep: normalisations.  [none]"
     ),
     click.option("--basis-limit", type=click.IntRange(1), help="Sweep: maximum MiB of a basis.  [2048]"),
 )
-
-
-def sweep_options(command: Command) -> Command:
-    """Add the options of a sweep to a command."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+SWEEP_SETTINGS = ("bases", "components", "heads", "normalisations", "basis_limit")
 
 
 def check_sweep(is_sweep: bool, fit_path: Path | None, options: Mapping[str, Any]) -> None:
