@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +67,18 @@ def call(capsys) -> Callable[[list[str]], tuple[int, str, str]]:
         code = main(arguments)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def answer(call) -> Callable[[list[str]], dict[str, Any]]:
+    """Runs a command that succeeds: its JSON."""
+
+    def run(arguments: list[str]) -> dict[str, Any]:
+        code, out, err = call([*arguments, "--json"])
+        assert code == 0, err
+        return json.loads(out)
 
     return run
 

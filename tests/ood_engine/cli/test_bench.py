@@ -96,7 +96,7 @@ def test_what_scores_add_is_the_difference_within_rounds(call, own, tmp_path, mo
     assert "scores add 50.0 %" in shown
 
 
-def test_a_model_of_ones_own_is_measured_on_images_as_in_the_state(call, own, tmp_path, monkeypatch):
+def test_a_model_of_ones_own_is_measured_on_images_as_in_the_state(answer, own, tmp_path, monkeypatch):
     seen = []
     forward = SmallCNN.forward
 
@@ -105,9 +105,7 @@ def test_a_model_of_ones_own_is_measured_on_images_as_in_the_state(call, own, tm
         return forward(self, images)
 
     monkeypatch.setattr(SmallCNN, "forward", watched)
-    code, shown, _ = call([*BENCH, *own.model, "--state", own.state, "--quick", "--output", tmp_path, "--json"])
-    assert code == 0
-    document = json.loads(shown)
+    document = answer([*BENCH, *own.model, "--state", own.state, "--quick", "--output", tmp_path])
     assert document["detectors"] == DETECTORS
     assert document["files"] == [str(tmp_path / "bench.json")]
     calls = 2 * (WARM_UP + 3 + 1)

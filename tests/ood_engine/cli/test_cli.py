@@ -41,12 +41,10 @@ def test_help_fits_a_terminal(call):
 # fit
 
 
-def test_fit_stores_preprocessing_and_settings(place, call, tmp_path):
+def test_fit_stores_preprocessing_and_settings(place, answer, tmp_path):
     output = tmp_path / "deep" / "state.safetensors"
     more = ["--detectors", "nap_energy,opnp", "--set", "nap_energy.w=0.4", "--set", "opnp.weight_range=0.2,0.99"]
-    code, out, _ = call(place.fit(output, *more, "--json", "--calibration-share", "0.3"))
-    summary = json.loads(out)
-    assert code == 0
+    summary = answer(place.fit(output, *more, "--calibration-share", "0.3"))
     assert (summary["fit_images"], summary["calibration_images"]) == (140, 60)
     engine = oe.Engine.load(output, load_model(place.spec, place["net.safetensors"]))
     assert engine.detectors["nap_energy"].settings["w"] == 0.4
@@ -62,12 +60,12 @@ def test_a_size_is_height_by_width(place, call, tmp_path, given, size):
     assert read_header(path)["information"]["preprocess"]["size"] == size
 
 
-def test_fit_drops_calibration_images_that_were_fitted(place, call, tmp_path):
+def test_fit_drops_calibration_images_that_were_fitted(place, answer, tmp_path):
     archive = np.load(place["fit.npz"])
     fresh = np.load(place["test.npz"])["images"]
     np.save(tmp_path / "mixed.npy", np.concatenate([archive["images"][:5], fresh]))
-    arguments = place.fit(tmp_path / "s.safetensors", "--calibration", str(tmp_path / "mixed.npy"), "--json")
-    assert json.loads(call(arguments)[1])["calibration_images"] == 60
+    arguments = place.fit(tmp_path / "s.safetensors", "--calibration", str(tmp_path / "mixed.npy"))
+    assert answer(arguments)["calibration_images"] == 60
 
 
 def test_fit_without_calibration_gives_scores_without_decisions(place, call, tmp_path):
@@ -78,15 +76,14 @@ def test_fit_without_calibration_gives_scores_without_decisions(place, call, tmp
     assert "not calibrated" in out
     assert f"wrote {tmp_path / 't.parquet'}" in out
     row = read(tmp_path / "t.parquet")[0]
-    assert row["energy_score"] is not None
-    assert row["energy_p_value"] is None
-    assert row["energy_out_of_distribution"] is None
+    assert [name for name, value in row.items() if value is None] == [
+        *("energy_p_value", "energy_out_of_distribution", "error")
+    ]
 
 
-def test_fit_tunes_on_corrupted_calibration_images(place, call, tmp_path, monkeypatch):
+def test_fit_tunes_on_corrupted_calibration_images(place, answer, tmp_path, monkeypatch):
     monkeypatch.setitem(tune.__kwdefaults__, "corruptions", ("contrast",))
-    arguments = place.fit(tmp_path / "s.safetensors", "--tune", "--detectors", "nap_energy", "--json")
-    summary = json.loads(call(arguments)[1])
+    summary = answer(place.fit(tmp_path / "s.safetensors", "--tune", "--detectors", "nap_energy"))
     assert [row["detector"] for row in summary["tuned"]] == ["nap_energy"]
     assert summary["detectors"]["nap_energy"]["w"] == summary["tuned"][0]["settings"]["w"]
 
@@ -122,17 +119,13 @@ def test_fit_names_images_it_left_out(place, call, tmp_path):
         (["--device", "nonsense"], ["--device", "cpu"]),
         (["--head", "nope"], ["'nope'"]),
         (["--cache-limit", "-1"], ["--cache-limit"]),
+        (["--output", "/"], ["is a folder"]),
+        (["--output", f"{__file__}/s.safetensors"], ["choose another --output"]),
     ],
 )
 def test_fit_refuses(refused, place, tmp_path, more, words):
     refused([*place.fit(tmp_path / "s.safetensors"), *more], *words)
     assert not (tmp_path / "s.safetensors").exists()
-
-
-def test_unwritable_outputs_are_refused_before_the_work(refused, place, tmp_path):
-    (tmp_path / "file").touch()
-    refused(place.fit(tmp_path), "is a folder")
-    refused(place.fit(tmp_path / "file" / "s.safetensors"), "choose another --output")
 
 
 # score
@@ -186,11 +179,10 @@ def test_unreadable_images_and_unsound_scores_are_rows_with_an_error(place, call
     call(place.score(tmp_path / "h.parquet", "--mean", "0", "--std", "1", data=tmp_path / "huge.npy"))
     row = read(tmp_path / "h.parquet")[3]
     assert row["error"].startswith("no finite score: ")
-    assert row["nap_energy_score"] is None
-    assert row["nap_energy_out_of_distribution"] is None
+    assert {row["nap_energy_score"], row["nap_energy_out_of_distribution"]} == {None}
 
 
-def test_a_broken_run_goes_on_and_gives_the_same_table(refused, place, call, tmp_path, monkeypatch):
+def test_a_broken_run_goes_on_and_gives_the_same_table(refused, place, call, answer, tmp_path, monkeypatch):
     output = tmp_path / "t.parquet"
     score_batch, calls = oe.Engine.score, []
 
@@ -208,24 +200,22 @@ def test_a_broken_run_goes_on_and_gives_the_same_table(refused, place, call, tmp
     assert "--resume" in err
     refused(place.score(output), "unfinished run", "--resume")
     refused(place.score(output, "--resume", "--mean", "0.1"), "'preprocess' was")
-    code, out, _ = call(place.score(output, "--part-rows", "16", "--resume", "--json"))
-    assert (code, json.loads(out)["resumed_after"]) == (0, 16)
+    assert answer(place.score(output, "--part-rows", "16", "--resume"))["resumed_after"] == 16
     call(place.score(tmp_path / "whole.parquet"))
     assert read(output) == read(tmp_path / "whole.parquet")
     refused(place.score(output, "--resume"), "already complete")
 
 
-def test_an_output_with_a_slash_is_a_folder_of_parts(place, call, tmp_path):
+def test_an_output_with_a_slash_is_a_folder_of_parts_written_by_number_or_by_the_clock(
+    place, call, tmp_path, monkeypatch
+):
     assert call(place.score(tmp_path / "whole.parquet"))[0] == 0
-    assert call(place.score(f"{tmp_path}/new/parts/", "--part-rows", "16"))[0] == 0
-    assert len(list((tmp_path / "new" / "parts").glob("part-*.parquet"))) == 4
-    assert read(tmp_path / "new" / "parts") == read(tmp_path / "whole.parquet")
-
-
-def test_parts_are_written_by_the_clock_too(place, call, tmp_path, monkeypatch):
-    monkeypatch.setattr("ood_engine.cli.score.PART_SECONDS", -1.0)
-    assert call(place.score(f"{tmp_path}/parts/"))[0] == 0
-    assert len(list((tmp_path / "parts").glob("part-*.parquet"))) == 7  # one a batch
+    for count, seconds in ((4, 1e9), (7, -1.0)):  # 7: one a batch
+        monkeypatch.setattr("ood_engine.cli.score.PART_SECONDS", seconds)
+        folder = tmp_path / "new" / str(count)
+        assert call(place.score(f"{folder}/", "--part-rows", "16"))[0] == 0
+        assert len(list(folder.glob("part-*.parquet"))) == count
+        assert read(folder) == read(tmp_path / "whole.parquet")
 
 
 def test_other_weights_below_the_same_head_do_not_continue_a_run(place, call, refused, tmp_path, monkeypatch):
@@ -246,14 +236,11 @@ def test_other_weights_below_the_same_head_do_not_continue_a_run(place, call, re
         (["--weights", "nope"], ["no such file"]),
         (["--model", "nope:make"], ["nope"]),
         (["--batch-size", "0"], ["--batch-size"]),
+        (["--channels", "3"], ["the channels and size of fit"]),
     ],
 )
 def test_score_refuses(refused, place, tmp_path, change, words):
     refused(place.score(tmp_path / "t.csv", *change), *words)
-
-
-def test_images_that_the_model_rejects_stop_the_run(refused, place, tmp_path):
-    refused(place.score(tmp_path / "t.csv", "--channels", "3"), "the channels and size of fit")
 
 
 # evaluate and inspect
@@ -294,7 +281,7 @@ def test_labels_beyond_the_model_give_no_accuracy(place, call, tmp_path):
     assert json.loads(out)["accuracy"] is None
 
 
-def test_class_folders_are_numbered_as_they_were_fitted(tmp_path, place, call):
+def test_class_folders_are_numbered_as_they_were_fitted(tmp_path, place, answer):
     model = load_model(place.spec, place["net.safetensors"])
     images = np.load(place["noise.npy"])
     pixels = (images * 255).round().astype(np.uint8)
@@ -309,24 +296,16 @@ def test_class_folders_are_numbered_as_they_were_fitted(tmp_path, place, call):
             folder = tmp_path / "id" / "abcdefgh"[label]
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[index]).save(folder / f"{index}.png")
-    code, out, _ = call(place.evaluate(tmp_path / "out", "--json", data=tmp_path / "id", state=str(state)))
-    assert code == 0
-    assert json.loads(out)["accuracy"] == 1.0
+    document = answer(place.evaluate(tmp_path / "out", data=tmp_path / "id", state=str(state)))
+    assert document["accuracy"] == 1.0
 
 
-def test_inspect_shows_the_state_without_a_model(place, call):
+def test_inspect_shows_the_state_without_a_model(place, call, answer):
     code, out, _ = call(["inspect", place.state])
     assert code == 0
-    for word in (
-        "8 classes × 64 features",
-        "body, verified",
-        "nap_energy",
-        "false-alarm rate 5 %",
-        "mean=[0.3]",
-        "explicit",
-    ):
-        assert word in out
-    document = json.loads(call(["inspect", place.state, "--json"])[1])
+    words = "8 classes × 64 features", "body, verified", "nap_energy", "false-alarm rate 5 %", "mean=[0.3]", "explicit"
+    assert [word for word in words if word not in out] == []
+    document = answer(["inspect", place.state])
     assert document["bytes"] == Path(place.state).stat().st_size
     assert 0 < sum(row["bytes"] for row in document["tensors"]) < document["bytes"]
     (subspace,) = document["subspaces"]
@@ -334,15 +313,12 @@ def test_inspect_shows_the_state_without_a_model(place, call):
     assert subspace["cheapest"] == subspace["costs"][0]["form"]
 
 
-def test_inspect_refuses_what_is_no_state(refused, place):
-    refused(["inspect", place["net.safetensors"]], "not an ood-engine state")
-    refused(["inspect", place["noise.npy"]], "not a safetensors file")
-
-
 # how commands end
 
 
-def test_usage_errors_are_one_line(refused):
+def test_usage_errors_and_what_is_no_state_are_one_line(refused, place):
+    refused(["inspect", place["net.safetensors"]], "not an ood-engine state")
+    refused(["inspect", place["noise.npy"]], "not a safetensors file")
     refused(["fit"], "Missing option", "ood-engine fit --help")
     refused(["fits"], "no such command 'fits': expected one of", "did you mean 'fit'?")
     refused(["inspect", "x", "--nope"], "--nope")
@@ -391,14 +367,12 @@ def test_as_a_module_it_is_the_same_program(place):
 # explain
 
 
-def test_explain_gives_contributions_and_a_picture(refused, place, call, tmp_path):
+def test_explain_gives_contributions_and_a_picture(refused, place, call, answer, tmp_path):
     state = str(tmp_path / "state.safetensors")
     assert call(place.fit(state, "--detectors", "low_dim_gradient"))[0] == 0
     use = ["explain", "--state", state, *place.model, "--data", place["test.npz"]]
     picture = tmp_path / "why.png"
-    code, out, _ = call([*use, "--image", "3", "--output", str(picture), "--json"])
-    assert code == 0
-    document = json.loads(out)
+    document = answer([*use, "--image", "3", "--output", str(picture)])
     assert document["image"].endswith("[3]")
     assert len(document["classes"]) == 8
     total = sum(row["contribution"] for row in document["classes"]) + document["offset"]

@@ -17,10 +17,8 @@ def command(place, tmp_path):
     return lambda *options: place.evaluate(tmp_path / "out", "--sweep", "--fit", place["fit.npz"], *options)
 
 
-def test_the_command_writes_table_and_pictures(command, call, tmp_path):
-    code, out, _ = call(command("--components", "3,9", "--heads", "knn,vim", "--json"))
-    assert code == 0
-    document, folder = json.loads(out), tmp_path / "out"
+def test_the_command_writes_table_and_pictures(command, answer, tmp_path):
+    document, folder = answer(command("--components", "3,9", "--heads", "knn,vim")), tmp_path / "out"
     assert document["complete"] is True
     assert (document["fit_samples"], document["id_samples"], document["ood_samples"]) == (200, 60, {"noise": 50})
     assert len(document["rows"]) == (3 * 2 + 1) * 2
