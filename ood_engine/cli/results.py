@@ -75,7 +75,9 @@ class ResultWriter:
         self._arrow = _pyarrow()
         self._part_count = 0
         self._finished = False
-        self._schema = self._arrow.schema([(name, _arrow_type(self._arrow, self.columns[name])) for name in columns])
+        types = {"string": "string", "float": "float64", "int": "int64", "bool": "bool"}
+        arrow_types = ((name, self._arrow.type_for_alias(types[kind])) for name, kind in self.columns.items())
+        self._schema = self._arrow.schema(list(arrow_types))
         with self._saving():
             self._start({"job": _as_json(job), "columns": self.columns}, resume)
 
@@ -252,10 +254,6 @@ def _pyarrow() -> Any:
     except ImportError as error:
         raise OodEngineError("writing tables needs pyarrow: pip install 'ood-engine[cli]'") from error
     return pyarrow
-
-
-def _arrow_type(arrow: Any, name: str) -> Any:
-    return {"string": arrow.string(), "float": arrow.float64(), "int": arrow.int64(), "bool": arrow.bool_()}[name]
 
 
 def _checked_columns(columns: Mapping[str, str]) -> dict[str, str]:

@@ -29,21 +29,6 @@ def test_flagged_exactly_where_the_p_value_is_at_most_alpha(calibration, scores,
     assert fitted.is_out_of_distribution(torch.tensor(scores)).tolist() == [p <= alpha for p in expected]
 
 
-@settings(deadline=None, max_examples=80)
-@given(scores=st.lists(st.integers(-4, 4).map(float), min_size=2, max_size=40), percent=st.integers(1, 99))
-def test_of_exchangeable_scores_at_most_alpha_are_flagged(scores, percent):
-    """Each of n + 1 scores in turn is the fresh one: the share that is flagged is the false alarm rate, exactly."""
-    alpha = Fraction(percent, 100)
-    assume(len(scores) - 1 >= 1 / alpha - 1)
-    flagged = 0
-    for i in range(len(scores)):
-        rest = torch.tensor(scores[:i] + scores[i + 1 :])
-        flagged += int(
-            Calibration(percent / 100).fit(rest, "x").is_out_of_distribution(torch.tensor(scores[i : i + 1]))
-        )
-    assert Fraction(flagged, len(scores)) <= alpha
-
-
 @pytest.mark.parametrize(
     ("count", "rate", "rank"), [(19, 0.05, 1), (39, 0.05, 2), (99, 0.07, 7), (9, 0.3, 3), (1, 0.5, 1)]
 )

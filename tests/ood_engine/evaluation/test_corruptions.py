@@ -29,17 +29,12 @@ SEVERITIES = range(1, 6)
 every_corruption = pytest.mark.parametrize("name", CORRUPTIONS)
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def random_images(*shape, dtype=torch.float32):
-    return torch.rand(shape, generator=generator(), dtype=torch.float64).to(dtype)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
 
 
-def smooth_images(*shape):
-    batch, channels, height, width = shape
-    coarse = torch.rand((batch, channels, 6, 6), generator=generator())
+def smooth_images(batch, channels, height, width):
+    coarse = torch.rand((batch, channels, 6, 6), generator=torch.Generator().manual_seed(0))
     return F.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1)
 
 
@@ -320,10 +315,7 @@ def test_gaussian_blur_has_the_stated_width():
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (
-            torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
-            r"^images must be fp16.* not torch.uint8; .*images.float\(\) / 255$",
-        ),
+        (torch.zeros(1, 3, 8, 8).byte(), r"^images must be fp16.* not torch.uint8; .*images.float\(\) / 255$"),
         (torch.full((1, 1, 8, 8), 1.5), r"^images must lie in \[0, 1\], not in \[1.5, 1.5\]; corrupt them before norm"),
         (torch.full((1, 1, 8, 8), -0.1), r"^images must lie in \[0, 1\], not in \[-0.1, -0.1\]"),
         (torch.full((1, 1, 4, 4), math.nan), r"^images hold 16 values that are NaN or infinite; leave"),
@@ -340,13 +332,17 @@ def test_bad_images_are_refused_in_one_line(images, message):
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_name_bad_severity_and_bad_seed_are_refused():
-    for severity in (0, 6, 2.0, True, "3", None):
-        with pytest.raises(InputError, match=r"^severity must be an integer from 1 \(weak\) to 5 \(strong\), not "):
-            corrupt(torch.zeros(1, 1, 8, 8), "fog", severity)
-    with pytest.raises(
-        InputError, match=r"^corruption 'rain' is unknown; choose one of: gaussian_noise, .*, jpeg_compression$"
-    ):
-        corrupt(torch.zeros(1, 1, 8, 8), "rain")
-    with pytest.raises(InputError, match=r"^seed must be an integer, not 0.5$"):
-        corrupt(torch.zeros(1, 1, 8, 8), "fog", seed=0.5)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(
+            ({"severity": bad}, r"^severity must be an integer from 1 \(weak\) to 5 \(strong\), not ")
+            for bad in (0, 6, 2.0, True, "3", None)
+        ),
+        ({"name": "rain"}, "^corruption 'rain' is unknown; choose one of: gaussian_noise, .*, jpeg_compression$"),
+        ({"seed": 0.5}, r"^seed must be an integer, not 0.5$"),
+    ],
+)
+def test_unknown_name_bad_severity_and_bad_seed_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        corrupt(torch.zeros(1, 1, 8, 8), **{"name": "fog", **arguments})

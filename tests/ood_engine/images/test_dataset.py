@@ -111,12 +111,6 @@ def test_a_postscript_file_called_png_is_not_run(tmp_path):
     assert "not a readable image" in open_dataset(tmp_path, GRAY)[0].error
 
 
-def test_a_file_deleted_meanwhile_is_an_error(mixed_folder):
-    dataset = open_dataset(mixed_folder, GRAY)
-    (mixed_folder / "4.png").unlink()
-    assert "the file does not exist" in dataset[4].error
-
-
 def numbered(count, bad=(), labels=False, read=None):
     """Images of 2x2 whose pixels say their index; those in `bad` cannot be read."""
 

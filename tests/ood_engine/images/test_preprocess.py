@@ -55,13 +55,6 @@ def test_floats_give_what_bytes_give(size):
         torch.testing.assert_close(floats, preprocess(COLOUR), atol=1.5 / 255, rtol=0)
 
 
-def test_downsizing_is_antialiased():
-    stripes = np.tile(np.array([0, 255], dtype=np.uint8), (8, 8))
-    small = Preprocess((4, 4), 1)(stripes)
-    assert float(small.min()) > 0.2
-    assert float(small.max()) < 0.8
-
-
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "PA"])
 def test_every_mode_is_converted(mode):
     source = Image.fromarray(COLOUR)
