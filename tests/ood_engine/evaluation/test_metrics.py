@@ -173,28 +173,23 @@ def test_calibration_error_takes_half_precision_softmax():
 
 
 @pytest.mark.parametrize(
-    ("probabilities", "labels", "n_bins", "message"),
+    ("arguments", "message"),
     [
-        ([[0.5, 0.5]], [0], 0, r"^n_bins must be an integer of at least 1, not 0$"),
-        ([0.5, 0.5], [0], 15, r"^probabilities must be 2-D and not empty, not of shape \[2\]$"),
-        (torch.zeros(0, 3), [], 15, r"^probabilities must be 2-D and not empty, not of shape \[0, 3\]$"),
-        ([[math.nan, 1.0]], [0], 15, r"^probabilities holds 1 of 2 values that are NaN"),
-        ([[2.0, -1.0]], [0], 15, r"^probabilities must be >= 0 and sum to 1 in each row; apply a softmax"),
-        ([[0.5, 0.4]], [0], 15, r"^probabilities must be >= 0 and sum to 1"),
-        (
-            [[0.5, 0.5]],
-            [0, 1],
-            15,
-            r"^labels must be 1 integers, one per row of .*, not int64 of shape \[2\]$",
-        ),
-        ([[0.5, 0.5]], [0.0], 15, r"^labels must be 1 integers.* not float64"),
-        ([[0.5, 0.5]], [2], 15, r"^labels must lie in \[0, 2\), .* not in \[2, 2\]$"),
-        ([[0.5, 0.5]], [-1], 15, r"^labels must lie in \[0, 2\)"),
+        (([[0.5, 0.5]], [0], 0), r"^n_bins must be an integer of at least 1, not 0$"),
+        (([0.5, 0.5], [0]), r"^probabilities must be 2-D and not empty, not of shape \[2\]$"),
+        ((torch.zeros(0, 3), []), r"^probabilities must be 2-D and not empty, not of shape \[0, 3\]$"),
+        (([[math.nan, 1.0]], [0]), r"^probabilities holds 1 of 2 values that are NaN"),
+        (([[2.0, -1.0]], [0]), r"^probabilities must be >= 0 and sum to 1 in each row; apply a softmax"),
+        (([[0.5, 0.4]], [0]), r"^probabilities must be >= 0 and sum to 1"),
+        (([[0.5, 0.5]], [0, 1]), r"^labels must be 1 integers, one per row of .*, not int64 of shape \[2\]$"),
+        (([[0.5, 0.5]], [0.0]), r"^labels must be 1 integers.* not float64"),
+        (([[0.5, 0.5]], [2]), r"^labels must lie in \[0, 2\), .* not in \[2, 2\]$"),
+        (([[0.5, 0.5]], [-1]), r"^labels must lie in \[0, 2\)"),
     ],
 )
-def test_bad_calibration_input_is_refused(probabilities, labels, n_bins, message):
+def test_bad_calibration_input_is_refused(arguments, message):
     with pytest.raises(InputError, match=message):
-        metrics.expected_calibration_error(probabilities, labels, n_bins)
+        metrics.expected_calibration_error(*arguments)
 
 
 @pytest.mark.parametrize(
