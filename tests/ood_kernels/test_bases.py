@@ -67,10 +67,12 @@ def test_another_dtype_is_for_what_is_large(make, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_double_among_the_parts_makes_the_result_double(make, form):
+def test_a_double_among_the_operands_makes_the_result_double(make, form):
     p, h = normal(2, 4).softmax(1), normal(2, 5)
     basis = make(form)
     assert ok.project_gradients(p, h, basis).dtype == torch.float32
+    for wide_p, wide_h in ((p.double(), h), (p, h.double())):
+        assert ok.project_gradients(wide_p, wide_h, basis).dtype == torch.float64
     parts = basis.parts()
     for index, part in enumerate(parts):
         if part is not None:
@@ -89,8 +91,9 @@ def test_an_unknown_cotangent_is_refused_before_anything_is_computed(make, form)
             ok.Head(torch.empty(4, 5)),
             torch.empty(2, 5, 1, 1),
         )
+    known = "energy, predicted, uniform, max_logit, sum_logits"
     for call in (lambda: ok.project_gradients(p, h, basis), lambda: ok.score(feature_map, head, basis)):
-        with pytest.raises(ValueError, match="cotangent 'loss' is not known"):
+        with pytest.raises(ValueError, match=f"^cotangent 'loss' is not known: expected one of {known}$"):
             call()
 
 

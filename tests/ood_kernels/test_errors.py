@@ -115,14 +115,6 @@ def test_no_basis_is_none_for_a_projection():
         ok.project_gradients(P, H, None)
 
 
-@pytest.mark.parametrize("basis", [DUAL, EXPLICIT, FACTORED], ids=["dual", "explicit", "factored"])
-def test_an_unknown_cotangent_is_refused(basis):
-    with pytest.raises(ValueError) as caught:
-        ok.project_gradients(P, H, basis._replace(cotangent="loss"))
-    known = "energy, predicted, uniform, max_logit, sum_logits"
-    assert str(caught.value) == f"cotangent 'loss' is not known: expected one of {known}"
-
-
 def test_tensors_that_do_not_belong_together_are_refused():
     together = "shift and linear of a dual basis belong together: expected both or neither, got one"
     for lonely in (SHIFTED._replace(linear=None), SHIFTED._replace(shift=None)):
