@@ -24,9 +24,14 @@ def _strided(tensor: Tensor) -> Tensor:
     return tensor.flatten().repeat(1 + needed // max(1, tensor.numel())).as_strided(tensor.shape, strides)
 
 
+def _unread(tensor: Tensor) -> float:
+    """What lies beside a view; where it is read, it shows."""
+    return torch.nan if tensor.is_floating_point() else 1
+
+
 def _sliced(tensor: Tensor) -> Tensor:
     """A view into a larger tensor: an offset along every axis, a step of two along the last."""
-    larger = tensor.new_zeros([size + 2 for size in tensor.shape[:-1]] + [2 * tensor.shape[-1] + 1])
+    larger = tensor.new_full([size + 2 for size in tensor.shape[:-1]] + [2 * tensor.shape[-1] + 1], _unread(tensor))
     view = larger[tuple(slice(1, size + 1) for size in tensor.shape[:-1])][..., 1::2]
     return view.copy_(tensor)
 
@@ -36,7 +41,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "last axes first": lambda tensor: tensor.movedim(1, -1).contiguous().movedim(-1, 1),
     "transposed": lambda tensor: tensor.transpose(0, -1).contiguous().transpose(0, -1),
     "sliced": _sliced,
-    "offset": lambda tensor: torch.cat([tensor.new_zeros(3), tensor.flatten()])[3:].view(tensor.shape),
+    "offset": lambda tensor: torch.cat([tensor.new_full((3,), _unread(tensor)), tensor.flatten()])[3:].view(
+        tensor.shape
+    ),
     "expanded rows": lambda tensor: tensor[:1].expand(tensor.shape),
     "expanded columns": lambda tensor: tensor[..., :1].expand(tensor.shape),
     "overlapping": _strided,
