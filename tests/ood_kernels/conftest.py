@@ -118,6 +118,7 @@ def make_problem() -> Callable[..., Problem]:
         form: str = "dual",
         anchors: int = 9,
         components: int = 4,
+        ranks: tuple[int, int] = (2, 3),
         dtype: torch.dtype = torch.float32,
         cotangent: str = "energy",
         bias: bool = True,
@@ -145,7 +146,7 @@ def make_problem() -> Callable[..., Problem]:
             extended = torch.cat([features, torch.ones(anchors, int(bias), dtype=torch.float64)], 1)
             parts = [torch.einsum("nk,nc,nd->kcd", coefficients, dual[0], extended), constants]
         elif form == "factored":
-            parts = [draw(classes, 2), draw(channels + bias, 3), draw(components, 2, 3), constants]
+            parts = [draw(classes, ranks[0]), draw(channels + bias, ranks[1]), draw(components, *ranks), constants]
         kind = BASES["dual" if form == "shifted" else form] if form else None
         basis = kind and kind.from_parts([part if part is None else part.to(dtype) for part in parts], cotangent, bias)
         return draw(samples, channels, side, side).relu().to(dtype), head, basis

@@ -8,9 +8,9 @@ from importlib import import_module
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import ood_kernels as ok
-from ood_kernels.bases import BASES
 
 pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
 
@@ -59,10 +59,10 @@ def assert_as_good_as_torch() -> Callable[..., None]:
 
 
 @pytest.fixture
-def make_projection(device) -> Callable[..., tuple[Tensor, Tensor, ok.BasisTensors]]:
+def make_projection(make_problem, device) -> Callable[..., tuple[Tensor, Tensor, ok.BasisTensors]]:
     """(a, h, basis) of a form; "shifted" and "stored" are dual with a shift.
 
-    A dual basis in another dtype leaves its samples, shift and linear part in fp32.
+    A dual basis in another dtype leaves its samples in fp32, every basis its constants, shift and linear part.
     """
 
     def make(
@@ -72,37 +72,16 @@ def make_projection(device) -> Callable[..., tuple[Tensor, Tensor, ok.BasisTenso
         features: int = 33,
         components: int = 7,
         *,
-        anchors: int = 9,
-        ranks: tuple[int, int] = (3, 6),
-        bias: bool = True,
         dtype: torch.dtype = torch.float32,
+        **options: object,
     ) -> tuple[Tensor, Tensor, ok.BasisTensors]:
-        def normal(*shape: int, seed: int = 0) -> Tensor:
-            return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-        constants, width = normal(components, seed=5), features + bias
-        a, h = normal(samples, classes).softmax(1), normal(samples, features, seed=1).relu()
-        if form == "explicit":
-            tensors = a, h, normal(components, classes, width, seed=2), constants
-        elif form == "factored":
-            factors = normal(classes, ranks[0], seed=2), normal(width, ranks[1], seed=3) / features**0.5
-            tensors = a, h, *factors, normal(components, *ranks, seed=4), constants
-        else:
-            anchor_cotangents, anchor_features = (
-                normal(anchors, classes, seed=2).softmax(1),
-                normal(anchors, features, seed=3),
-            )
-            parts = anchor_cotangents, anchor_features.relu(), normal(anchors, components, seed=4)
-            basis = ok.DualTensors(*(part.to(dtype) for part in (*parts, constants)), bias=bias)
-            if form != "dual":
-                shift = parts[1].mean(0)
-                basis = basis._replace(
-                    shift=shift.float(), linear=ok.reference.linear_part(*parts, shift, bias).float()
-                )
-            moved = [part if part is None else part.to(device) for part in basis.parts()]
-            return a.float().to(device), h.float().to(device), basis.from_parts(moved, bias=bias)
-        a, h, *parts = (tensor.to(dtype).to(device) for tensor in tensors)
-        return a, h, BASES[form].from_parts(parts, bias=bias)
+        options |= {"form": "shifted" if form == "stored" else form, "components": components}
+        feature_map, head, basis = make_problem(samples, features, classes, 1, **options)
+        h = feature_map.flatten(1)
+        a = torch.nn.functional.linear(h, head.weight, head.bias).softmax(1)
+        of_samples = torch.float32 if basis.kind == "dual" else dtype
+        basis = tree_map_only(Tensor, lambda part: part.to(device), basis.to(dtype))
+        return a.to(device, of_samples), h.to(device, of_samples), basis
 
     return make
 
