@@ -284,3 +284,23 @@ def test_working_in_blocks_changes_nothing(operator, make, monkeypatch):
             blocks = operator(operands, reference)
         for value, right in zip(blocks, whole, strict=True):
             torch.testing.assert_close(value, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.pairwise(
+    form=("dual", "shifted", "explicit", "factored"), kind=reference.COTANGENTS, dtype=DTYPES, rectify=(False, True)
+)
+def test_a_score_is_the_composition_of_its_parts(make_problem, form, kind, dtype, rectify):
+    feature_map, head, basis = make_problem(form=form, dtype=dtype, cotangent=kind)
+    out = ok.score(feature_map, head, basis, 0.5, rectify=rectify)
+    h, nap = ok.pool_nap(feature_map, 0.5, rectify=rectify)
+    lse, pruned_lse, p = ok.masked_energy(h, head.weight, head.bias, head.weight_mask, head.neuron_mask)
+    expected = ok.ScoreOutputs(h, nap, lse, pruned_lse, p, ok.project_gradients(p, h, basis))
+    assert out._fields == ("h", "nap", "lse", "pruned_lse", "p", "g_low")
+    for value, right in zip(out, expected, strict=True):
+        assert torch.equal(value, right)
+
+
+def test_a_score_without_a_basis_has_no_coordinates(make_problem):
+    feature_map, head, _ = make_problem()
+    assert ok.score(feature_map, head).g_low.shape == (5, 0)
+    assert reference.score(feature_map, head).g_low.shape == (5, 0)

@@ -57,13 +57,6 @@ def test_an_argument_overrides_the_environment(scorer, feature_map):
     assert not launches
 
 
-def test_fp64_is_for_the_reference(scorer, feature_map):
-    with record() as launches:
-        outputs = ok.pool_nap(feature_map.double())
-    assert not launches
-    assert outputs[0].dtype == torch.float64
-
-
 def test_fp64_in_any_argument_is_for_the_reference(scorer, feature_map):
     h, (weight, bias, *_) = feature_map.mean((2, 3)), scorer.head
     for arguments in ((h.double(), weight, bias), (h, weight.double(), bias)):

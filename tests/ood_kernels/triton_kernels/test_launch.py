@@ -40,49 +40,41 @@ def tuned(tmp_path, monkeypatch):
     subject._device_name.cache_clear()
 
 
-def test_the_nearest_tuned_shape_decides(tuned):
-    tuned(
-        [
-            {"shape": {"channels": 512, "spatial": 16}, "config": {"num_warps": 2}},
-            {"shape": {"channels": 2048, "spatial": 49}, "config": {"num_warps": 8}},
-        ]
-    )
-    assert subject.choose("family", {"channels": 2048, "spatial": 49}, DEFAULT, CUDA)["num_warps"] == 8
-    assert subject.choose("family", {"channels": 1500, "spatial": 36}, DEFAULT, CUDA)["num_warps"] == 8
-    assert subject.choose("family", {"channels": 600, "spatial": 20}, DEFAULT, CUDA)["num_warps"] == 2
-
-
-def test_near_is_a_ratio_and_not_a_difference(tuned):
-    tuned(
-        [{"shape": {"channels": 16}, "config": {"BLOCK": 16}}, {"shape": {"channels": 4096}, "config": {"BLOCK": 256}}]
-    )
-    assert subject.choose("family", {"channels": 1024}, DEFAULT, CUDA)["BLOCK"] == 256
-
-
-def test_words_must_match(tuned):
-    tuned([{"shape": {"layout": "rows", "channels": 8}, "config": {"BLOCK": 1}}])
-    assert subject.choose("family", {"layout": "rows", "channels": 9999}, DEFAULT, CUDA)["BLOCK"] == 1
-    assert subject.choose("family", {"layout": "channels", "channels": 8}, DEFAULT, CUDA) == DEFAULT
-
-
-def test_a_tuned_configuration_lies_over_the_default(tuned):
-    tuned([{"shape": {"channels": 8}, "config": {"num_warps": 1}}])
-    assert subject.choose("family", {"channels": 8}, DEFAULT, CUDA) == DEFAULT | {"num_warps": 1}
+BY_SIZE = [({"channels": 512, "spatial": 16}, {"num_warps": 2}), ({"channels": 2048, "spatial": 49}, {"num_warps": 8})]
+BY_RATIO = [({"channels": 16}, {"BLOCK": 16}), ({"channels": 4096}, {"BLOCK": 256})]
+BY_WORD = [({"layout": "rows", "channels": 8}, {"BLOCK": 1})]
 
 
 @pytest.mark.parametrize(
-    ("family", "device"), [("other", CUDA), ("family", torch.device("cpu")), ("family", torch.device("meta"))]
+    ("rows", "asked", "expected"),
+    [
+        (BY_SIZE, {"channels": 2048, "spatial": 49}, {"num_warps": 8}),
+        (BY_SIZE, {"channels": 1500, "spatial": 36}, {"num_warps": 8}),
+        (BY_SIZE, {"channels": 600, "spatial": 20}, {"num_warps": 2}),
+        (BY_RATIO, {"channels": 1024}, {"BLOCK": 256}),
+        (BY_WORD, {"layout": "rows", "channels": 9999}, {"BLOCK": 1}),
+        (BY_WORD, {"layout": "channels", "channels": 8}, {}),
+    ],
 )
-def test_default_for_what_was_not_tuned(tuned, family, device):
-    tuned([{"shape": {"channels": 8}, "config": {"num_warps": 1}}])
+def test_the_tuned_shape_nearest_by_ratio_lies_over_the_default_where_words_match(tuned, rows, asked, expected):
+    tuned([{"shape": shape, "config": config} for shape, config in rows])
+    assert subject.choose("family", asked, DEFAULT, CUDA) == DEFAULT | expected
+
+
+@pytest.mark.parametrize(
+    ("family", "device", "of_gpu"),
+    [
+        ("other", CUDA, "test_gpu_1"),
+        ("family", CUDA, "another_gpu"),
+        ("family", torch.device("cpu"), "test_gpu_1"),
+        ("family", torch.device("meta"), "test_gpu_1"),
+    ],
+)
+def test_default_for_what_was_not_tuned(tuned, family, device, of_gpu):
+    tuned([{"shape": {"channels": 8}, "config": {"num_warps": 1}}], of_gpu)
     chosen = subject.choose(family, {"channels": 8}, DEFAULT, device)
     assert chosen == DEFAULT
     assert chosen is not DEFAULT
-
-
-def test_default_for_an_unknown_gpu(tuned):
-    tuned([{"shape": {"channels": 8}, "config": {"num_warps": 1}}], device="another_gpu")
-    assert subject.choose("family", {"channels": 8}, DEFAULT, CUDA) == DEFAULT
 
 
 @settings(deadline=None)

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from ood_kernels import reference
 from ood_kernels.masks import pack_mask
@@ -134,6 +132,14 @@ def classes_without_weights(head):
     head["bias"][2] = 9
 
 
+def classes_ruled_out(head):
+    head["bias"][:40] = -torch.inf
+
+
+def every_class_ruled_out(head):
+    head["bias"][:] = -torch.inf
+
+
 def bad(name, where, value):
     def change(head):
         head["weight_mask"][1, 2] = head["neuron_mask"][2] = False
@@ -145,12 +151,12 @@ def bad(name, where, value):
 @pytest.mark.parametrize(
     ("change", "with_bias"),
     [(change, with_bias) for change in (pruned_away, without_neurons) for with_bias in (True, False)]
-    + [(classes_without_weights, True)]
+    + [(change, True) for change in (classes_without_weights, classes_ruled_out, every_class_ruled_out)]
     + [(bad("weight", (1, 2), value), False) for value in (torch.nan, torch.inf)]
     + [(bad("bias", 1, value), True) for value in (torch.nan, torch.inf)],
 )
 def test_heads_at_the_limits(make, assert_as_good_as_torch, change, with_bias):
-    h, *tensors = make(4, 40, 21)
+    h, *tensors = make(4, 40, 70)
     h += 1
     head = dict(zip(("weight", "bias", "weight_mask", "neuron_mask"), tensors, strict=True))
     change(head)
@@ -175,17 +181,6 @@ def test_extreme_logits_are_stable(device, precision):
             # tf32 keeps 10 bits, which 1e4 and its half do not need more than.
             torch.testing.assert_close(value, exact.float(), rtol=1e-3 if precision == "tf32" else 1e-6, atol=1e-6)
         torch.testing.assert_close(ours[2].sum(1), torch.ones(2, device=device), rtol=1e-6, atol=0)
-
-
-def test_classes_ruled_out_by_an_infinite_bias(make):
-    h, weight, bias, *_ = make(3, 9, 70)
-    bias[:40] = -torch.inf
-    lse, _, p = masked_energy(h, weight, bias, None, None)
-    torch.testing.assert_close(lse, truth(h, weight[40:], bias[40:])[0].float(), rtol=1e-5, atol=1e-6)
-    assert (p[:, :40] == 0).all()
-    bias[:] = -torch.inf
-    for output in masked_energy(h, weight, bias, None, None):
-        assert output.isnan().all()
 
 
 @pytest.mark.parametrize("precision", ["ieee", "bf16"])
@@ -296,22 +291,6 @@ def test_many_tiles_without_any_class_are_passed_over(device):
     assert lse[0].item() == pytest.approx(2 + math.log(3), rel=1e-6)
     assert lse[1].isnan()
     assert argmax[0] == 140
-
-
-@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    sizes=st.tuples(st.integers(1, 20), st.integers(1, 70), st.integers(2, 40)),
-    seed=st.integers(0, 99),
-    shift=st.floats(-50, 50),
-)
-def test_adding_a_constant_to_the_bias_shifts_the_energy(make, sizes, seed, shift):
-    h, weight, bias, weight_mask, neuron_mask = make(*sizes, seed=seed)
-    lse, pruned_lse, p = masked_energy(h, weight, bias, pack_mask(weight_mask), neuron_mask)
-    shifted = masked_energy(h, weight, bias + shift, pack_mask(weight_mask), neuron_mask)
-    torch.testing.assert_close(shifted[0], lse + shift, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(shifted[1], pruned_lse + shift, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(shifted[2], p, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(p.sum(1), torch.ones_like(lse), rtol=1e-5, atol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offsets beyond 2^31 elements need a GPU's memory")

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ood_kernels import reference
+from ood_kernels.bases import BASES
+from ood_kernels.triton_kernels.combine import combine_kernel
 from ood_kernels.triton_kernels.launch import PRECISIONS, record
 from ood_kernels.triton_kernels.masked_energy import head_partials
+from ood_kernels.triton_kernels.project_factored import factored_plan
 
 # NumPy, which interprets, warns of Inf - Inf.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -124,3 +129,46 @@ def test_no_components_launch_nothing(make_projection, project, form):
         for samples in (5, 0):
             assert project(form, *make_projection(form, samples, components=0)).shape == (samples, 0)
     assert launches == []
+
+
+def without_memory(form, samples, classes, features, components, ranks=()):
+    """(a, h, basis) on the meta device; factored with a bias, whose row keeps the others aligned."""
+    bias = form == "factored"
+    large = {"explicit": [(components, classes, features)]}
+    if bias:
+        large[form] = [(classes, ranks[0]), (features + 1, ranks[1]), (components, *ranks)]
+    shapes = (samples, classes), (samples, features), *large[form], (components,)
+    a, h, *parts = (torch.empty(shape, device="meta") for shape in shapes)
+    return a, h, BASES[form].from_parts(parts, bias=bias)
+
+
+@pytest.mark.parametrize(
+    ("form", "sizes"),
+    [("explicit", sizes) for sizes in ((10, 512, 200), (1000, 2048, 512), (2, 16384, 4096), (21841, 64, 3))]
+    + [
+        ("factored", (1000, 2048, 512, (64, 128))),
+        ("factored", (10, 512, 200, (8, 16))),
+        ("factored", (1000, 16384, 4096, (1000, 64))),
+    ],
+)
+def test_launches_and_a_bounded_workspace(project, form, sizes):
+    for samples in (1, 63, 64, 1024):
+        with record() as launches:
+            project(form, *without_memory(form, samples, *sizes))
+        *_, last = first = launches[: LAUNCHES[form]]
+        partials = [one.arguments["partial_ptr"] for one in launches if "partial_ptr" in one.arguments]
+        largest = max(partial.numel() for partial in partials)
+        assert 4 * largest <= 32 * 2**20
+        assert all(one.wide for one in first if form == "factored" or one.kernel is not combine_kernel)
+        parts = -(-samples // max(1, largest // (last.arguments["splits"] * sizes[2])))
+        assert len(launches) == LAUNCHES[form] * parts
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 1000), st.integers(1, 500), st.integers(1, 5000), st.sampled_from(PRECISIONS))
+def test_splits_cover_every_class_factor_once(class_rank, feature_rank, components, precision):
+    plan = factored_plan(without_memory("factored", 1, 7, 9, components, (class_rank, feature_rank))[2], precision)
+    step = plan.projection["BLOCK_R"]
+    assert (plan.splits - 1) * step < class_rank <= plan.splits * step
+    assert (plan.component_tiles - 1) * 32 < components <= plan.component_tiles * 32
+    assert 4 * plan.splits * plan.projection["BLOCK_N"] * components <= 32 * 2**20

@@ -37,22 +37,6 @@ def test_low_precision_rounds_features_and_vectors_and_nothing_else(
     assert (ours.cpu().double() - exact(a, h, basis)).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize(
-    ("classes", "features", "components"), [(10, 512, 200), (1000, 2048, 512), (2, 16384, 4096), (21841, 64, 3)]
-)
-def test_two_launches_and_a_bounded_workspace(classes, features, components):
-    for samples in (1, 63, 64, 1024):
-        shapes = (samples, classes), (samples, features), (components, classes, features), (components,)
-        with record() as launches:
-            a, h, *parts = (torch.empty(shape, device="meta") for shape in shapes)
-            project_explicit(a, h, ok.ExplicitTensors(*parts, bias=False))
-        largest = max(launch.arguments["partial_ptr"].numel() for launch in launches)
-        assert 4 * largest <= 32 * 2**20
-        assert all(launch.wide for launch in launches if launch.kernel is family.explicit_kernel)
-        parts = -(-samples // max(1, largest // (launches[1].arguments["splits"] * components)))
-        assert len(launches) == 2 * parts
-
-
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 30000), st.integers(1, 20000), st.integers(1, 5000), st.sampled_from(PRECISIONS))
 def test_splits_cover_every_class_and_feature_once(classes, features, components, precision):
