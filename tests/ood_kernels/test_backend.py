@@ -38,22 +38,30 @@ def test_the_reference_can_be_wished_for_on_a_gpu(monkeypatch, by):
     assert backend.kernels("pool_nap", MAP, requested, preferred=True) is None
 
 
-def test_an_unknown_backend_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="backend='cuda': expected one of reference, triton"):
-        ok.pool_nap(MAP, backend="cuda")
-    monkeypatch.setenv("OOD_ENGINE_BACKEND", "fast")
-    with pytest.raises(ValueError, match="OOD_ENGINE_BACKEND='fast': expected one of reference, triton"):
-        ok.pool_nap(MAP)
-    ok.pool_nap(MAP, backend="reference")  # the argument wins
+KNOWN, MISSING = "expected one of reference, triton", "Triton is not installed; pip install triton, or use 'reference'"
+UNINTERPRETED = "for a tensor on cpu: .*TRITON_INTERPRET=1"
 
 
-@pytest.mark.parametrize("by", ["backend", "OOD_ENGINE_BACKEND"])
-def test_triton_on_the_cpu_says_how_to_interpret(monkeypatch, by):
-    monkeypatch.setattr(backend, "_is_installed", lambda: True)
-    if by != "backend":
-        monkeypatch.setenv(by, "triton")
-    with pytest.raises(RuntimeError, match=f"{by}='triton' for a tensor on cpu: .*TRITON_INTERPRET=1"):
-        ok.pool_nap(MAP, backend="triton" if by == "backend" else None)
+@pytest.mark.parametrize(
+    ("given", "environment", "installed", "error", "message"),
+    [
+        ({"backend": "cuda"}, "", True, ValueError, f"backend='cuda': {KNOWN}"),
+        ({}, "fast", True, ValueError, f"OOD_ENGINE_BACKEND='fast': {KNOWN}"),
+        ({"precision": "fp8"}, "", True, ValueError, "precision='fp8': expected one of ieee, tf32x3, tf32, bf16, fp16"),
+        ({"backend": "triton"}, "", True, RuntimeError, f"backend='triton' {UNINTERPRETED}"),
+        ({}, "triton", True, RuntimeError, f"OOD_ENGINE_BACKEND='triton' {UNINTERPRETED}"),
+        ({"backend": "triton"}, "", False, RuntimeError, MISSING),
+    ],
+)
+def test_what_cannot_be_is_refused_and_another_argument_wins(
+    monkeypatch, given, environment, installed, error, message
+):
+    monkeypatch.setattr(backend, "_is_installed", lambda: installed)
+    monkeypatch.setenv("OOD_ENGINE_BACKEND", environment)
+    h, weight = torch.ones(2, 3), torch.ones(4, 3)
+    with pytest.raises(error, match=message):
+        ok.masked_energy(h, weight, **given)
+    ok.masked_energy(h, weight, backend="reference")
 
 
 def test_a_gpu_without_triton_falls_back_with_one_warning(monkeypatch):
@@ -64,17 +72,6 @@ def test_a_gpu_without_triton_falls_back_with_one_warning(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert backend.kernels("score", MAP, "", preferred=True) is None
-
-
-def test_triton_wished_for_and_not_installed_is_an_error(monkeypatch):
-    monkeypatch.setattr(backend, "_is_installed", lambda: False)
-    with pytest.raises(RuntimeError, match="Triton is not installed; pip install triton, or use 'reference'"):
-        ok.pool_nap(MAP, backend="triton")
-
-
-def test_an_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match="precision='fp8': expected one of ieee, tf32x3, tf32, bf16, fp16"):
-        ok.masked_energy(torch.ones(2, 3), torch.ones(4, 3), precision="fp8")
 
 
 def test_importing_needs_no_triton():

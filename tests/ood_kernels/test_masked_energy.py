@@ -124,23 +124,16 @@ def test_masks_prune_what_they_name():
     assert p.argmax().item() == 2
 
 
-@pytest.mark.parametrize("which", ["weights", "neurons", "both"])
-def test_head_pruned_away_scores_its_bias(which):
-    h, weight, bias, weight_mask, neuron_mask = make(4, 9, 5)
-    no_weight, no_neuron = torch.zeros_like(weight_mask), torch.zeros_like(neuron_mask)
-    masks = {"weights": (no_weight, None), "neurons": (None, no_neuron), "both": (no_weight, no_neuron)}[which]
-    pruned_lse = ok.masked_energy(h, weight, bias, *masks)[1]
-    assert_allclose(pruned_lse, np.full(4, log_sum_exp(bias.double().numpy()[None])), rtol=1e-6)
-    assert_allclose(ok.masked_energy(h, weight, None, *masks)[1], math.log(5), rtol=1e-6)
-
-
-def test_a_class_without_weights_keeps_its_bias():
-    h, weight, bias, weight_mask, neuron_mask = make(4, 9, 5, torch.float64)
-    weight_mask[2] = False
-    arguments = (h, weight, bias, weight_mask, neuron_mask)
-    assert_right(ok.masked_energy(*arguments), arguments)
-    weight[2] = 0
-    assert_right(ok.masked_energy(h, weight, bias), (h, weight, bias))
+@pytest.mark.pairwise(pruned=("a class", "every weight", "every neuron"), bias=("finite", "rules out", "absent"))
+def test_heads_at_the_limits(pruned, bias):
+    h, weight, offsets, weight_mask, neuron_mask = make(4, 9, 5, torch.float64)
+    (neuron_mask if pruned == "every neuron" else weight_mask[2 if pruned == "a class" else slice(None)])[:] = False
+    offsets[1] = -torch.inf if bias == "rules out" else 1.0
+    arguments = (h, weight, None if bias == "absent" else offsets, weight_mask, neuron_mask)
+    outputs = ok.masked_energy(*arguments)
+    for value, right in zip(outputs, truth(*arguments), strict=True):
+        assert_allclose(value, right, rtol=1e-12)
+    assert bias != "rules out" or not outputs[2][:, 1].any()
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
@@ -155,15 +148,6 @@ def test_large_logits_are_stable(size, dtype):
     assert_allclose(pruned_lse, expected[1], rtol=1e-6)
     assert_allclose(p, expected[2], atol=1e-6)
     assert_allclose(p.sum(1), 1, rtol=1e-6)
-
-
-def test_classes_ruled_out_by_an_infinite_bias_leave_a_finite_energy():
-    h, weight, bias, *_ = make(3, 5, 4)
-    bias[1] = -torch.inf
-    lse, _, p = ok.masked_energy(h, weight, bias)
-    keep = [0, 2, 3]
-    assert_allclose(lse, truth(h, weight[keep], bias[keep])[0], rtol=1e-5)
-    assert torch.equal(p[:, 1], torch.zeros(3))
 
 
 @pytest.mark.pairwise(bad=(torch.nan, torch.inf, -torch.inf), pruned=(False, True), dtype=DTYPES, sign=(1, -1, 0))
