@@ -7,7 +7,7 @@ import os
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "cotangent", "greatest", "matmul", "maximum", "multiple", "rounded", "sound"]
+__all__ = ["INTERPRETED", "cotangent", "greatest", "matmul", "maximum", "multiple", "rounded"]
 
 # Read once, as @triton.jit does: the interpreter has bf16 as a storage type only and multiplies in fp32.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
@@ -17,12 +17,6 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 def maximum(left, right):
     """NaN-propagating elementwise maximum, as in torch; the hardware instruction drops NaN."""
     return tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def sound(value):
-    """Finite values unchanged, others NaN: +Inf from a non-finite feature would rank as the most in-distribution score."""
-    return tl.where(tl.abs(value) < float("inf"), value, float("nan"))
 
 
 @triton.jit

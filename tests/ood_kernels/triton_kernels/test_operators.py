@@ -94,7 +94,7 @@ def run(project):
             return (project(launcher.form, *rows, *rest, launcher.precision),)
         head, basis = rest
         with forced({"score": {"LIMIT_KIB": launcher.limit}}):
-            outputs = score.score(*rows, EPS, False, *head, basis, precision=launcher.precision)
+            outputs = score.score(*rows, EPS, True, *head, basis, precision=launcher.precision)
         return outputs if basis is not None else outputs[:5]
 
     return call
