@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ TEMPORARY = ".tmp"
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, folder: Path | None = None, *, exclusive: bool = False) -> Iterator[BinaryIO]:
     """A binary file to fill; on exit it is flushed to the disk and takes the name `path`, on an error nothing of it stays.
 
     Missing folders are made. The file has the permissions of any new file, and an older one is replaced.
@@ -26,18 +27,24 @@ def atomic_file(path: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
     Args:
         path: of the finished file.
         folder: where the unfinished file lies, on the same file system; None takes the folder of `path`.
+        exclusive: the file must be new, and nobody else may be writing it.
 
     Raises:
+        FileExistsError: `exclusive`, and there is such a file, finished or not.
         OSError: the path cannot be written, or the disk is full.
     """
     folder = path.parent if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}"
+    # Of two exclusive writers the later finds either the unfinished file, whose name they share, or the finished one.
+    temporary = folder / f".{path.name}{'' if exclusive else '.' + secrets.token_hex(4)}{TEMPORARY}"
+    file = temporary.open("xb")
     try:
-        with temporary.open("xb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if exclusive and path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):

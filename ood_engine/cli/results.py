@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from ..errors import InputError, OodEngineError, OodEngineWarning, one_line
 from ..files import TEMPORARY, atomic_file
+from .lock import Lock
 
 __all__ = ["COLUMN_TYPES", "ResultWriter", "names_folder"]
 
@@ -38,6 +39,8 @@ class ResultWriter:
     its final name is complete. `finish` merges the parts with about one row group in memory; the result does not depend on the
     division into parts. For a path with a trailing slash the parts are the table, and `finish` renames their folder.
 
+    One process writes a table at a time: `<path>.lock` names it until `close` or the end of a `with` block.
+
     Args:
         path: the table to write; the ending `.parquet`, `.csv` or `/` selects the format. An existing file is kept until `finish`
             replaces it; an existing folder is refused.
@@ -48,8 +51,8 @@ class ResultWriter:
         resume: continue from existing parts; without any, start from the beginning.
 
     Raises:
-        InputError: an unknown ending or column type, parts of an interrupted run without `resume`, or `resume` with a complete
-            table or parts of another job.
+        InputError: an unknown ending or column type, another process that writes the table, parts of an interrupted run without
+            `resume`, or `resume` with a complete table or parts of another job.
         OodEngineError: pyarrow is not installed, or the disk is full or not writable.
     """
 
@@ -78,8 +81,25 @@ class ResultWriter:
         types = {"string": "string", "float": "float64", "int": "int64", "bool": "bool"}
         arrow_types = ((name, self._arrow.type_for_alias(types[kind])) for name, kind in self.columns.items())
         self._schema = self._arrow.schema(list(arrow_types))
+        document = {"job": _as_json(job), "columns": self.columns}
         with self._saving():
-            self._start({"job": _as_json(job), "columns": self.columns}, resume)
+            self._lock = Lock(self.path.with_name(self.path.name + ".lock"), str(self.path))
+        try:
+            with self._saving():
+                self._start(document, resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> ResultWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes write the table; what is not finished stays to be resumed."""
+        self._lock.release()
 
     def write(self, rows: Mapping[str, list[Any]]) -> None:
         """Write rows, given as column → values (None if missing), as one part, safely on disk on return.
@@ -93,15 +113,20 @@ class ResultWriter:
         table = self._table(rows)
         if table.num_rows == 0:
             return
-        with self._saving(), atomic_file(self._part(self._part_count)) as file:
+        with self._saving(), atomic_file(self._part(self._part_count), exclusive=True) as file:
             self._arrow.parquet.write_table(table, file, write_page_checksum=True)
         self._part_count += 1
         self.rows_done += table.num_rows
 
-    def finish(self) -> None:
-        """Merge the parts into the table, atomically, and remove them."""
+    def finish(self, rows: int) -> None:
+        """Merge the parts into the table, atomically, and remove them.
+
+        Raises:
+            OodEngineError: the parts do not hold `rows` rows, or cannot be read or merged; they stay.
+        """
         if self._finished:
             return
+        self._check_rows(rows)
         # Renamed before deletion, because a kill during deletion would leave a gap in the parts.
         leftover = self._merged_folder()
         with self._saving():
@@ -111,6 +136,7 @@ class ResultWriter:
             os.replace(self.parts_folder, self.path if self._is_folder else leftover)
         self._finished = True
         shutil.rmtree(leftover, ignore_errors=True)
+        self.close()
 
     def _start(self, job: dict[str, Any], resume: bool) -> None:
         shutil.rmtree(self._merged_folder(), ignore_errors=True)
@@ -166,7 +192,7 @@ class ResultWriter:
         return self.parts_folder / f"part-{number:05d}.parquet"
 
     def _part_numbers(self) -> list[int]:
-        names = (PART_NAME.fullmatch(file.name) for file in self.parts_folder.iterdir())
+        names = (PART_NAME.fullmatch(file.name) for file in self.parts_folder.glob("part-*"))
         return sorted(int(name[1]) for name in names if name)
 
     def _merged_folder(self) -> Path:
@@ -178,6 +204,17 @@ class ResultWriter:
             return int(self._read(number).num_rows)
         except OodEngineError:
             return None
+
+    def _check_rows(self, wanted: int) -> None:
+        """Hold the parts on the disk to the rows written, and these to the number wanted."""
+        numbers = self._part_numbers()
+        found = sum(self._read(number).num_rows for number in numbers)
+        if numbers != list(range(self._part_count)) or found != wanted:
+            way_out = "continue with --resume" if found < wanted else f"delete {self.parts_folder} and start again"
+            raise OodEngineError(
+                f"{self.parts_folder}: {len(numbers)} parts hold {found} rows, expected {wanted} rows in {self._part_count}"
+                f" parts; something else changed them: {way_out}"
+            )
 
     def _read(self, number: int) -> Any:
         part = self._part(number)
@@ -234,6 +271,10 @@ class ResultWriter:
     def _saving(self) -> Iterator[None]:
         try:
             yield
+        except FileExistsError as error:
+            raise OodEngineError(
+                f"{error.filename}: another run writes this table as well; stop both, then continue with --resume"
+            ) from error
         except OSError as error:
             raise OodEngineError(
                 f"{self.path}: cannot write ({error.strerror or one_line(error)}); {self.rows_done} rows are safe in "

@@ -80,17 +80,17 @@ def score(
         check_output(table)
     engine, network, preprocess = load_engine(**options)
     dataset = open_dataset(data, preprocess)
-    writer = ResultWriter(output, _columns(engine), job=_job(network, options["state"], data, dataset), resume=resume)
-    before, started = writer.rows_done, time.perf_counter()
-    try:
-        _score_all(engine, dataset, writer, batch_size, part_rows)
-        seconds = time.perf_counter() - started
-        writer.finish()
-    except KeyboardInterrupt as error:
-        raise Interrupted(
-            f"stopped; {writer.rows_done} of {len(dataset)} rows are kept in {writer.parts_folder}: repeat the command with"
-            " --resume to continue"
-        ) from error
+    with ResultWriter(output, _columns(engine), job=_job(network, options["state"], data, dataset), resume=resume) as writer:
+        before, started = writer.rows_done, time.perf_counter()
+        try:
+            _score_all(engine, dataset, writer, batch_size, part_rows)
+            seconds = time.perf_counter() - started
+            writer.finish(len(dataset))
+        except KeyboardInterrupt as error:
+            raise Interrupted(
+                f"stopped; {writer.rows_done} of {len(dataset)} rows are kept in {writer.parts_folder}: repeat the command with"
+                " --resume to continue"
+            ) from error
     summary = _summary(table, list(engine.detectors), bool(engine.calibrations))
     summary |= {"resumed_after": before, "images_per_second": round((len(dataset) - before) / max(seconds, 1e-9), 1)}
     if as_json:

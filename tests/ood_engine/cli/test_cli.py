@@ -219,7 +219,7 @@ def test_an_output_with_a_slash_is_a_folder_of_parts_written_by_number_or_by_the
 
 
 def test_other_weights_below_the_same_head_do_not_continue_a_run(place, call, refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(score_module.ResultWriter, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(score_module.ResultWriter, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert call(place.score(tmp_path / "t.parquet"))[0] == 130
     state = SmallCNN(seed=3).state_dict()
     save_file(state | {"body.1.weight": state["body.1.weight"] * 1.0001}, tmp_path / "other.safetensors")

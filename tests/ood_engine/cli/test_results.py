@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,8 +50,13 @@ def write_parts(path: Path, start: int, stop: int, size: int = 8, resume: bool =
     return writer
 
 
+def rows_resumed(path: Path, job: dict = JOB) -> int:
+    with ResultWriter(path, COLUMNS, job=job, resume=True) as writer:
+        return writer.rows_done
+
+
 def uninterrupted(path: Path, size: int = 8) -> bytes:
-    write_parts(path, 0, 40, size).finish()
+    write_parts(path, 0, 40, size).finish(40)
     return path.read_bytes()
 
 
@@ -103,7 +109,7 @@ def test_any_values_survive(values, ending, size):
         for first in range(0, len(values), size):
             part = values[first : first + size]
             writer.write({name: [row[k] for row in part] for k, name in enumerate(COLUMNS)})
-        writer.finish()
+        writer.finish(len(values))
         back = read_back(path)
     back["energy"] = [NAN if value is not None and math.isnan(value) else value for value in back["energy"]]
     assert back == {name: [row[k] for row in values] for k, name in enumerate(COLUMNS)}
@@ -120,7 +126,7 @@ path, moment = Path(sys.argv[1]), sys.argv[2]
 if moment == "between": tests.write_parts(path, 0, 24); die()
 writer = tests.write_parts(path, 0, 16 if moment == "part" else 40)
 if moment == "part": os.fsync = die; writer.write(tests.make_rows(16, 24))
-if moment == "merge": os.fsync = die; writer.finish()
+if moment == "merge": os.fsync = die; writer.finish(40)
 """
 
 
@@ -153,7 +159,7 @@ def test_killed_and_resumed_gives_the_same_table(tmp_path, tmp_path_factory, end
     assert not list(parts_of(path).glob("*.tmp"))
     for first in range(writer.rows_done, 40, 8):
         writer.write(make_rows(first, first + 8))
-    writer.finish()
+    writer.finish(40)
     assert path.read_bytes() == uninterrupted(tmp_path / f"whole.{ending}")
 
 
@@ -170,17 +176,51 @@ def test_a_kill_while_the_parts_are_removed_leaves_a_complete_table(tmp_path, mo
 
 def test_a_path_with_a_slash_becomes_a_folder_of_parts(tmp_path):
     path = f"{tmp_path / 'scores'}/"
-    write_parts(path, 0, 24)
+    write_parts(path, 0, 24).close()
     assert os.listdir(tmp_path) == ["scores.parts"]
     with pytest.raises(InputError, match="use --resume to continue"):
         write_parts(path, 0, 8)
-    write_parts(path, 24, 40, resume=True).finish()
+    write_parts(path, 24, 40, resume=True).finish(40)
     assert os.listdir(tmp_path) == ["scores"]
     assert sorted(os.listdir(path)) == ["_job.json", *(f"part-{i:05d}.parquet" for i in range(5))]
     assert pyarrow.parquet.read_table(path).to_pydict() == make_rows(0, 40)
     for resume in (False, True):
         with pytest.raises(InputError, match="the table is a folder already; give a new name"):
             ResultWriter(path, COLUMNS, job=JOB, resume=resume)
+
+
+def drop_the_last_part(folder: Path) -> None:
+    (folder / "part-00004.parquet").unlink()
+
+
+def copy_a_part(folder: Path) -> None:
+    shutil.copy(folder / "part-00000.parquet", folder / "part-00005.parquet")
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "folder"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop_the_last_part, "4 parts hold 32 rows, expected 40 rows in 5 parts; .* continue with --resume"),
+        (copy_a_part, "6 parts hold 48 rows, expected 40 rows in 5 parts; .* delete .*parts and start again"),
+    ],
+)
+def test_a_table_has_a_row_for_every_image(tmp_path, ending, change, message):
+    path = f"{tmp_path / 'scores'}/" if ending == "folder" else tmp_path / f"scores.{ending}"
+    folder = parts_of(Path(path))
+    with write_parts(path, 0, 40) as writer:
+        with pytest.raises(OodEngineError, match="5 parts hold 40 rows, expected 41 rows in 5 parts"):
+            writer.finish(41)
+        change(folder)
+        with pytest.raises(OodEngineError, match=message):
+            writer.finish(40)
+    assert os.listdir(tmp_path) == [folder.name]
+    if change is copy_a_part:
+        shutil.rmtree(folder)
+    with ResultWriter(path, COLUMNS, job=JOB, resume=change is drop_the_last_part) as writer:
+        for first in range(writer.rows_done, 40, 8):
+            writer.write(make_rows(first, first + 8))
+        writer.finish(40)
 
 
 def truncate(part: Path) -> None:
@@ -203,14 +243,14 @@ def replace_columns(part: Path) -> None:
 )
 def test_a_damaged_part_and_all_behind_it_are_computed_again(tmp_path, damage, damaged):
     path = tmp_path / "scores.csv"
-    write_parts(path, 0, 40)
+    write_parts(path, 0, 40).close()
     damage(parts_of(path) / f"part-{damaged:05d}.parquet")
     left = 5 - damaged - (damage is Path.unlink)
     message = f"part-{damaged:05d}.parquet: the part is damaged or missing.* after row {8 * damaged}, and {left} part"
     with pytest.warns(OodEngineWarning, match=message):
-        assert ResultWriter(path, COLUMNS, job=JOB, resume=True).rows_done == 8 * damaged
+        assert rows_resumed(path) == 8 * damaged
     assert len(os.listdir(parts_of(path))) == 1 + damaged
-    write_parts(path, 8 * damaged, 40, resume=True).finish()
+    write_parts(path, 8 * damaged, 40, resume=True).finish(40)
     assert path.read_bytes() == uninterrupted(tmp_path / "whole.csv")
 
 
@@ -219,7 +259,8 @@ def test_damage_found_while_merging_is_one_line(tmp_path):
     writer = write_parts(path, 0, 16)
     (parts_of(path) / "part-00001.parquet").write_bytes(b"PAR1")
     with pytest.raises(OodEngineError, match=r"part-00001.parquet: cannot be read .* continue with --resume"):
-        writer.finish()
+        writer.finish(16)
+    writer.close()
     assert os.listdir(tmp_path) == ["scores.csv.parts"]
 
 
@@ -247,12 +288,13 @@ def test_a_full_disk_keeps_the_rows_and_the_older_table_and_says_how_many(
         patch.setattr(owner, name, broken)
         message = rf"No space left on device.*{stop} rows are safe.*--resume"
         with pytest.raises(OodEngineError, match=message) as caught:
-            writer.finish() if stop == 40 else writer.write(make_rows(stop, stop + 8))
+            writer.finish(40) if stop == 40 else writer.write(make_rows(stop, stop + 8))
     assert "\n" not in str(caught.value)
+    writer.close()
     assert path.read_bytes() == b"older"
     assert sorted(os.listdir(parts_of(path))) == ["_job.json", *(f"part-{i:05d}.parquet" for i in range(stop // 8))]
     path.unlink()
-    write_parts(path, stop, 40, resume=True).finish()
+    write_parts(path, stop, 40, resume=True).finish(40)
     assert path.read_bytes() == uninterrupted(tmp_path / f"whole.{ending}")
 
 
@@ -284,16 +326,16 @@ def test_an_error_at_the_start_is_one_line_and_leaves_nothing(tmp_path, monkeypa
 )
 def test_another_job_is_refused(tmp_path, job, columns, message):
     path = tmp_path / "scores.parquet"
-    write_parts(path, 0, 16)
+    write_parts(path, 0, 16).close()
     with pytest.raises(InputError, match=message):
         ResultWriter(path, columns, job=job, resume=True)
-    assert ResultWriter(path, COLUMNS, job={**JOB, "data": ("images", 40)}, resume=True).rows_done == 16
+    assert rows_resumed(path, {**JOB, "data": ("images", 40)}) == 16
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"job": 3, "columns": {}}', b"\xff"])
 def test_a_damaged_job_file_is_refused(tmp_path, content):
     path = tmp_path / "scores.parquet"
-    write_parts(path, 0, 16)
+    write_parts(path, 0, 16).close()
     (parts_of(path) / "_job.json").write_bytes(content)
     with pytest.raises(InputError, match=r"_job.json: cannot be read as a job; delete .*scores.parquet.parts"):
         ResultWriter(path, COLUMNS, job=JOB, resume=True)
@@ -301,10 +343,10 @@ def test_a_damaged_job_file_is_refused(tmp_path, content):
 
 def test_resume_where_nothing_is_starts_from_the_beginning(tmp_path):
     path = tmp_path / "scores.csv"
-    assert ResultWriter(path, COLUMNS, job=JOB, resume=True).rows_done == 0
-    assert ResultWriter(path, COLUMNS, job=JOB, resume=True).rows_done == 0
+    assert rows_resumed(path) == 0
+    assert rows_resumed(path) == 0
     (parts_of(path) / "_job.json").unlink()
-    write_parts(path, 0, 40, resume=True).finish()
+    write_parts(path, 0, 40, resume=True).finish(40)
     assert read_back(path) == make_rows(0, 40)
 
 
@@ -314,8 +356,9 @@ def test_no_rows_give_a_table_with_its_columns(tmp_path, ending):
     writer = ResultWriter(path, COLUMNS, job=JOB)
     writer.write(make_rows(0, 0))
     assert os.listdir(parts_of(path)) == ["_job.json"]
-    writer.finish()
-    writer.finish()
+    assert os.listdir(tmp_path).count(path.name + ".lock") == 1
+    writer.finish(0)
+    writer.finish(0)
     assert read_back(path) == make_rows(0, 0)
     with pytest.raises(InputError, match="finished"):
         writer.write(make_rows(0, 1))
@@ -340,6 +383,7 @@ def test_rows_that_do_not_fit_the_columns_are_refused(tmp_path, rows, message):
     with pytest.raises(InputError, match=message):
         writer.write({**make_rows(1, 2), **changed})
     assert writer.rows_done == 0
+    writer.close()
 
 
 @pytest.mark.parametrize(
