@@ -13,19 +13,19 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ..errors import InputError, OodEngineError, OodEngineWarning, one_line
 from ..files import TEMPORARY, atomic_file
 from .lock import Lock
+from .merge import import_pyarrow, merge
 
 __all__ = ["COLUMN_TYPES", "ResultWriter", "names_folder"]
 
 COLUMN_TYPES = ("string", "float", "int", "bool")
 ENDINGS = (".parquet", ".csv")
-ROWS_PER_GROUP = 16384
 PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
 JOB = "_job.json"
 """Readers of Parquet folders skip names that begin with an underscore."""
@@ -49,6 +49,7 @@ class ResultWriter:
         job: identity of the computation in JSON values (a digest of the state, the data and their number, …); a run is resumed
             only with an equal job.
         resume: continue from existing parts; without any, start from the beginning.
+        raw_csv: write text to CSV as it is, without the apostrophe before what a spreadsheet would run.
 
     Raises:
         InputError: an unknown ending or column type, another process that writes the table, parts of an interrupted run without
@@ -57,7 +58,13 @@ class ResultWriter:
     """
 
     def __init__(
-        self, path: str | Path, columns: Mapping[str, str], *, job: Mapping[str, Any], resume: bool = False
+        self,
+        path: str | Path,
+        columns: Mapping[str, str],
+        *,
+        job: Mapping[str, Any],
+        resume: bool = False,
+        raw_csv: bool = False,
     ) -> None:
         self.path = Path(path)
         self._is_folder = names_folder(path)
@@ -75,7 +82,8 @@ class ResultWriter:
         self.columns = _checked_columns(columns)
         self.parts_folder = self.path.with_name(self.path.name + ".parts")
         self.rows_done = 0
-        self._arrow = _pyarrow()
+        self._arrow = import_pyarrow()
+        self._raw_csv = raw_csv
         self._part_count = 0
         self._finished = False
         types = {"string": "string", "float": "float64", "int": "int64", "bool": "bool"}
@@ -118,6 +126,11 @@ class ResultWriter:
         self._part_count += 1
         self.rows_done += table.num_rows
 
+    def read(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        """The named columns of the rows written so far, those of earlier runs among them; before `finish`."""
+        parts = [self._read(number).select(list(names)) for number in range(self._part_count)]
+        return {name: [value for part in parts for value in part[name].to_pylist()] for name in names}
+
     def finish(self, rows: int) -> None:
         """Merge the parts into the table, atomically, and remove them.
 
@@ -132,7 +145,9 @@ class ResultWriter:
         with self._saving():
             if not self._is_folder:
                 with atomic_file(self.path, self.parts_folder) as file:
-                    self._merge(file)
+                    parts = (self._read(number) for number in range(self._part_count))
+                    csv = self.path.suffix.lower() == ".csv"
+                    merge(parts, self._schema, file, csv=csv, raw=self._raw_csv)
             os.replace(self.parts_folder, self.path if self._is_folder else leftover)
         self._finished = True
         shutil.rmtree(leftover, ignore_errors=True)
@@ -248,21 +263,6 @@ class ResultWriter:
                 raise InputError(f"column {field.name!r} wants {wanted} or None: {one_line(error)}") from error
         return self._arrow.table(arrays, schema=self._schema)
 
-    def _merge(self, file: BinaryIO) -> None:
-        """Write the rows in groups of equal size, independent of the size of the parts."""
-        parquet = self.path.suffix.lower() == ".parquet"
-        make = self._arrow.parquet.ParquetWriter if parquet else self._arrow.csv.CSVWriter
-        waiting = self._schema.empty_table()
-        with make(file, self._schema) as writer:
-            for number in range(self._part_count):
-                waiting = self._arrow.concat_tables([waiting, self._read(number)])
-                full = waiting.num_rows - waiting.num_rows % ROWS_PER_GROUP
-                if full:
-                    writer.write_table(waiting.slice(0, full), ROWS_PER_GROUP)
-                waiting = waiting.slice(full)
-            if waiting.num_rows:
-                writer.write_table(waiting)
-
     def _save_job(self, job: dict[str, Any]) -> None:
         with self._saving(), atomic_file(self.parts_folder / JOB) as file:
             file.write((json.dumps(job, indent=2) + "\n").encode("ascii"))
@@ -285,16 +285,6 @@ class ResultWriter:
 def names_folder(path: str | Path) -> bool:
     """Whether a path has a trailing slash, which `Path` would drop."""
     return str(path).endswith(("/", os.sep))
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.csv
-        import pyarrow.parquet
-    except ImportError as error:
-        raise OodEngineError("writing tables needs pyarrow: pip install 'ood-engine[cli]'") from error
-    return pyarrow
 
 
 def _checked_columns(columns: Mapping[str, str]) -> dict[str, str]:

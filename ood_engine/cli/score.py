@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-import pyarrow
 import torch
-from pyarrow import csv, parquet
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -85,13 +83,13 @@ def score(
         try:
             _score_all(engine, dataset, writer, batch_size, part_rows)
             seconds = time.perf_counter() - started
+            summary = _summary(table, writer, list(engine.detectors), bool(engine.calibrations))
             writer.finish(len(dataset))
         except KeyboardInterrupt as error:
             raise Interrupted(
                 f"stopped; {writer.rows_done} of {len(dataset)} rows are kept in {writer.parts_folder}: repeat the command with"
                 " --resume to continue"
             ) from error
-    summary = _summary(table, list(engine.detectors), bool(engine.calibrations))
     summary |= {"resumed_after": before, "images_per_second": round((len(dataset) - before) / max(seconds, 1e-9), 1)}
     if as_json:
         echo_json(summary)
@@ -186,10 +184,10 @@ def _spread(batch: Batch, values: Tensor | None, sound: list[bool]) -> list[Any]
     return column
 
 
-def _summary(output: Path, detectors: list[str], is_calibrated: bool) -> dict[str, Any]:
+def _summary(output: Path, writer: ResultWriter, detectors: list[str], is_calibrated: bool) -> dict[str, Any]:
     """Counts over the whole table, including the rows of earlier runs."""
     decisions = [f"{name}_out_of_distribution" for name in detectors]
-    columns = _read_columns(output, [*decisions, "error"])
+    columns = writer.read([*decisions, "error"])
     flagged = {name: sum(map(bool, columns[column])) for name, column in zip(detectors, decisions, strict=True)}
     return {
         "output": str(output),
@@ -197,19 +195,6 @@ def _summary(output: Path, detectors: list[str], is_calibrated: bool) -> dict[st
         "errors": sum(error is not None for error in columns["error"]),
         "flagged": flagged if is_calibrated else None,
     }
-
-
-def _read_columns(path: Path, names: list[str]) -> Rows:
-    if path.suffix.lower() != ".csv" or path.is_dir():
-        table = parquet.read_table(path, columns=names)
-    else:
-        types = {name: pyarrow.string() if name == "error" else pyarrow.bool_() for name in names}
-        options = csv.ConvertOptions(
-            include_columns=names, column_types=types, strings_can_be_null=True, quoted_strings_can_be_null=False
-        )
-        parsing = csv.ParseOptions(newlines_in_values=True)
-        table = csv.read_csv(path, parse_options=parsing, convert_options=options)
-    return {name: table[name].to_pylist() for name in names}
 
 
 def _print(summary: dict[str, Any]) -> None:

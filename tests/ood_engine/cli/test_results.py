@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ood_engine.cli import results
+from ood_engine.cli import merge, results
 from ood_engine.cli.results import ResultWriter
 from ood_engine.errors import InputError, OodEngineError, OodEngineWarning
 
@@ -78,7 +78,7 @@ def read_back(path: Path) -> dict[str, list]:
 
 @ENDINGS
 def test_the_table_does_not_depend_on_the_parts(tmp_path, ending, monkeypatch):
-    monkeypatch.setattr(results, "ROWS_PER_GROUP", 16)
+    monkeypatch.setattr(merge, "ROWS_PER_GROUP", 16)
     tables = {uninterrupted(tmp_path / f"scores.{ending}", size) for size in (1, 7, 8, 16, 40)}
     assert len(tables) == 1
     assert os.listdir(tmp_path) == [f"scores.{ending}"]
@@ -105,7 +105,7 @@ def test_the_table_does_not_depend_on_the_parts(tmp_path, ending, monkeypatch):
 def test_any_values_survive(values, ending, size):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"scores.{ending}"
-        writer = ResultWriter(path, COLUMNS, job={})
+        writer = ResultWriter(path, COLUMNS, job={}, raw_csv=True)
         for first in range(0, len(values), size):
             part = values[first : first + size]
             writer.write({name: [row[k] for row in part] for k, name in enumerate(COLUMNS)})
@@ -113,6 +113,27 @@ def test_any_values_survive(values, ending, size):
         back = read_back(path)
     back["energy"] = [NAN if value is not None and math.isnan(value) else value for value in back["energy"]]
     assert back == {name: [row[k] for row in values] for k, name in enumerate(COLUMNS)}
+
+
+FORMULAS = ["=cmd|' /C calc'!A0", "+1", "-1+1", "@SUM(1)", "\t=1", "\r=1", "\n=1", "＝1"]
+HARMLESS = ["a=1", "'quoted'", "", None, "line\n=1", " x"]
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_csv_holds_no_text_that_a_spreadsheet_runs(tmp_path, raw):
+    texts = FORMULAS + HARMLESS
+    rows = {"path": texts, "energy": [-1.5] * len(texts), "error": texts[::-1]}
+    for ending in ("csv", "parquet"):
+        path = tmp_path / f"scores.{ending}"
+        columns = {name: COLUMNS[name] for name in rows}
+        with ResultWriter(path, columns, job={}, raw_csv=raw) as writer:
+            writer.write(rows)
+            writer.finish(len(texts))
+        expected = [("" if raw or ending == "parquet" else "'") + text for text in FORMULAS] + HARMLESS
+        back = read_back(path)
+        assert back["path"] == expected
+        assert back["error"] == expected[::-1]
+        assert back["energy"] == rows["energy"]
 
 
 # The child writes parts of 8 rows and is killed where its second argument says.
