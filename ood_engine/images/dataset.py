@@ -6,21 +6,33 @@ An unreadable image is a sample with an error message, never an exception, so th
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import DataError, InputError, OodEngineError, one_line
+from ..errors import DataError, InputError, OodEngineError, OodEngineWarning, one_line
 from .preprocess import Preprocess, import_pillow
-from .sources import IMAGE_ENDINGS, ImageSource, array_source, folder_source
+from .selection import ARRAY_ENDINGS, select_images
+from .sources import IMAGE_ENDINGS, ImageSource, array_source, ending_counts, folder_source
 
-__all__ = ["IMAGE_ENDINGS", "Batch", "ImageDataset", "ImageLoader", "Preprocess", "Sample", "open_dataset"]
+__all__ = [
+    "IMAGE_ENDINGS",
+    "Batch",
+    "ImageDataset",
+    "ImageLoader",
+    "Preprocess",
+    "Sample",
+    "open_dataset",
+    "open_images",
+]
 
 PREFETCHED_BATCHES = 2
 
@@ -72,6 +84,7 @@ class ImageDataset:
         names: paths relative to the folder (with `/`), or `file.npy[17]`.
         labels: int64 [N]; None without labels.
         class_names: names of the class folders; None without them.
+        left_out: ending → number of files there that are no images.
         preprocess: the preprocessing applied to each image.
     """
 
@@ -79,6 +92,7 @@ class ImageDataset:
         self.names = source.names
         self.labels = source.labels
         self.class_names = source.class_names
+        self.left_out = dict(source.left_out)
         self.preprocess = preprocess
         self._read = source.read
 
@@ -212,14 +226,15 @@ class ImageLoader:
 def open_dataset(path: str | Path, preprocess: Preprocess) -> ImageDataset:
     """Open the images at `path`, with their labels if there are any.
 
-    - A folder of image files (`IMAGE_ENDINGS`, case-insensitive; other and hidden files are ignored): no labels.
+    - A folder of image files (`IMAGE_ENDINGS`, case-insensitive): no labels. Other files are left out, with a warning that counts
+      them; hidden ones are ignored.
     - A folder with one folder per class: class folders are numbered in sorted order; files may be nested at any depth. A class
       folder may be a link; links to folders below it are not followed.
-    - `.npy`: [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3, uint8 or float, memory-mapped.
+    - `.npy`: [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3, uint8, uint16 or float, memory-mapped.
     - `.npz`: such an array named `images`, or the only suitable one, and integers `labels` [N] if present.
 
-    The first frame of multi-frame files is used; EXIF orientation is not applied. Nothing is unpickled. Single unreadable images
-    appear later, as samples with an error.
+    EXIF orientation is not applied. Nothing is unpickled. Single images that cannot be read, or that hold several pages, frames or
+    other bands, appear later, as samples with an error.
 
     Args:
         path: a folder, a `.npy` or a `.npz` file.
@@ -230,23 +245,53 @@ def open_dataset(path: str | Path, preprocess: Preprocess) -> ImageDataset:
         OodEngineError: Pillow is needed and not installed.
     """
     path = Path(path)
+    if path.is_dir():
+        return _opened(path, folder_source, preprocess)
+    if not path.exists():
+        raise DataError(f"{path}: does not exist; give a folder of images, a .npy or a .npz file")
+    if path.suffix.lower() not in ARRAY_ENDINGS:
+        raise DataError(f"{path}: is a file ending in {path.suffix!r}; give a folder of images, a .npy or a .npz file")
+    return _opened(path, array_source, preprocess)
+
+
+def open_images(data: str, preprocess: Preprocess) -> ImageDataset:
+    """Open images without labels, from wherever they are.
+
+    - A folder: its images and those of all folders below, as one set; links are followed as in `open_dataset`.
+    - An image file; a `.npy` or `.npz` file as in `open_dataset`, without labels.
+    - A pattern such as `photos/**/*.png`, where `**` is any depth; other files that it matches are left out.
+    - A `.txt` or `.list` file with one path a line, relative to the folder of that file; `-` reads such a list from standard
+      input, relative to the working directory. Every path of a list is a sample, with an error if there is no image.
+
+    Args:
+        data: one of these.
+        preprocess: preprocessing of each image.
+
+    Raises:
+        DataError: nothing there, no image, or an ambiguous array.
+        OodEngineError: Pillow is needed and not installed.
+    """
+    return _opened(data, select_images, preprocess)
+
+
+Place = TypeVar("Place", str, Path)
+
+
+def _opened(place: Place, source_of: Callable[[Place], ImageSource], preprocess: Preprocess) -> ImageDataset:
+    if preprocess.size is not None or Path(place).suffix.lower() not in ARRAY_ENDINGS:
+        import_pillow()
     try:
-        if path.is_dir():
-            import_pillow()
-            return ImageDataset(folder_source(path), preprocess)
-        if not path.exists():
-            raise DataError(f"{path}: does not exist; give a folder of images, a .npy or a .npz file")
-        if path.suffix.lower() not in (".npy", ".npz"):
-            raise DataError(
-                f"{path}: is a file ending in {path.suffix!r}; give a folder of images, a .npy or a .npz file"
-            )
-        source = array_source(path)
+        source = source_of(place)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read ({error.strerror or one_line(error)}); check the path and its access"
+            f"{place}: cannot be read ({error.strerror or one_line(error)}); check the path and its access"
         ) from error
-    if preprocess.size is not None:
-        import_pillow()
+    if source.left_out:
+        warnings.warn(
+            f"{place}: files left out, as their ending is not that of an image: {ending_counts(source.left_out)}",
+            OodEngineWarning,
+            stacklevel=3,
+        )
     return ImageDataset(source, preprocess)
 
 

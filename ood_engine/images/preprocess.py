@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Preprocess", "import_pillow", "pillow_pixels"]
 
+SIGNED = " (Hounsfield units, say: map the window of the model to [0, 1])"
 LUMA = np.array([19595, 38470, 7471])  # / 65536: ITU-R 601-2 luma, in Pillow's fixed-point integers
 
 
@@ -71,8 +72,8 @@ class Preprocess:
 
         Args:
             image: a Pillow image of any mode (16-bit gray is divided by 65535; 16-bit colour is reduced to 8 bits by Pillow), or an
-                array [H, W] or [H, W, 1 or 3] of uint8, divided by 255, or of floats in [0, 1]. Floats outside [0, 1] are accepted
-                only with mean 0 and std 1, as already normalised values.
+                array [H, W] or [H, W, 1 or 3] of uint8, divided by 255, of uint16, divided by 65535, or of floats in [0, 1]. Floats
+                outside [0, 1] are accepted only with mean 0 and std 1, as already normalised values.
 
         Raises:
             InputError: any other input, and NaN or Inf.
@@ -118,6 +119,7 @@ def pillow_pixels(image: PillowImage.Image) -> np.ndarray:
         if deep.min() < 0 or deep.max() > 65535:
             raise InputError(
                 f"pixels from {deep.min()} to {deep.max()}; expected integers of at most 16 bits, 0 to 65535"
+                f"{SIGNED if deep.min() < 0 else ''}"
             )
         return deep.astype(np.float32) / 65535
     if image.mode in ("1", "L", "LA", "La"):
@@ -137,8 +139,10 @@ def _bytes_or_floats(pixels: np.ndarray) -> np.ndarray:
         )
     if pixels.dtype == np.uint8:
         return pixels
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
+        return pixels.astype(np.float32) / 65535
     if pixels.dtype.kind != "f":
-        raise InputError(f"image of dtype {pixels.dtype}; expected uint8, or float in [0, 1]")
+        raise InputError(f"image of dtype {pixels.dtype}; expected uint8, uint16, or float in [0, 1]")
     with np.errstate(over="ignore"):
         pixels = pixels.astype(np.float32)
     if not np.isfinite(pixels).all():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +17,20 @@ from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
 from ..errors import DataError, one_line
-from .preprocess import import_pillow, pillow_pixels
+from .pages import check_frames, check_tiff
+from .preprocess import SIGNED, import_pillow, pillow_pixels
 
-__all__ = ["IMAGE_ENDINGS", "ImageSource", "array_source", "folder_source"]
+__all__ = [
+    "IMAGE_ENDINGS",
+    "ImageSource",
+    "array_source",
+    "ending_counts",
+    "files_source",
+    "folder_source",
+    "is_image",
+    "printable",
+    "tree_source",
+]
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 # Explicit, because Pillow would otherwise go by content and pass a PostScript file named x.png to an interpreter.
@@ -26,12 +38,16 @@ PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 
 
 class ImageSource(NamedTuple):
-    """Indexed images: `read(index)` returns pixels [H, W] or [H, W, C], and raises if they cannot be read."""
+    """Indexed images: `read(index)` returns pixels [H, W] or [H, W, C], and raises if they cannot be read.
+
+    `left_out` counts by ending the files that are no images.
+    """
 
     names: list[str]
     read: Callable[[int], np.ndarray]
     labels: Tensor | None = None
     class_names: list[str] | None = None
+    left_out: tuple[tuple[str, int], ...] = ()
 
 
 def folder_source(root: Path) -> ImageSource:
@@ -40,48 +56,87 @@ def folder_source(root: Path) -> ImageSource:
     Raises:
         DataError: a folder of neither kind.
     """
-    files = sorted(entry.name for entry in root.iterdir() if _is_image(entry.name) and not entry.is_dir())
-    folders = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    # A link to one of these would make the whole folder a class.
-    own_parents = {root.resolve(), *root.resolve().parents}
-    below = {name: _images_below(root / name) for name in sorted(folders) if (root / name).resolve() not in own_parents}
+    files, below, left_out = _listing(root)
     filled = [name for name, paths in below.items() if paths]
     if files and filled:
         raise DataError(
-            f"{root}: holds image files (such as {_printable(files[0])}) beside class folders (such as "
-            f"{_printable(filled[0])}); keep only the files, or only one folder per class"
+            f"{root}: holds image files (such as {printable(files[0].name)}) beside class folders (such as "
+            f"{printable(filled[0])}); keep only the files, or only one folder per class"
         )
-    if files:
-        return ImageSource([_printable(name) for name in files], partial(_read_file, [root / name for name in files]))
-    if not filled:
-        raise DataError(
-            f"{root}: holds no image; expected files ending in {' '.join(IMAGE_ENDINGS)}, or one folder per class"
-        )
+    if files or not filled:
+        return files_source(files, root, left_out)
     if len(filled) < len(below):
         empty = next(name for name, paths in below.items() if not paths)
-        raise DataError(f"{root / _printable(empty)}: the class folder holds no image; add images to it, or remove it")
-    paths = [path for name in filled for path in below[name]]
-    return ImageSource(
-        [_printable(path.relative_to(root).as_posix()) for path in paths],
-        partial(_read_file, paths),
-        torch.tensor([label for label, name in enumerate(filled) for _ in below[name]]),
-        [_printable(name) for name in filled],
+        raise DataError(f"{root / printable(empty)}: the class folder holds no image; add images to it, or remove it")
+    return files_source([path for name in filled for path in below[name]], root, left_out)._replace(
+        labels=torch.tensor([label for label, name in enumerate(filled) for _ in below[name]]),
+        class_names=[printable(name) for name in filled],
     )
 
 
-def _images_below(folder: Path) -> list[Path]:
+def tree_source(root: Path) -> ImageSource:
+    """All images of a folder and of those below it, whatever the folders mean.
+
+    Raises:
+        DataError: there is none.
+    """
+    files, below, left_out = _listing(root)
+    return files_source(sorted([*files, *(path for paths in below.values() for path in paths)]), root, left_out)
+
+
+def files_source(paths: list[Path], root: Path | None, left_out: Counter[str]) -> ImageSource:
+    """Image files, named relative to a folder, or as they are.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not paths:
+        others = f"; it holds {ending_counts(left_out.items())}" if left_out else ""
+        raise DataError(
+            f"{root}: holds no image; expected files ending in {' '.join(IMAGE_ENDINGS)}, or one folder per class{others}"
+        )
+    names = [printable((path.relative_to(root) if root else path).as_posix()) for path in paths]
+    return ImageSource(names, partial(_read_file, paths), left_out=tuple(left_out.items()))
+
+
+def ending_counts(left_out: Iterable[tuple[str, int]]) -> str:
+    """The files left out in words, the most frequent ending first."""
+    return ", ".join(f"{count} {ending}" for ending, count in sorted(left_out, key=lambda item: (-item[1], item[0])))
+
+
+def _listing(root: Path) -> tuple[list[Path], dict[str, list[Path]], Counter[str]]:
+    """(image files in a folder, folder in it → image files below, ending → number of other files)."""
+    left_out: Counter[str] = Counter()
+    entries = list(root.iterdir())
+    folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    files = sorted(root / entry.name for entry in entries if not entry.is_dir() and is_image(entry.name, left_out))
+    # A link to one of these would make the whole folder a class.
+    own_parents = {root.resolve(), *root.resolve().parents}
+    below = {
+        name: _images_below(root / name, left_out) for name in folders if (root / name).resolve() not in own_parents
+    }
+    return files, below, left_out
+
+
+def _images_below(folder: Path, left_out: Counter[str]) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
     paths = []
     for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [Path(parent, name) for name in files if _is_image(name)]
+        paths += [Path(parent, name) for name in files if is_image(name, left_out)]
     return sorted(paths, key=lambda path: path.as_posix())
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
+def is_image(name: str, left_out: Counter[str]) -> bool:
+    """Whether a file is an image by its ending; others that are not hidden are counted."""
+    if name.startswith("."):
+        return False
+    if name.lower().endswith(IMAGE_ENDINGS):
+        return True
+    left_out[printable(Path(name).suffix.lower()) or "without an ending"] += 1
+    return False
 
 
 def _read_file(paths: list[Path], index: int) -> np.ndarray:
@@ -89,7 +144,9 @@ def _read_file(paths: list[Path], index: int) -> np.ndarray:
     if path.exists() and not path.is_file():
         raise DataError("is not a regular file; put the image itself here")
     try:
+        check_tiff(path)
         with image_module.open(path, formats=PILLOW_FORMATS) as image:
+            check_frames(image)
             limit = image_module.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
                 raise DataError(
@@ -100,8 +157,8 @@ def _read_file(paths: list[Path], index: int) -> np.ndarray:
         raise DataError(f"not a readable image; expected one of {', '.join(PILLOW_FORMATS)}") from error
 
 
-def array_source(path: Path) -> ImageSource:
-    """The images of a `.npy` or `.npz` file.
+def array_source(path: Path, *, labelled: bool = True) -> ImageSource:
+    """The images of a `.npy` or `.npz` file, with the labels of the latter if they are wanted.
 
     Raises:
         DataError: a file without images.
@@ -111,35 +168,35 @@ def array_source(path: Path) -> ImageSource:
         if path.suffix.lower() == ".npy":
             images: np.ndarray = open_memmap(path, mode="r")
         else:
-            images, labels = _from_archive(path)
+            images, labels = _from_archive(path, labelled)
     except DataError:
         raise
     except Exception as error:  # NumPy raises ValueError, EOFError, BadZipFile, zlib.error, … on damaged files
         raise DataError(
             f"{path}: cannot be read as a NumPy file without pickles ({one_line(error)}); "
-            "save a plain uint8 or float array"
+            "save a plain uint8, uint16 or float array"
         ) from error
     channels_first = _checked_layout(images, path)
-    names = [f"{_printable(path.name)}[{index}]" for index in range(len(images))]
+    names = [f"{printable(path.name)}[{index}]" for index in range(len(images))]
     label_tensor = None if labels is None else _checked_labels(labels, len(images), path)
     return ImageSource(names, partial(_read_row, images, channels_first), label_tensor)
 
 
-def _from_archive(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+def _from_archive(path: Path, labelled: bool) -> tuple[np.ndarray, np.ndarray | None]:
     with open(path, "rb") as file, NpzFile(file, allow_pickle=False) as archive:
-        labels = _member(archive, "labels") if "labels" in archive.files else None
+        labels = _member(archive, "labels") if labelled and "labels" in archive.files else None
         if "images" in archive.files:
             return _member(archive, "images"), labels
         fitting = []
         for name in archive.files:
             with contextlib.suppress(ValueError):  # object arrays or other files, which cannot be the images
                 array = _member(archive, name)
-                if array.ndim in (3, 4) and (array.dtype == np.uint8 or array.dtype.kind == "f"):
+                if array.ndim in (3, 4) and _is_pixels(array.dtype):
                     fitting.append(array)
         if len(fitting) != 1:
             raise DataError(
                 f"{path}: holds the arrays {archive.files}, {len(fitting)} of which could be the images; "
-                "save the right one, uint8 or float, as 'images'"
+                "save the right one, uint8, uint16 or float, as 'images'"
             )
         return fitting[0], labels
 
@@ -151,10 +208,17 @@ def _member(archive: NpzFile, name: str) -> np.ndarray:
     return array
 
 
+def _is_pixels(dtype: np.dtype) -> bool:
+    return dtype.kind == "f" or (dtype.kind == "u" and dtype.itemsize <= 2)
+
+
 def _checked_layout(images: np.ndarray, path: Path) -> bool:
     """Whether the channels come before height and width; raises DataError if the array is not a stack of images."""
-    if images.dtype != np.uint8 and images.dtype.kind != "f":
-        raise DataError(f"{path}: images of dtype {images.dtype}; save them as uint8, or as float in [0, 1]")
+    if not _is_pixels(images.dtype):
+        raise DataError(
+            f"{path}: images of dtype {images.dtype}, whose range is not known{SIGNED if images.dtype.kind == 'i' else ''}; save"
+            " them as uint8, uint16, or as float in [0, 1]"
+        )
     if images.ndim not in (3, 4):
         raise DataError(f"{path}: images of shape {list(images.shape)}; save [N, H, W], [N, H, W, C] or [N, C, H, W]")
     if images.size == 0:
@@ -163,7 +227,7 @@ def _checked_layout(images: np.ndarray, path: Path) -> bool:
         return False
     first, last = (images.shape[axis] in (1, 3) for axis in (1, 3))
     if first == last:
-        problem = "are ambiguous" if first else "have neither 1 nor 3 channels"
+        problem = "are ambiguous" if first else "have neither 1 nor 3 channels (of more bands, keep those of the model)"
         raise DataError(
             f"{path}: images of shape {list(images.shape)} {problem}; save [N, H, W], or [N, H, W, C] or [N, C, H, W] "
             "with C = 1 or 3 and other heights and widths"
@@ -187,6 +251,6 @@ def _read_row(images: np.ndarray, channels_first: bool, index: int) -> np.ndarra
     return image.transpose(1, 2, 0) if channels_first else image
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """The name as encodable text, whatever bytes the file system returns."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

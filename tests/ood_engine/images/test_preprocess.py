@@ -101,7 +101,7 @@ def test_normalised_floats_pass_only_without_mean_and_std():
         (np.zeros((4, 4, 4), dtype=np.uint8), r"shape \[4, 4, 4\]"),
         (np.zeros((4, 0), dtype=np.uint8), r"shape \[4, 0, 1\]"),
         (np.zeros(4, dtype=np.uint8), r"shape \[4\]"),
-        (np.zeros((4, 4), dtype=np.int64), "dtype int64; expected uint8, or float"),
+        (np.zeros((4, 4), dtype=np.int64), "dtype int64; expected uint8, uint16, or float"),
         (np.zeros((4, 4), dtype=bool), "dtype bool"),
         (torch.zeros(4, 4), "is a Tensor; expected a Pillow image"),
         (Image.fromarray(np.array([[70000]], dtype=np.int32)), "pixels from 70000 to 70000; expected integers"),
