@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def machine_facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "torch": torch.__version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": os.environ.get("OOD_BENCH_COMMIT") or _commit(),
     }
     if torch.cuda.is_available():

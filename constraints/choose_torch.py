@@ -25,9 +25,7 @@ def main() -> int:
     """Print the constraint on standard output, all else on standard error."""
     versions = available()
     if not versions:
-        say(
-            "pip finds no torch for this Python and platform: expected one of 2.8 or later; check pip's index, or set PYTHON"
-        )
+        say("pip finds no torch for this Python and platform: expected 2.13 or later; check pip's index, or set PYTHON")
         return 1
     version = choose(versions)
     if sys.platform == "linux" and not version.endswith("+cpu"):

@@ -65,7 +65,7 @@ def test_says_what_the_default_build_weighs_and_how_to_avoid_it(tmp_path, ask):
 def test_without_any_torch_says_so(ask):
     answer = ask()
     assert (answer.returncode, answer.stdout) == (1, "")
-    assert "pip finds no torch for this Python and platform: expected one of 2.8 or later" in answer.stderr
+    assert "pip finds no torch for this Python and platform: expected 2.13 or later" in answer.stderr
     assert "Traceback" not in answer.stderr
 
 

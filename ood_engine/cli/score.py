@@ -78,7 +78,9 @@ def score(
         check_output(table)
     engine, network, preprocess = load_engine(**options)
     dataset = open_dataset(data, preprocess)
-    with ResultWriter(output, _columns(engine), job=_job(network, options["state"], data, dataset), resume=resume) as writer:
+    with ResultWriter(
+        output, _columns(engine), job=_job(network, options["state"], data, dataset), resume=resume
+    ) as writer:
         before, started = writer.rows_done, time.perf_counter()
         try:
             _score_all(engine, dataset, writer, batch_size, part_rows)
