@@ -407,11 +407,9 @@ class Engine:
             TapError: layers that differ from those of the fit.
         """
         state = states.read(Path(path))
-        named_map = None if state.plan.proven else state.plan.feature_map
         engine = cls(
             model,
             tuple(state.detectors),
-            feature_map=named_map,
             rectify=state.rectify,
             seed=state.seed,
             runtime=runtime,

@@ -90,8 +90,7 @@ class Scorer:
     @property
     def head(self) -> ok.Head:
         """The unpruned head: current weight [C, D] and bias of the model."""
-        layer = self.tap.head
-        return ok.Head(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+        return ok.Head(*self.tap.weights)
 
     @property
     def reads_map(self) -> bool:
@@ -99,11 +98,12 @@ class Scorer:
         return True in [detector.needs_map for detector in self.detectors.values()]
 
     def require_fitted(self) -> None:
-        """Raise NotFittedError unless head and map are known and the detectors fitted."""
+        """Raise NotFittedError unless head and map are known and the detectors fitted, TapError if the model has changed since."""
         if not (self.is_fitted and self.tap.is_ready):
             raise NotFittedError(
                 "the engine is not fitted: call fit(loader) with ID images, or Engine.load(path, model)"
             )
+        self.tap.require_unchanged()
 
     def run(self, images: Tensor) -> Captured:
         """One forward pass of the model.
@@ -167,7 +167,7 @@ class Scorer:
             if plan.proven:
                 features = wide(self.tap.features(statistics.h))
             # Stored only if NAP pools something other than the head input.
-            is_pooled = plan.proven and plan.tail is None and not self.rectify
+            is_pooled = plan.proven and not plan.tail and not self.rectify
             nap_mean = nothing if is_pooled else statistics.nap_mean
         valid = finite_rows(images).to(features.device)
         self._require_agreement(features, captured, valid, learn)
@@ -210,7 +210,7 @@ class Scorer:
             self.agreement = agreement.widened(features, head_input, energies, logits)
 
     def _allowed(self, agreement: Agreement, captured: Captured | Inputs) -> Agreement:
-        tensors = (captured.head_input, captured.logits, self.tap.head.weight)
+        tensors = (captured.head_input, captured.logits, self.tap.weights[0])
         dtypes = [tensor.dtype for tensor in tensors if tensor is not None]
         return agreement.allowed(*dtypes, precision=self.runtime.precision)
 
@@ -298,7 +298,7 @@ class Scorer:
         if feature_map is None or not (constants or head_input is None):
             assert head_input is not None
             return Signals(wide(head_input), head, kernels, pruner=pruner)
-        if len(constants) == 1 and plan.proven and plan.tail is None and (pruner or basis) is not None:
+        if len(constants) == 1 and plan.proven and not plan.tail and (pruner or basis) is not None:
             eps = constants.pop()
             masks = None if pruner is None else pruner.masks
             out = kernels.score(feature_map, head, masks, basis, eps, self.rectify)

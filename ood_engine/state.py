@@ -182,7 +182,7 @@ def read(path: Path) -> State:
         _below(tensors, "canary.scores."),
     )
     return State(
-        plan=TapPlan(**{**header["plan"], "tail_shape": tuple(header["plan"]["tail_shape"])}),
+        plan=TapPlan(**header["plan"]),
         head=HeadDigest(**header["head"]),
         agreement=Agreement(**header["agreement"]),
         image_shape=tuple(header["image_shape"]) if header["image_shape"] else None,

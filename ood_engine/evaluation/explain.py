@@ -99,7 +99,7 @@ def explain(engine: Engine, image: Tensor, detector: str = "low_dim_gradient") -
         centred = a[:, None] * extend(h, basis.bias) - basis.mean.double()
         contributions = -direction * centred
         columns = contributions.sum(0)
-        has_map = captured.feature_map is not None and engine.plan.proven and engine.plan.tail is None
+        has_map = captured.feature_map is not None and engine.plan.proven and not engine.plan.tail
         places = None
         if has_map:
             assert captured.feature_map is not None

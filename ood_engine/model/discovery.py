@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import TapError
+from .outputs import agrees_with_logits, describe, explain, relative_difference, tensors_of
+from .record import Candidate, Head, Passage, Recorder
 
-__all__ = ["LAYOUTS", "TapPlan", "agrees_with_logits", "discover", "first_argument", "logits_of", "relative_difference"]
+__all__ = ["TapPlan", "discover"]
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "NCHW": lambda output: output,
-    "NHWC": lambda output: output.permute(0, 3, 1, 2),
-    "NTD": lambda output: output.transpose(1, 2).unsqueeze(3),
-}
-"""Module output → [N, D, H, W], always a view."""
-
-# A mean is rounded once to the model's dtype; logits sum many rounded terms.
+# A mean is rounded once to the model's dtype.
 _MEAN_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-_LOGITS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_LONGEST_TAIL = 8
 
 
 @dataclass(frozen=True)
@@ -30,16 +25,19 @@ class TapPlan:
     """Head and feature map of a model, in serialisable names.
 
     Attributes:
-        head: name of the `nn.Linear` that outputs the logits.
+        head: name of the layer that outputs the logits: an `nn.Linear`, or a 1×1 convolution called on a single position.
         feature_map: name of the module that outputs the map; None without a map.
         call: index of that module's call within one forward pass (a shared ReLU is called many times).
-        layout: layout of that output: "NCHW", "NHWC" or "NTD" (tokens).
+        layout: layout of that output, see `layouts.LAYOUTS`.
         relu: whether the map is the ReLU of that output, applied functionally by the model.
-        tail: name of the single module between pooling and head, such as a norm; None if the head acts on the mean itself.
-        tail_shape: per-sample input shape of the tail.
+        tail: the modules between pooling and head, such as a norm, in order, each with the shape of what it receives per sample;
+            empty if the head acts on the mean itself.
         proven: whether the map is verified: its spatial mean (through the tail) equals the head input.
         reason: how the map was verified, why it is unverified, or why there is none.
         head_call: index of the head call that outputs the logits within one forward pass.
+        head_proven: whether the head is verified: the model returns its output, or the softmax of it.
+        head_reason: how the head was verified, or why it is unverified.
+        output: where the model's output holds the logits, see `outputs.tensors_of`; meaningless for an unverified head.
     """
 
     head: str
@@ -47,235 +45,239 @@ class TapPlan:
     call: int = 0
     layout: str = "NCHW"
     relu: bool = False
-    tail: str | None = None
-    tail_shape: tuple[int, ...] = ()
+    tail: tuple[tuple[str, tuple[int, ...]], ...] = ()
     proven: bool = False
     reason: str = ""
     head_call: int = 0
+    head_proven: bool = True
+    head_reason: str = ""
+    output: str = ""
 
-
-class _Head(NamedTuple):
-    """One call of an `nn.Linear` on [N, D]."""
-
-    name: str
-    call: int
-    received: Tensor
-    output: Tensor
-
-
-class _Candidate(NamedTuple):
-    """One reading of a module's output as a feature map, with its spatial mean [N, D]."""
-
-    name: str
-    call: int
-    layout: str
-    relu: bool
-    mean: Tensor
-    dtype: torch.dtype
-
-
-class _Passage(NamedTuple):
-    """A module from one vector per sample to another of the same length."""
-
-    name: str
-    before: Tensor
-    after: Tensor
-    shape: tuple[int, ...]
-
-
-class _Recorder:
-    """Record of one forward pass for `discover`, in order of module return."""
-
-    def __init__(self) -> None:
-        self.candidates: list[_Candidate] = []
-        self.passages: list[_Passage] = []
-        self.linears: list[_Head] = []
-        self.shapes: dict[str, list[int]] = {}
-        self._calls: dict[str, int] = {}
-
-    def hook(self, name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
-        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            call = self._calls.get(name, 0)
-            self._calls[name] = call + 1
-            if not isinstance(output, Tensor) or not output.is_floating_point():
-                return
-            # Copies, because the model may modify the tensor in place afterwards.
-            output = output.detach().clone()
-            self.shapes[name] = list(output.shape)
-            if output.ndim in (3, 4):
-                self._add_candidates(name, call, output)
-            received = first_argument(args, kwargs)
-            if isinstance(received, Tensor):
-                self._add_vectors(name, call, module, received.detach().clone(), output)
-
-        return record
-
-    def _add_candidates(self, name: str, call: int, output: Tensor) -> None:
-        for layout in ("NHWC", "NCHW") if output.ndim == 4 else ("NTD",):
-            feature_map = LAYOUTS[layout](output)
-            # A single channel is a pooled [N, D, 1, 1] in the other layout.
-            if feature_map.shape[1] > 1 and feature_map.shape[2] * feature_map.shape[3] > 1:
-                dtype = torch.promote_types(feature_map.dtype, torch.float32)
-                for relu in (True, False):
-                    values = feature_map.relu() if relu else feature_map
-                    mean = values.to(dtype).mean((2, 3))
-                    self.candidates.append(_Candidate(name, call, layout, relu, mean, output.dtype))
-
-    def _add_vectors(self, name: str, call: int, module: nn.Module, received: Tensor, output: Tensor) -> None:
-        if isinstance(module, nn.Linear) and received.ndim == output.ndim == 2:
-            self.linears.append(_Head(name, call, received, output))
-        before, after = _as_vectors(received), _as_vectors(output)
-        if before is not None and after is not None and before.shape == after.shape:
-            self.passages.append(_Passage(name, before, after, tuple(received.shape[1:])))
+    def __post_init__(self) -> None:
+        # JSON has lists only.
+        object.__setattr__(self, "tail", tuple((name, tuple(shape)) for name, shape in self.tail))
 
 
 def discover(
-    modules: dict[str, nn.Module], run: Callable[[], Tensor], wanted_head: str | None, wanted_map: str | None
-) -> TapPlan:
-    """Find head and map in one forward pass `run` with hooks on all `modules`.
+    modules: dict[str, nn.Module],
+    run: Callable[[], Any],
+    samples: int,
+    wanted_head: str | None = None,
+    wanted_map: str | None = None,
+) -> tuple[TapPlan, Tensor]:
+    """Find head and map in one forward pass `run` of `samples` images with hooks on all `modules`.
+
+    Returns:
+        The plan, and the logits [N, C]: the model's own, or the output of an unverified head.
 
     Raises:
-        TapError: no nn.Linear outputs the logits, a non-finite output, or an explicitly named map that is none.
+        TapError: no layer outputs the logits, several outputs that may be them, a non-finite output, or an explicitly named layer
+            that is no head or no map.
     """
-    recorder = _Recorder()
-    handles = [module.register_forward_hook(recorder.hook(name), with_kwargs=True) for name, module in modules.items()]
-    try:
-        logits = run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    recorder = Recorder()
+    with recorder.on(modules):
+        output = run()
+    plan, head, logits = _find_head(recorder, output, samples, wanted_head)
     if not torch.isfinite(logits).all():
-        raise TapError(
-            f"the model's output has NaN or infinite values for finite images ({logits.dtype}): expected finite logits; check the"
-            " preprocessing, or run the model in a wider dtype"
-        )
-    head = _find_head(recorder, logits, wanted_head)
+        raise TapError(_not_finite(logits))
+    candidates = [one for one in recorder.candidates if len(one.mean) == samples]
     if wanted_map is None:
-        return _find_map(recorder, head, recorder.candidates)
+        return _find_map(recorder, plan, head, candidates), logits
     if wanted_map not in recorder.shapes:
         raise TapError(
             f"feature_map={wanted_map!r}: the module was not called, or its output is not a floating point tensor"
         )
-    candidates = [
-        candidate
-        for candidate in recorder.candidates
-        if candidate.name == wanted_map and len(candidate.mean) == len(logits)
-    ]
+    candidates = [one for one in candidates if one.name == wanted_map]
     if not candidates:
         raise TapError(
-            f"feature_map={wanted_map!r}: expected an output of {len(logits)} samples with more than one position, such as"
+            f"feature_map={wanted_map!r}: expected an output of {samples} samples with more than one channel and position, such as"
             f" [N, D, H, W] with H·W > 1, got {recorder.shapes[wanted_map]}; name a layer before the pooling"
         )
-    plan = _find_map(recorder, head, candidates)
-    if plan.proven:
-        return plan
-    # Among the layouts of one output, prefer that with the head's number of channels.
-    last = [candidate for candidate in candidates if candidate.mean.shape == head.received.shape] or candidates
-    reason = f"named by hand, unverified: its spatial mean differs from the input of {head.name!r}"
-    return _plan(head, last[-1], reason=reason, proven=False)
+    found = _find_map(recorder, plan, head, candidates)
+    return (found if found.proven else _by_hand(plan, head, candidates)), logits
 
 
-def _find_head(recorder: _Recorder, logits: Tensor, wanted: str | None) -> _Head:
-    tried = [head for head in recorder.linears if wanted in (None, head.name)]
-    for head in reversed(tried):
-        if agrees_with_logits(head.output, logits):
-            return head
-    if not tried:
-        what = (
-            f"head={wanted!r} was not called on [N, D]"
-            if wanted is not None
-            else "no nn.Linear was called on [N, D] features"
+def _find_head(recorder: Recorder, output: Any, samples: int, wanted: str | None) -> tuple[TapPlan, Head, Tensor]:
+    heads = [head for head in recorder.heads if wanted in (None, head.name) and len(head.received) == samples]
+    if not heads:
+        raise TapError(_no_head(recorder, samples, wanted))
+    tensors = {path: one for path, one in tensors_of(output).items() if one.ndim == 2 and one.is_floating_point()}
+    if not tensors and wanted is None:
+        raise TapError(
+            f"the model's output: expected logits [N, C], alone or in a tuple, dict or object, got {describe(output)}; return them,"
+            f" or name the layer that makes them by head={heads[-1].name!r}"
         )
-        raise TapError(f"{what}: expected the layer that makes the logits; name it by head=...")
-    name, output = tried[-1].name, tried[-1].output
-    raise TapError(
-        f"the output of {name!r} is not the model's output (shapes {list(output.shape)} and {list(logits.shape)}, largest"
-        f" relative difference {relative_difference(output, logits):.3g}): expected a model that ends in an nn.Linear, or in its"
-        " softmax; wrap the model so that it returns the logits, or name the layer by head=..."
+    # A key of this name is the model's own word for it.
+    named = {path: one for path, one in tensors.items() if path.rpartition("/")[2] == "logits"}
+    tensors = {path: one.detach() for path, one in (named or tensors).items()}
+    if not any(len(one) == samples for one in tensors.values()) and wanted is None:
+        rows = len(next(iter(tensors.values())))
+        raise TapError(f"the model returned {rows} rows of logits for {samples} images: expected one row per image")
+    if tensors and not any(torch.isfinite(one).all() for one in tensors.values()):
+        raise TapError(_not_finite(next(iter(tensors.values()))))
+    made = {
+        path: head
+        for path, one in tensors.items()
+        if (head := next((head for head in reversed(heads) if agrees_with_logits(head.output, one)), None))
+    }
+    if made and (wanted is not None or len({head.name for head in made.values()}) == 1):
+        path, head = next(iter(made.items()))
+        others = [one for path, one in tensors.items() if path not in made]
+        if wanted is not None or all(_is_known(recorder, one) for one in others):
+            where = f" at {path!r}" if path else ""
+            reason = f"verified: the model's output{where} is that of {head.name!r}, or its softmax"
+            return _plan(head, path, reason), head, tensors[path]
+    seen = _seen(recorder.heads, heads[-1], tensors, made)
+    if wanted is None:
+        raise TapError(_ask(heads, seen))
+    head = heads[-1]
+    return _plan(head, "", f"named by hand, unverified: {seen}", proven=False), head, head.output
+
+
+def _not_finite(logits: Tensor) -> str:
+    return (
+        f"the model's output has NaN or infinite values for finite images ({logits.dtype}): expected finite logits; check the"
+        " preprocessing, or run the model in a wider dtype"
     )
 
 
-def _find_map(recorder: _Recorder, head: _Head, candidates: list[_Candidate]) -> TapPlan:
-    received = head.received
-    if not received.any():
-        return _plan(head, reason=f"{head.name!r} received only zeros, which prove nothing; fit on real images")
-    for candidate in reversed(candidates):
-        if _is_close(candidate.mean, received, candidate.dtype):
-            return _plan(head, candidate, reason=f"verified: its spatial mean is the input of {head.name!r}")
-    for passage in recorder.passages:
-        if not _is_close(passage.after, received, passage.after.dtype):
-            continue
-        for candidate in reversed(candidates):
-            if _is_close(candidate.mean, passage.before, candidate.dtype):
-                reason = f"verified: its spatial mean through {passage.name!r} is the input of {head.name!r}"
-                return _plan(head, candidate, passage, reason)
-    differences = [(relative_difference(candidate.mean, received), candidate.name) for candidate in candidates]
+def _no_head(recorder: Recorder, samples: int, wanted: str | None) -> str:
+    expected = f"expected the nn.Linear or 1×1 convolution that makes the logits, called on [{samples}, D], not on every position"
+    if wanted is None:
+        came = "; ".join(f"{name!r} on {shape}" for name, shape in list(recorder.received.items())[-4:])
+        return f"no layer was called on one vector per image ({came or 'no linear layer was called'}): {expected}"
+    came = f"was called on {recorder.received[wanted]}" if wanted in recorder.received else "was not called"
+    others = ", ".join(repr(name) for name in dict.fromkeys(head.name for head in recorder.heads))
+    return f"head={wanted!r} {came}: {expected}; those that were are {others or 'none'}"
+
+
+def _is_known(recorder: Recorder, tensor: Tensor) -> bool:
+    """Whether a further output is no candidate for the logits: the input of a head, or a vector on the way to it."""
+    vectors = [head.received for head in recorder.heads] + [one.before for one in recorder.passages]
+    return any(relative_difference(tensor, vector) == 0 for vector in vectors)
+
+
+def _seen(heads: list[Head], last: Head, tensors: dict[str, Tensor], made: dict[str, Head]) -> str:
+    """What the model's output is, in words; where it is nothing known, how far from the output of the `last` head."""
+    outputs = [(head.name, head.output) for head in heads]
+    words = []
+    for path, tensor in tensors.items():
+        came = f"the output of {made[path].name!r}" if path in made else explain(tensor, outputs)
+        if came is None:
+            came = f"not the output of {last.name!r}"
+            if last.output.shape == tensor.shape:
+                came += f" (largest relative difference {relative_difference(last.output, tensor):.3g})"
+            else:
+                came += f" (shapes {list(last.output.shape)} and {list(tensor.shape)})"
+        words.append(f"at {path!r} {came}" if len(tensors) > 1 else came)
+    return f"the model's output is {', '.join(words)}" if words else "the model returns no [N, C]"
+
+
+def _ask(heads: list[Head], seen: str) -> str:
+    names = [name for name in dict.fromkeys(head.name for head in heads) if repr(name) in seen]
+    choice = " or ".join(f"head={name!r}" for name in names)
+    return (
+        f"{seen}: expected the output of one nn.Linear or 1×1 convolution, or its softmax; choose the layer to score by"
+        f" {choice}, or return its output alone"
+    )
+
+
+def _find_map(recorder: Recorder, plan: TapPlan, head: Head, candidates: list[Candidate]) -> TapPlan:
+    if not head.received.any():
+        return _with_map(plan, reason=f"{head.name!r} received only zeros, which prove nothing; fit on real images")
+    found, tail = _proof(candidates, recorder.passages[: head.passages], head.received)
+    if found:
+        through = f" through {', '.join(repr(one.name) for one in tail)}" if tail else ""
+        reason = f"verified: its spatial mean{through} is the input of {head.name!r}{_others(found)}"
+        return _with_map(plan, found[0], tail, reason, proven=True)
+    differences = [(relative_difference(candidate.mean, head.received), candidate.name) for candidate in candidates]
     if not differences:
-        return _plan(head, reason="no module of the model has an output with more than one position (H·W > 1)")
+        return _with_map(plan, reason="no module of the model has an output with more than one position (H·W > 1)")
     closest, name = min(differences)
     near = f"; the closest, {name!r}, has a relative difference of {closest:.2g}" if closest < 1 else ""
-    return _plan(head, reason=f"no module's output has the spatial mean that {head.name!r} received{near}")
+    return _with_map(plan, reason=f"no module's output has the spatial mean that {head.name!r} received{near}")
 
 
-def _plan(
-    head: _Head, found: _Candidate | None = None, passage: _Passage | None = None, reason: str = "", proven: bool = True
-) -> TapPlan:
-    if found is None:
-        return TapPlan(head.name, None, reason=reason, head_call=head.call)
-    tail, shape = (passage.name, passage.shape) if passage else (None, ())
-    return TapPlan(
-        head.name, found.name, found.call, found.layout, found.relu and proven, tail, shape, proven, reason, head.call
+def _proof(
+    candidates: list[Candidate], passages: list[Passage], vector: Tensor
+) -> tuple[list[Candidate], list[Passage]]:
+    """The candidates, last first, whose mean becomes `vector` [N, D] through some of the passages in their order, and these."""
+    tried: set[int] = set()
+
+    def search(vector: Tensor, end: int, length: int) -> tuple[list[Candidate], list[Passage]]:
+        found = [one for one in reversed(candidates) if _is_close(one.mean, vector, one.dtype)]
+        if found or length == _LONGEST_TAIL:
+            return found, []
+        for number in reversed(range(end)):
+            passage = passages[number]
+            if number not in tried and _is_close(passage.after, vector, passage.after.dtype):
+                tried.add(number)
+                found, tail = search(passage.before, number, length + 1)
+                if found:
+                    return found, [*tail, passage]
+        return [], []
+
+    return search(vector, len(passages), 0)
+
+
+def _others(found: list[Candidate]) -> str:
+    """Modules that prove as well, with another map."""
+    taken = found[0]
+    different = [one.name for one in found if not one.relu and not _is_close(one.peak, taken.peak, one.dtype)]
+    others = [name for name in dict.fromkeys(different) if name != taken.name]
+    if not others:
+        return ""
+    names = ", ".join(repr(name) for name in others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+    return f"; so is that of {names}, with other maxima: the last is taken, name another by feature_map=..."
+
+
+def _by_hand(plan: TapPlan, head: Head, candidates: list[Candidate]) -> TapPlan:
+    """The reading of one output, named by hand, with the head's channels; else the one that the kind of its module says."""
+    last = [one for one in candidates if one.call == candidates[-1].call and not one.relu]
+    fitting = [one for one in last if one.mean.shape == head.received.shape]
+    said = [one for one in last if (one.layout[1] in "CD") == one.channels_first]
+    choice = fitting if len(fitting) == 1 else said or (last if len(last) == 1 or last[-1].layout != "NDL" else [])
+    if not choice:
+        raise TapError(
+            f"feature_map={last[-1].name!r}: its output can be read as [N, T, D] and as [N, D, L], and not exactly one has the"
+            f" {head.received.shape[1]} channels of the head {head.name!r}; name a convolution, norm or pooling layer, which have a"
+            " known layout"
+        )
+    return _with_map(
+        plan,
+        choice[-1],
+        reason=f"named by hand, unverified: its spatial mean differs from the input of {head.name!r}",
     )
 
 
-def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The first argument of a module call, positional or keyword; None without arguments."""
-    return next(iter((*args, *kwargs.values())), None)
+def _plan(head: Head, output: str, reason: str, *, proven: bool = True) -> TapPlan:
+    return TapPlan(head.name, None, head_call=head.call, head_proven=proven, head_reason=reason, output=output)
 
 
-def _as_vectors(tensor: Tensor) -> Tensor | None:
-    """One vector per sample, [N, D], [N, D, 1, 1] or [N, 1, 1, D], as [N, D]; None for any other shape."""
-    is_vector = tensor.ndim == 2 or (tensor.ndim == 4 and sorted(tensor.shape[1:])[:2] == [1, 1])
-    return tensor.flatten(1) if is_vector else None
-
-
-def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference relative to the largest expected magnitude; infinite if shapes differ."""
-    if found.shape != expected.shape or expected.numel() == 0:
-        return float("inf")
-    difference = (found.double() - expected.double()).abs().max()
-    # A zero-initialised head outputs all-zero logits, which only zeros match.
-    return 0.0 if difference == 0 else float(difference / expected.abs().max().double())
+def _with_map(
+    plan: TapPlan,
+    found: Candidate | None = None,
+    tail: list[Passage] | None = None,
+    reason: str = "",
+    *,
+    proven: bool = False,
+) -> TapPlan:
+    if found is None:
+        return replace(plan, reason=reason)
+    steps = tuple((passage.name, passage.shape) for passage in tail or [])
+    return replace(
+        plan,
+        feature_map=found.name,
+        call=found.call,
+        layout=found.layout,
+        relu=found.relu and proven,
+        tail=steps,
+        proven=proven,
+        reason=reason,
+    )
 
 
 def _is_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     """Whether a value computed from a tensor of this dtype matches the expected one within rounding."""
     tolerance = max(_MEAN_TOLERANCE.get(each, 1e-4) for each in (dtype, expected.dtype))
     return relative_difference(found, expected) <= tolerance
-
-
-def agrees_with_logits(logits: Tensor, output: Tensor, *dtypes: torch.dtype) -> bool:
-    """Whether a model's output equals these logits, their softmax or log-softmax within the rounding of all given dtypes."""
-    tolerance = max(_LOGITS_TOLERANCE.get(each, 1e-4) for each in (logits.dtype, output.dtype, *dtypes))
-    forms = (logits, logits.softmax(1), logits.log_softmax(1))
-    return any(relative_difference(form, output) <= tolerance for form in forms)
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output: a tensor, an object or dict with `logits`, or a tuple that starts with them.
-
-    Raises:
-        TapError: no [N, C] tensor in these places.
-    """
-    if isinstance(output, dict) and "logits" in output:
-        output = output["logits"]
-    elif hasattr(output, "logits"):
-        output = output.logits
-    elif isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        came = f"shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise TapError(
-            f"the model's output: expected logits [N, C], or .logits, or a tuple that starts with them, got {came}"
-        )
-    return output

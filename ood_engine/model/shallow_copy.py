@@ -7,21 +7,23 @@ or replaced later.
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from contextlib import suppress
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
+from weakref import ProxyTypes, ref
 
 import torch
 from torch import nn
 
 from ..errors import TapError
+from .plain_objects import CALLABLES, attributes_of, holds_module
 
-__all__ = ["shallow_twin"]
+__all__ = ["shallow_twin", "unwrap"]
 
 _SHARED = ("_parameters", "_buffers")
-_CALLABLES = (MethodType, FunctionType, partial)
+_CONTAINERS = (OrderedDict, defaultdict, dict, list, deque, set, tuple, object)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -43,16 +45,19 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model if compiled is None else unwrap(compiled)
 
 
-def shallow_twin(model: nn.Module) -> Any:
+def shallow_twin(model: nn.Module, known: dict[int, Any] | None = None) -> Any:
     """Copy the module tree of `model` in evaluation mode, with shared parameters and buffers; the model stays unchanged.
 
-    References to modules in attributes, lists, tuples, sets, dicts, bound methods, partials and closures are redirected to their
-    twins. A module reachable only through another kind of object is shared with the model.
+    References to modules in attributes, containers, plain objects, bound methods, partials and closures are redirected to their
+    twins. A module that is reachable in another way only is shared with the model, see `strangers`.
+
+    Args:
+        known: filled with the id of everything copied → its copy.
 
     Raises:
         TapError: not an nn.Module, or one that is or contains a TorchScript module.
     """
-    return _twin_of(model, {})
+    return _twin_of(model, {} if known is None else known)
 
 
 def _twin_of(module: nn.Module, known: dict[int, Any]) -> Any:
@@ -74,7 +79,10 @@ def _twin_of(module: nn.Module, known: dict[int, Any]) -> Any:
 
 
 def _translate(value: Any, known: dict[int, Any]) -> Any:
-    """Copy containers and callables, with modules replaced by their twins."""
+    """Copy containers, callables and plain objects, with modules replaced by their twins."""
+    if type(value) in ProxyTypes:
+        # Its twin lives as long as the whole.
+        return _translate(value.__repr__.__self__, known)
     if isinstance(value, nn.Module):
         return _twin_of(value, known)
     if id(value) in known:
@@ -94,16 +102,44 @@ def _translate(value: Any, known: dict[int, Any]) -> Any:
         copy = known[id(value)] = CellType()
         with suppress(ValueError):
             copy.cell_contents = _captured(value.cell_contents, known)
-    elif kind in _CALLABLES:
+    elif kind in CALLABLES:
         copy = known[id(value)] = _translate_callable(value, known)
+    elif holds_module(value):
+        copy = _translate_object(value, known)
     else:
         copy = value
     return copy
 
 
+def _translate_object(value: Any, known: dict[int, Any]) -> Any:
+    """A copy of an object that holds modules, with their twins; the object itself where its kind allows none."""
+    kind: Any = type(value)
+    if kind is ref:
+        copy = known[id(value)] = ref(_translate(value(), known))
+        return copy
+    base: Any = next(
+        one for one in (OrderedDict, defaultdict, dict, list, deque, set, tuple, object) if issubclass(kind, one)
+    )
+    try:
+        items = [_translate(item, known) for item in value] if base in (set, tuple) else []
+        copy = known[id(value)] = base.__new__(kind, *([items] if base is tuple else []))
+    except TypeError:
+        return value
+    if base is set:
+        set.update(copy, items)
+    elif base in (list, deque):
+        base.extend(copy, [_translate(item, known) for item in value])
+    elif issubclass(base, dict):
+        for key, item in dict.items(value):
+            base.__setitem__(copy, _translate(key, known), _translate(item, known))
+    for name, item in attributes_of(value).items():
+        object.__setattr__(copy, name, _translate(item, known))
+    return copy
+
+
 def _captured(value: Any, known: dict[int, Any]) -> Any:
     """The content of a closure: modules and callables as twins; data, such as the list filled by a user's hook, shared."""
-    return _translate(value, known) if isinstance(value, (nn.Module, *_CALLABLES)) else value
+    return _translate(value, known) if isinstance(value, (nn.Module, *CALLABLES)) else value
 
 
 def _translate_callable(value: Any, known: dict[int, Any]) -> Any:

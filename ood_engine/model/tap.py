@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ..errors import InputError, NotFittedError, TapError, one_line
-from .discovery import (
-    LAYOUTS,
-    TapPlan,
-    agrees_with_logits,
-    discover,
-    first_argument,
-    logits_of,
-    relative_difference,
-)
-from .shallow_copy import shallow_twin
+from .checks import require_batch, require_finite_weights, require_steady
+from .discovery import TapPlan, discover
+from .layouts import LAYOUTS
+from .outputs import agrees_with_logits, describe, relative_difference, tensor_at
+from .record import first_argument, is_linear
+from .seal import Seal
+from .strangers import StrangerGuard
 
 __all__ = ["Captured", "Tap", "TapPlan"]
 
@@ -36,7 +34,7 @@ class Captured(NamedTuple):
     Attributes:
         feature_map: [N, D, H, W], a view of the model's tensor if verified; None if the plan has no map.
         head_input: [N, D] input of the head.
-        logits: [N, C] output of the model.
+        logits: [N, C] output of the model, or its softmax; of a head that is not verified, that of the head.
     """
 
     feature_map: Tensor | None
@@ -51,67 +49,61 @@ class Tap:
     independent, and concurrent calls are safe. Hooks already on the model also run on the twin, since features such as pruning
     depend on them.
 
+    Attributes:
+        modules: name → module of the twin.
+
     Args:
         model: the classifier; a compiled or data-parallel one is unwrapped.
-        head: name of the head; None: found automatically.
+        head: name of the head; None: found automatically. A head named by hand need not make the model's output.
         feature_map: name of the module that outputs the map; None: found automatically.
 
     Raises:
-        TapError: a scripted model, an unknown name, no `nn.Linear`, or weights that are not loaded or not finite.
+        TapError: a scripted model, an unknown name, no linear layer, or weights that are not loaded or not finite.
     """
 
     def __init__(self, model: nn.Module, *, head: str | None = None, feature_map: str | None = None) -> None:
-        self._twin: nn.Module = shallow_twin(model)
-        self._modules: dict[str, nn.Module] = dict(self._twin.named_modules(remove_duplicate=False))
-        # A module registered twice goes by its first name.
-        self._first_names = {module: name for name, module in self._twin.named_modules()}
+        self._model = model
+        self._wanted_head, self._wanted_map = head, feature_map
         self._caught = threading.local()
+        self._copy_model()
+
+    def _copy_model(self) -> None:
+        """Twin of the model as it is now, since modules may have been replaced, with the layers named by hand."""
         self._handles: list[Any] = []
         self._plan: TapPlan | None = None
-        self._wanted_head = None if head is None else self._known(head, f"head={head!r}")
-        self._wanted_map = None if feature_map is None else self._known(feature_map, f"feature_map={feature_map!r}")
-        linears = [module for module in self._modules.values() if isinstance(module, nn.Linear)]
+        self._seal: Seal | None = None
+        self._guard = StrangerGuard(self._model)
+        self._watch: Callable[[], AbstractContextManager[None]] = self._guard.watch
+        self._twin: nn.Module = self._guard.twin
+        self.modules: dict[str, nn.Module] = dict(self._twin.named_modules(remove_duplicate=False))
+        # A module registered twice goes by its first name.
+        self._first_names = {module: name for name, module in self._twin.named_modules()}
+        head, feature_map = self._wanted_head, self._wanted_map
+        linears: list[Any] = [module for module in self.modules.values() if is_linear(module)]
         if not linears:
             raise TapError(
-                f"{type(model).__name__} has no nn.Linear: expected a classifier whose logits come from one; a head that is a 1×1"
-                " convolution can be replaced by the equivalent nn.Linear"
+                f"{type(self._model).__name__} has no nn.Linear and no 1×1 convolution: expected a classifier whose logits come"
+                " from one"
             )
-        self._last_linear = linears[-1] if head is None else self._linear(head, f"head={head!r}")
-        self._check_finite()
+        if feature_map is not None:
+            self._known(feature_map, f"feature_map={feature_map!r}")
+        self._head = linears[-1] if head is None else self._linear(head, f"head={head!r}")
+        require_finite_weights(self._twin)
 
     def _known(self, name: str, what: str) -> str:
-        if name not in self._modules:
-            last = ", ".join([known for known in self._modules if known][-8:])
+        if name not in self.modules:
+            last = ", ".join([known for known in self.modules if known][-8:])
             raise TapError(f"{what}: the model has no module of that name; its last modules are {last}")
-        return self._first_names[self._modules[name]]
+        return self._first_names[self.modules[name]]
 
-    def _linear(self, name: str, what: str) -> nn.Linear:
-        module = self._modules[self._known(name, what)]
-        if not isinstance(module, nn.Linear):
+    def _linear(self, name: str, what: str) -> Any:
+        module = self.modules[self._known(name, what)]
+        if not is_linear(module):
             raise TapError(
-                f"{what}: expected an nn.Linear, got a {type(module).__name__}; name the layer that makes the logits"
+                f"{what}: expected an nn.Linear or a 1×1 convolution, got a {type(module).__name__}; name the layer that makes the"
+                " logits"
             )
         return module
-
-    def _check_finite(self) -> None:
-        buffers = dict(self._twin.named_buffers())
-        for name, tensor in (*self._twin.named_parameters(), *buffers.items()):
-            if tensor.is_meta or is_lazy(tensor):
-                raise TapError(
-                    f"the model's {name!r} has no values yet (lazy, or on the meta device): expected loaded weights; run the model"
-                    " once, or load a checkpoint"
-                )
-            if not tensor.is_floating_point():
-                continue
-            bad = ~torch.isfinite(tensor)
-            if name in buffers:
-                # Attention masks contain -inf.
-                bad &= ~torch.isneginf(tensor)
-            if bad.any():
-                raise TapError(
-                    f"the model's {name!r} has {int(bad.sum())} NaN or infinite values of {tensor.numel()}: expected finite"
-                    " weights; load an intact checkpoint"
-                )
 
     @property
     def plan(self) -> TapPlan:
@@ -123,7 +115,7 @@ class Tap:
     @property
     def device(self) -> torch.device:
         """Device of the head."""
-        return next(self.head.parameters()).device
+        return self.weights[0].device
 
     @property
     def is_ready(self) -> bool:
@@ -131,42 +123,58 @@ class Tap:
         return self._plan is not None
 
     @property
-    def head(self) -> nn.Linear:
-        """The twin's head, with weight and bias shared with the model; before `find` the last nn.Linear of the model."""
-        module = self._last_linear if self._plan is None else self._modules[self._plan.head]
-        assert isinstance(module, nn.Linear)
-        return module
+    def head(self) -> Any:
+        """The twin's head, with weight and bias shared with the model; before `find` the last linear layer of the model."""
+        return self._head
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """Current weight [C, D] and bias [C] of the head, without gradients."""
+        weight, bias = self._head.weight, self._head.bias
+        return weight.detach().flatten(1), None if bias is None else bias.detach()
 
     def find(self, images: Tensor) -> TapPlan:
-        """Find and verify head and map on the first finite samples of a batch, and start capturing.
+        """Find and verify head and map of the model as it is now on the first finite images of a batch, and start capturing.
 
         Raises:
             InputError: not a floating-point batch, or no finite image.
-            TapError: no nn.Linear outputs the logits, or the logits recomputed from the map differ from the model's.
+            TapError: no layer outputs the logits, a model with random outputs or outputs that depend on the batch, or recomputed
+                logits that differ from the model's.
         """
-        _check_images(images)
+        require_batch(images)
         finite = images[torch.isfinite(images).flatten(1).all(1)][:_PROOF_SAMPLES]
         if not len(finite):
             raise InputError(
                 f"images {list(images.shape)}: none is free of NaN and infinite values; expected at least one finite image"
             )
-        modules = {name: module for module, name in self._first_names.items()}
-        self.adopt(discover(modules, lambda: self._run(finite), self._wanted_head, self._wanted_map))
+        before = dict(vars(self))
         try:
-            self._prove(finite)
-        except TapError:
-            self._release()
+            self._copy_model()
+            self._discover(finite)
+        except BaseException:
+            vars(self).update(before)
             raise
         return self.plan
 
-    def _prove(self, images: Tensor) -> None:
+    def _discover(self, images: Tensor) -> None:
+        head, feature_map = (name and self._known(name, name) for name in (self._wanted_head, self._wanted_map))
+        names = {name: module for module, name in self._first_names.items()}
+        plan, logits = discover(names, lambda: self._run(images), len(images), head, feature_map)
+        self._capture(plan)
+        # In another order and number, so that whatever depends on the batch differs.
+        order = torch.arange(max(1, len(images) - 1)).flip(0)
+        images, logits = images[order.to(images.device)], logits[order.to(logits.device)]
         captured = self(images)
+        require_steady(logits, captured.logits, lambda: self(images).logits, self.modules)
+        self._require_explained(captured)
+
+    def _require_explained(self, captured: Captured) -> None:
         features = source = captured.head_input
         if captured.feature_map is not None and self.plan.proven:
             source = captured.feature_map
             features = self.features(source.to(torch.promote_types(source.dtype, torch.float32)).mean((2, 3)))
-        with torch.no_grad():
-            logits = F.linear(features.to(self.head.weight.dtype), self.head.weight, self.head.bias)
+        weight, bias = self.weights
+        logits = F.linear(features.to(weight.dtype), weight, bias)
         if not agrees_with_logits(logits, captured.logits, source.dtype):
             raise TapError(
                 f"logits recomputed from {self.plan.feature_map or 'the input'!r} and head {self.plan.head!r} differ from the"
@@ -178,28 +186,45 @@ class Tap:
         """Capture by an existing plan, such as that of a state file.
 
         Raises:
-            TapError: a module of the plan missing from this model, or a head that is no nn.Linear with floating-point weights.
+            TapError: a module of the plan missing from this model, or a head that is no linear layer with floating-point weights.
         """
+        self._capture(plan)
+        self._wanted_head = self._wanted_head or plan.head
+        if not plan.proven:
+            self._wanted_map = self._wanted_map or plan.feature_map
+
+    def _capture(self, plan: TapPlan) -> None:
         head = self._linear(plan.head, f"{plan.head!r} was fitted as the head")
         if not head.weight.is_floating_point():
             raise TapError(
                 f"the head {plan.head!r} has {head.weight.dtype} weights: expected floating point; exclude it from quantisation"
             )
-        for name in (plan.feature_map, plan.tail):
+        for name in (plan.feature_map, *(name for name, _ in plan.tail)):
             if name is not None:
                 self._known(name, f"{name!r} was fitted")
-        self._release()
-        catch_head_input = partial(self._catch_head_input, plan)
-        self._handles = [head.register_forward_pre_hook(catch_head_input, with_kwargs=True)]
-        if plan.feature_map is not None:
-            catch_map = partial(self._catch_map, plan)
-            self._handles.append(self._modules[plan.feature_map].register_forward_hook(catch_map))
-        self._plan = plan
-
-    def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._plan = [], None
+        self._handles = [head.register_forward_pre_hook(partial(self._catch_head_input, plan), with_kwargs=True)]
+        if not plan.head_proven:
+            self._handles.append(head.register_forward_hook(partial(self._catch_head_output, plan)))
+        if plan.feature_map is not None:
+            catch_map = partial(self._catch_map, plan)
+            self._handles.append(self.modules[plan.feature_map].register_forward_hook(catch_map))
+        self._plan, self._head = plan, head
+        self._seal = Seal(self._model, self._guard.twins)
+
+    def require_unchanged(self, *, thorough: bool = False) -> None:
+        """Raise TapError if modules or weights of the model are not those of `find` or `adopt`; does not read the weights.
+
+        Args:
+            thorough: read the weights, and so notice assignments to their `.data` as well.
+        """
+        changed = None if self._seal is None else self._seal.change(thorough=thorough)
+        if changed is not None:
+            raise TapError(
+                f"the model has changed since it was fitted or loaded: {changed!r} is another now; call fit(loader)"
+                " again, or restore the weights"
+            )
 
     def __call__(self, images: Tensor) -> Captured:
         """Run the model on a copy of images [N, ...] in its device and dtype, and return the captured activations.
@@ -211,9 +236,9 @@ class Tap:
         plan = self.plan
         caught: dict[str, Tensor] = {}
         self._caught.tensors = caught
-        self._caught.calls = {"head_input": 0, "feature_map": 0}
+        self._caught.calls = {"head_input": 0, "head_output": 0, "feature_map": 0}
         try:
-            logits = self._run(images)
+            output = self._run(images)
         finally:
             del self._caught.tensors, self._caught.calls
         if "head_input" not in caught or (plan.feature_map is not None and "feature_map" not in caught):
@@ -221,40 +246,43 @@ class Tap:
                 f"the model bypassed its modules {plan.head!r} and {plan.feature_map!r}: expected both to be called in every"
                 " forward pass; name others by head=... and feature_map=..."
             )
-        return Captured(caught.get("feature_map"), caught["head_input"], logits)
+        logits = tensor_at(output, plan.output) if plan.head_proven else caught["head_output"]
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            raise TapError(f"the model returned {describe(output)}: expected logits [N, C] as in the fit")
+        if len(logits) != len(images):
+            raise TapError(
+                f"the model returned {len(logits)} rows of logits for {len(images)} images: expected one row per image"
+            )
+        return Captured(caught.get("feature_map"), caught["head_input"], logits.detach())
 
     def features(self, pooled: Tensor) -> Tensor:
         """Head input for the spatial mean `pooled` [N, D] of a verified map: the mean itself, or the tail's output."""
-        if self.plan.tail is None:
-            return pooled
-        tail = self._modules[self.plan.tail]
+        vector = pooled
         with torch.no_grad():
-            weight = next(tail.parameters(), self.head.weight)
-            vector = pooled.reshape(pooled.shape[0], *self.plan.tail_shape).to(weight.dtype)
-            output: Tensor = tail(vector).flatten(1)
-        return output
+            for name, shape in self.plan.tail:
+                module = self.modules[name]
+                weight = next(module.parameters(), self.weights[0])
+                # A copy, because the module may work in place.
+                vector = module(vector.reshape(len(pooled), *shape).to(weight.dtype, copy=True)).flatten(1)
+        return vector
 
-    def _run(self, images: Tensor) -> Tensor:
-        _check_images(images)
+    def _run(self, images: Tensor) -> Any:
+        require_batch(images)
         # The first weight, because stem and head may differ in dtype or device.
-        stem = next((weight for weight in self._twin.parameters() if weight.is_floating_point()), self.head.weight)
+        stem = next((weight for weight in self._twin.parameters() if weight.is_floating_point()), self._head.weight)
         # A model may cache tensors between calls, which must not be inference tensors, and may modify its input in place.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self._watch():
             try:
                 output = self._twin(images.detach().to(stem.device, stem.dtype, copy=True))
-            except _DEVICE_ERRORS:
+            except (TapError, *_DEVICE_ERRORS):
                 raise
             except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
                 raise InputError(
                     f"images {list(images.shape)}: the model rejects them; expected the channels and size it was trained on"
                     f" ({one_line(error)})"
                 ) from error
-            logits = logits_of(output).detach()
-        if len(logits) != len(images):
-            raise TapError(
-                f"the model returned {len(logits)} rows of logits for {len(images)} images: expected one row per image"
-            )
-        return logits
+        self._watch = nullcontext
+        return output
 
     def _next_call(self, what: str) -> int | None:
         """Index of this call within the current thread's forward pass; None outside one."""
@@ -267,7 +295,11 @@ class Tap:
     def _catch_head_input(self, plan: TapPlan, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self._next_call("head_input") == plan.head_call:
             # A copy (small), because the model may modify its features in place afterwards.
-            self._caught.tensors["head_input"] = first_argument(args, kwargs).detach().clone()
+            self._caught.tensors["head_input"] = first_argument(args, kwargs).detach().clone().flatten(1)
+
+    def _catch_head_output(self, plan: TapPlan, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self._next_call("head_output") == plan.head_call:
+            self._caught.tensors["head_output"] = output.detach().clone().flatten(1)
 
     def _catch_map(self, plan: TapPlan, module: nn.Module, args: Any, output: Tensor) -> None:
         if self._next_call("feature_map") != plan.call:
@@ -279,10 +311,3 @@ class Tap:
             # An unverified map may be modified in place later, such as by a ReLU.
             feature_map = feature_map.clone()
         self._caught.tensors["feature_map"] = feature_map
-
-
-def _check_images(images: Any) -> None:
-    if not isinstance(images, Tensor) or images.ndim < 2 or not images.is_floating_point():
-        came = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        hint = "; convert as in training, such as images.float() / 255" if isinstance(images, Tensor) else ""
-        raise InputError(f"images: expected a floating point batch [N, C, H, W], got {came}{hint}")

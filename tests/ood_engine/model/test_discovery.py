@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ood_engine.errors import InputError, TapError
-from ood_engine.model.discovery import LAYOUTS, agrees_with_logits, discover, logits_of, relative_difference
+from ood_engine.model.discovery import discover
+from ood_engine.model.layouts import LAYOUTS
+from ood_engine.model.outputs import agrees_with_logits, relative_difference, tensors_of
 from ood_engine.model.tap import Tap
 
 CLASSES, WIDTH = 4, 6
@@ -93,10 +97,15 @@ def rectified():
     return channels_last(lambda m, x: m.head(F.relu(m.norm(m.stem(x).mean((2, 3))), inplace=True)))
 
 
-def projected():
-    """Has another number of channels behind the pooling."""
-    layers = {"stem": nn.Conv2d(3, WIDTH, 2, 2), "project": nn.Linear(WIDTH, 7), "head": linear(7)}
-    return Toy(lambda m, x: m.head(m.project(m.stem(x).mean((2, 3)))), **layers)
+def projected(activation):
+    """Has another number of channels behind the pooling, as MobileNetV3 has."""
+    layers = {
+        "stem": nn.Conv2d(3, WIDTH, 2, 2),
+        "project": nn.Conv2d(WIDTH, 7, 1),
+        "act": activation,
+        "head": linear(7),
+    }
+    return Toy(lambda m, x: m.head(m.act(m.project(m.stem(x).mean((2, 3), keepdim=True))).flatten(1)), **layers)
 
 
 def transformer(pool):
@@ -151,16 +160,17 @@ def build(make):
 
 # model → (feature_map, call, layout, relu, tail)
 PROVEN = {
-    "resnet": (resnet, ("layer4", 0, "NCHW", False, None)),
-    "densenet": (lambda: densenet(False), ("features", 0, "NCHW", True, None)),
-    "densenet in place": (lambda: densenet(True), ("features", 0, "NCHW", True, None)),
-    "vgg with global pooling": (vgg_gap, ("2", 0, "NCHW", False, None)),
-    "mobilenet": (mobilenet, ("features", 0, "NCHW", False, None)),
-    "one relu": (one_relu, ("relu", 1, "NCHW", False, None)),
-    "convnext": (lambda: pooled_norm(LayerNorm2d(WIDTH), nn.Flatten()), ("1", 0, "NCHW", False, "3")),
-    "layer norm on vectors": (lambda: pooled_norm(nn.Flatten(), nn.LayerNorm(WIDTH)), ("1", 0, "NCHW", False, "4")),
-    "channels last": (channels_last, ("norm", 0, "NHWC", False, None)),
-    "mean over tokens": (lambda: transformer(lambda tokens: tokens.mean(1)), ("norm", 0, "NTD", False, None)),
+    "resnet": (resnet, ("layer4", 0, "NCHW", False, ())),
+    "densenet": (lambda: densenet(False), ("features", 0, "NCHW", True, ())),
+    "densenet in place": (lambda: densenet(True), ("features", 0, "NCHW", True, ())),
+    "vgg with global pooling": (vgg_gap, ("2", 0, "NCHW", False, ())),
+    "mobilenet": (mobilenet, ("features", 0, "NCHW", False, ())),
+    "one relu": (one_relu, ("relu", 1, "NCHW", False, ())),
+    "convnext": (lambda: pooled_norm(LayerNorm2d(WIDTH), nn.Flatten()), ("1", 0, "NCHW", False, ("3",))),
+    "layer norm on vectors": (lambda: pooled_norm(nn.Flatten(), nn.LayerNorm(WIDTH)), ("1", 0, "NCHW", False, ("4",))),
+    "channels last": (channels_last, ("norm", 0, "NHWC", False, ())),
+    "projection in place": (lambda: projected(nn.Hardswish(True)), ("stem", 0, "NCHW", False, ("project", "act"))),
+    "mean over tokens": (lambda: transformer(lambda tokens: tokens.mean(1)), ("norm", 0, "NTD", False, ())),
 }
 
 
@@ -174,9 +184,9 @@ def test_the_map_of_every_style_is_found_and_gives_the_logits(style):
         tap = Tap(model)
         plan = tap.find(x)
         assert plan.proven, dtype
-        assert (plan.feature_map, plan.call, plan.layout, plan.relu, plan.tail) == expected
+        assert (plan.feature_map, plan.call, plan.layout, plan.relu, tuple(name for name, _ in plan.tail)) == expected
         assert plan.reason.startswith("verified: its spatial mean")
-        assert (plan.tail is None) == ("through" not in plan.reason)
+        assert (not plan.tail) == ("through" not in plan.reason)
         captured = tap(x)
         assert captured.feature_map.shape[:2] == (5, WIDTH)
         features = tap.features(captured.feature_map.double().mean((2, 3)).to(dtype))
@@ -207,7 +217,6 @@ def test_images_in_channels_last_memory_give_the_same():
         ),
         (vgg_mlp, "no module's output has the spatial mean that 'classifier.2' received"),
         (rectified, "no module's output has the spatial mean that 'head' received"),
-        (projected, "no module's output has the spatial mean that 'head' received"),
     ],
 )
 def test_a_model_without_such_a_map_still_gives_its_features_and_says_why(make, reason):
@@ -268,7 +277,10 @@ def test_the_layout_of_a_map_named_by_hand_is_the_one_with_the_heads_channels():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("3", r"feature_map='3': expected an output of 5 samples with more than one position.* got \[5, 6, 1, 1\]"),
+        (
+            "3",
+            r"feature_map='3': expected an output of 5 samples with more than one channel and position.* got \[5, 6, 1, 1\]",
+        ),
         ("4", r"feature_map='4': .* got \[5, 6\]; name a layer before the pooling"),
         ("spare", "feature_map='spare': the module was not called, or its output is not a floating point tensor"),
     ],
@@ -297,9 +309,9 @@ def test_windows_are_not_taken_for_samples():
 def test_no_hook_stays_where_the_model_was_looked_at():
     model = build(resnet).eval()
     modules = dict(model.named_modules())
-    assert discover(modules, lambda: model(images()), None, None).proven
+    assert discover(modules, lambda: model(images()), 5)[0].proven
     with pytest.raises(RuntimeError):
-        discover(modules, lambda: model(images()[:, :2]), None, None)
+        discover(modules, lambda: model(images()[:, :2]), 5)
     assert not any(module._forward_hooks for module in modules.values())
 
 
@@ -317,21 +329,45 @@ def pooled(run, bias=True, kind=nn.Linear):
     return Toy(lambda m, x: run(m, m.conv(x).mean((2, 3))), conv=nn.Conv2d(3, WIDTH, 3), **heads)
 
 
+class Outputs(NamedTuple):
+    features: torch.Tensor
+    scores: torch.Tensor
+
+
+@dataclass
+class Scored:
+    parts: list
+
+
+class Property:
+    def __init__(self, z):
+        self._kept = (z,)
+
+    @property
+    def logits(self):
+        return self._kept[0]
+
+
 RETURNS = {
-    "tensor": lambda z: z,
-    "tuple": lambda z: (z, z + 1),
-    "list": lambda z: [z, z + 1],
-    "dict": lambda z: {"loss": None, "logits": z},
-    "object": lambda z: SimpleNamespace(logits=z),
-    "softmax": lambda z: z.softmax(1),
-    "log softmax": lambda z: z.log_softmax(1),
+    "tensor": lambda z, h: z,
+    "tuple": lambda z, h: (z, h),
+    "list": lambda z, h: [h, z, z.softmax(1)],
+    "named tuple": lambda z, h: Outputs(h, z),
+    "data class": lambda z, h: Scored([h, {"z": z}]),
+    "dict": lambda z, h: {"loss": None, "logits": z, "other": z + 1},
+    "object": lambda z, h: SimpleNamespace(logits=z, other=z + 1),
+    "property": lambda z, h: Property(z),
+    "softmax": lambda z, h: z.softmax(1),
+    "log softmax": lambda z, h: z.log_softmax(1),
 }
 
 
 def test_what_a_model_may_return():
     for form, wrap in RETURNS.items():
-        plan = Tap(build(lambda wrap=wrap: pooled(lambda m, h: wrap(m.fc(h))))).find(images())
-        assert (plan.head, plan.feature_map, plan.proven) == ("fc", "conv", True), form
+        tap = Tap(build(lambda wrap=wrap: pooled(lambda m, h: wrap(m.fc(h), h))))
+        plan = tap.find(images())
+        assert (plan.head, plan.feature_map, plan.proven, plan.head_proven) == ("fc", "conv", True, True), form
+        assert agrees_with_logits(F.linear(tap(images()).head_input, *tap.weights), tap(images()).logits), form
 
 
 CALLS = {
@@ -371,35 +407,35 @@ def test_a_bare_linear_layer_is_a_head():
     assert torch.equal(tap(x).head_input, x)
 
 
-def test_a_head_named_by_hand_must_make_the_output():
+def test_a_head_named_by_hand_must_have_been_called_on_vectors():
     model = build(lambda: pooled(lambda m, h: (m.fc(h), m.aux(h))[0]))
-    assert Tap(model, head="fc").find(images()).head == "fc"
-    with pytest.raises(TapError, match=r"the output of 'aux' is not the model's output \(shapes \[5, 4\] and \[5, 4\]"):
-        Tap(model, head="aux").find(images())
-    with pytest.raises(TapError, match=r"head='wide' was not called on \[N, D\]: expected the layer that makes"):
+    assert Tap(model, head="fc").find(images()).head_proven
+    with pytest.raises(
+        TapError, match=r"head='wide' was not called: expected .*, called on \[5, D\].* are 'fc', 'aux'$"
+    ):
         Tap(model, head="wide").find(images())
+    model = build(lambda: pooled(lambda m, h: m.fc(h) + m.aux(h.expand(3, 5, WIDTH)).mean(0)))
+    with pytest.raises(TapError, match=r"head='aux' was called on \[3, 5, 6\]: expected"):
+        Tap(model, head="aux").find(images())
 
 
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (
-            lambda m, h: 3 * m.fc(h),
-            r"output of 'fc' is not the model's.*largest relative difference 0\.667\): .*softmax",
-        ),
-        (lambda m, h: m.fc(h).sigmoid(), r"wrap the model so that it returns the logits, or name the layer by head="),
-        (lambda m, h: m.fc(h)[:, :2], r"shapes \[5, 4\] and \[5, 2\], largest relative difference inf"),
-        (lambda m, h: m.fc(h[:, None]).mean(1), r"no nn\.Linear was called on \[N, D\] features: expected the layer"),
-        (lambda m, h: h @ m.fc.weight.T, r"no nn\.Linear was called on \[N, D\] features: expected the layer"),
+        (lambda m, h: m.fc(h)[:, :2], r"the model's output is not the output of 'fc' \(shapes \[5, 4\] and \[5, 2\]\)"),
+        (lambda m, h: m.fc(h.expand(2, 5, WIDTH))[0], r"\('fc' on \[2, 5, 6\]\): expected the nn\.Linear or 1×1 conv"),
+        (lambda m, h: h @ m.fc.weight.T, r"\(no linear layer was called\): expected the nn\.Linear or 1×1 convolution"),
         (
             lambda m, h: m.fc(h) / 0,
             r"the model's output has NaN or infinite values for finite images \(torch\.float32\)",
         ),
         (lambda m, h: m.fc(h)[:2], "returned 2 rows of logits for 5 images: expected one row per image"),
-        (lambda m, h: {"out": m.fc(h)}, r"the model's output: expected logits \[N, C\], or \.logits.* got dict"),
-        (lambda m, h: m.fc(h)[:, :, None], r"the model's output: .* got shape \[5, 4, 1\]"),
-        (lambda m, h: (None, m.fc(h)), "the model's output: .* got NoneType"),
-        (lambda m, h: (), "the model's output: .* got tuple"),
+        (
+            lambda m, h: m.fc(h)[:, :, None],
+            r"expected logits \[N, C\], .* got torch\.float32 \[5, 4, 1\]; .* head='fc'",
+        ),
+        (lambda m, h: {"z": m.fc(h).argmax(1)}, r"expected logits \[N, C\], .* got dict with 'z' \[5\]"),
+        (lambda m, h: (m.fc(h), ())[1], "the model's output: .* got tuple with no tensor"),
     ],
 )
 def test_an_output_that_is_not_the_heads_is_refused(run, message):
@@ -466,16 +502,25 @@ def test_logits_agree_as_they_are_or_as_their_softmax():
     assert not agrees_with_logits(logits, close, torch.float64)
 
 
-def test_logits_are_taken_from_the_first_place_that_has_them():
+def test_tensors_of_an_output_go_by_their_path():
     z = torch.zeros(2, 3)
-    named = SimpleNamespace(logits=z)
-    assert all(logits_of(output) is z for output in (z, {"logits": z}, named, (z, 1), [z], ({"a": 1} | {"logits": z})))
+    found = tensors_of({"a": (z, 1, [z]), "logits": SimpleNamespace(b=z, c=None)})
+    assert list(found) == ["a/0", "a/2/0", "logits/b"]
+    assert list(tensors_of(z)) == [""]
+    endless = [z]
+    endless.append(endless)
+    assert len(tensors_of(endless)) < 10
+
+
+LAYOUT_SHAPES = {"NHWC": (2, 4, 5, 3), "NCHW": (2, 3, 4, 5), "NTD": (2, 4, 3), "NDL": (2, 3, 4)}
+LAYOUT_SHAPES |= {"NTHWD": (2, 4, 5, 6, 3), "NDTHW": (2, 3, 4, 5, 6)}
 
 
 def test_every_layout_is_a_view_of_the_same_values():
-    x = torch.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
-    tokens = x.flatten(2).transpose(1, 2)
-    assert torch.equal(LAYOUTS["NCHW"](x), x)
-    assert torch.equal(LAYOUTS["NHWC"](x.permute(0, 2, 3, 1)), x)
-    assert torch.equal(LAYOUTS["NTD"](tokens), x.flatten(2).unsqueeze(3))
-    assert all(layout(value)._is_view() for layout, value in zip(LAYOUTS.values(), (x, x, tokens), strict=True))
+    for name, read in LAYOUTS.items():
+        x = torch.randn(LAYOUT_SHAPES[name])
+        found = read(x)
+        assert found.untyped_storage().data_ptr() == x.untyped_storage().data_ptr(), name
+        assert found.shape[:2] == (2, 3), name
+        first = x if name[1] in "CD" else x.movedim(-1, 1)
+        assert torch.equal(found.flatten(2), first.flatten(2)), name

@@ -102,7 +102,7 @@ def assert_untouched(model, before):
 def test_what_is_caught_is_what_the_model_computes():
     model = net().train()
     tap = found(model)
-    assert (tap.plan.feature_map, tap.plan.tail, tap.plan.head) == ("relu", "norm", "head")
+    assert (tap.plan.feature_map, tap.plan.tail, tap.plan.head) == ("relu", (("norm", (WIDTH,)),), "head")
     for count in (5, 1, 40):
         assert_equal(tap(images(count)), expected(model, images(count)))
     pooled = tap(images()).feature_map.mean((2, 3))
@@ -304,7 +304,7 @@ def test_stem_tail_and_head_run_in_their_own_dtypes(wide):
     model = Net().bfloat16()
     getattr(model, wide).float()
     tap = found(model)
-    assert (tap.plan.tail, tap.plan.proven) == ("norm", True)
+    assert ([name for name, _ in tap.plan.tail], tap.plan.proven) == (["norm"], True)
     captured = tap(images())
     assert (captured.feature_map.dtype, captured.logits.dtype) == (torch.bfloat16, model.head.weight.dtype)
     features = tap.features(captured.feature_map.float().mean((2, 3)))
@@ -347,13 +347,14 @@ def test_before_find_there_is_nothing_to_ask():
             ask()
 
 
-def test_a_failed_find_leaves_nothing_to_score_with():
-    model = net()
+def test_a_failed_find_keeps_the_plan_that_there_was():
+    model = Net()
     tap = found(model)
-    with torch.no_grad():
-        model.head.weight[0, 0] = float("nan")
+    model.run = lambda model, x: model.logits(x) / 0
     with pytest.raises(TapError, match="the model's output has NaN or infinite values for finite images"):
         tap.find(images())
+    assert tap.plan.proven
+    assert_equal(tap(images()), expected(model, images()))
 
 
 def broken(name, value):
@@ -365,8 +366,8 @@ def broken(name, value):
 
 UNKNOWN = "the model has no module of that name"
 TWELVE = nn.Sequential(*(nn.Linear(2, 2) for _ in range(12)))
-CONVOLUTIONS = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten())
-NO_LINEAR = "has no nn.Linear: expected a classifier whose logits come from one; a head that is a 1×1 convolution"
+CONVOLUTIONS = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+NO_LINEAR = "has no nn.Linear and no 1×1 convolution: expected a classifier whose logits come from one"
 
 
 @pytest.mark.parametrize(
@@ -380,7 +381,7 @@ NO_LINEAR = "has no nn.Linear: expected a classifier whose logits come from one;
         (
             net,
             {"head": "norm"},
-            r"head='norm': expected an nn\.Linear, got a LayerNorm; name the layer that makes the logits",
+            r"head='norm': expected an nn\.Linear or a 1×1 convolution, got a LayerNorm; name the layer that makes the logits",
         ),
         (
             lambda: broken("conv.weight", math.nan),
@@ -418,9 +419,12 @@ def test_a_head_of_whole_numbers_is_refused():
     ("plan", "message"),
     [
         (TapPlan("fc", None), f"'fc' was fitted as the head: {UNKNOWN}"),
-        (TapPlan("norm", None), r"'norm' was fitted as the head: expected an nn\.Linear, got a LayerNorm"),
+        (
+            TapPlan("norm", None),
+            r"'norm' was fitted as the head: expected an nn\.Linear or a 1×1 convolution, got a LayerNorm",
+        ),
         (TapPlan("head", "layer4"), f"'layer4' was fitted: {UNKNOWN}"),
-        (TapPlan("head", "relu", tail="tail"), f"'tail' was fitted: {UNKNOWN}"),
+        (TapPlan("head", "relu", tail=(("tail", (6,)),)), f"'tail' was fitted: {UNKNOWN}"),
     ],
 )
 def test_a_plan_of_another_model_is_refused_and_changes_nothing(plan, message):
