@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,8 @@ class Engine:
         settings: detector name → settings other than its defaults, such as {"nap_energy": {"w": 0.4}}.
         head: name of the head; found and verified automatically by default.
         feature_map: name of the module that outputs the feature map; found and verified automatically by default.
-        rectify: compute NAP on ReLU(map), for maps with negative values.
+        rectify: compute NAP on ReLU(map), for maps with negative values. "auto" decides it in `fit` from all ID batches, says so,
+            and never changes it later; magnitudes below 1e-6 of the largest do not count. Ours: the paper's maps have none.
         seed: seed of every random choice in fitting.
         runtime: precision, backend and CUDA graphs of every computation.
 
@@ -90,7 +92,7 @@ class Engine:
         settings: Mapping[str, Mapping[str, Any]] | None = None,
         head: str | None = None,
         feature_map: str | None = None,
-        rectify: bool = False,
+        rectify: bool | Literal["auto"] = "auto",
         seed: int = 0,
         runtime: Runtime | None = None,
     ) -> None:
@@ -98,14 +100,16 @@ class Engine:
             raise InputError(f"detectors={detectors!r}: expected a sequence of names, such as ({detectors!r},)")
         if detectors is not None and not detectors:
             raise InputError("detectors=(): expected at least one name; see ood_engine.available_detectors()")
-        self._are_defaults = detectors is None
+        if rectify not in (True, False, "auto"):
+            raise InputError(f"rectify={rectify!r}: expected True, False or 'auto'")
+        self._are_defaults, self._rectify = detectors is None, rectify
         names = tuple(dict.fromkeys(DEFAULT_DETECTORS if detectors is None else detectors))
         stray = sorted(set(settings or {}) - set(names))
         if stray:
             raise InputError(f"settings for {stray[0]!r}: {one_of(stray[0], names)}")
         unfitted = {name: create_detector(name, **(settings or {}).get(name, {})) for name in names}
         tap = Tap(model, head=head, feature_map=feature_map)
-        self.scorer = Scorer(tap, unfitted, runtime or Runtime(), rectify=rectify)
+        self.scorer = Scorer(tap, unfitted, runtime or Runtime(), rectify=rectify is True)
         self.seed = seed
         self.cache: FeatureCache | None = None
         self.unavailable: dict[str, str] = {}
@@ -171,7 +175,7 @@ class Engine:
             TapError: head or map not found, or recomputed logits that differ from the model's.
             DetectorUnavailableError: a detector named explicitly that this model does not support.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self._deciding(keeps_both=True):
             writer = CacheWriter(cache_limit_bytes, cache_directory, cache_dtype)
             self.scorer.image_shape, shapes = None, set()
             for number, (images, labels) in enumerate(image_batches(loader, "fitting", progress)):
@@ -181,7 +185,7 @@ class Engine:
                     self._leave_out_unavailable(images)
                 writer.append(self.scorer.extract_batch(images, labels, learn=True))
                 shapes.add(tuple(images.shape[1:]))
-            self._fit_anew(writer.finish(), progress)
+            self._fit_anew(self._decided(writer.finish()), progress)
         self.scorer.image_shape = shapes.pop() if len(shapes) == 1 else None
         return self
 
@@ -196,7 +200,7 @@ class Engine:
             InputError: a feature width other than the head's, too few samples, NaN or Inf; or as `fit`.
             TapError, DetectorUnavailableError: as `fit`.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self._deciding(cache.rows.nap_mean.shape[1] > 0):
             self.scorer.image_shape = None
             self.scorer.tap.find(images)
             self.scorer.agreement = None
@@ -212,7 +216,7 @@ class Engine:
                     f"{', '.join(needing)}: expected a cache with the maximum of each channel; pass maximum=..., or omit the"
                     " detector"
                 )
-            self._fit_anew(cache, progress)
+            self._fit_anew(self._decided(cache), progress)
         self.scorer.image_shape = tuple(images.shape[1:])
         return self
 
@@ -374,6 +378,7 @@ class Engine:
             OodEngineError: the file cannot be written.
         """
         self.scorer.require_fitted()
+        self.scorer.tap.require_unchanged(thorough=True)
         # Not from the calibration features: one of them equals each threshold, where the last bit flips the decision.
         rows = None if self._canary is None else self._canary.rows
         if self.cache is not None:
@@ -448,6 +453,36 @@ class Engine:
         warnings.warn(message, OodEngineWarning, stacklevel=3)
         self.unavailable = dict.fromkeys(lacking, reason)
         self.scorer.detectors = {name: one for name, one in self.detectors.items() if name not in lacking}
+
+    @contextmanager
+    def _deciding(self, keeps_both: bool) -> Iterator[None]:
+        """While undecided, NAP is computed on the ReLU, which a map without negative values equals."""
+        before = self.scorer.rectify
+        self.scorer.rectify, self.scorer.lowest = (
+            (self._rectify is True or (self._rectify == "auto" and keeps_both)),
+            0.0,
+        )
+        try:
+            yield
+        except BaseException:
+            self.scorer.rectify = before
+            raise
+
+    def _decided(self, cache: FeatureCache) -> FeatureCache:
+        """Decide `rectify`, and leave out NAP's means where they turn out to be the features."""
+        scorer, plan = self.scorer, self.plan
+        if self._rectify != "auto" or not scorer.rectify:
+            return cache
+        if scorer.lowest < 0:
+            warnings.warn(
+                f"the feature map {plan.feature_map!r} has negative values (down to {scorer.lowest:.3g}), so that NAP is"
+                " computed on its ReLU; pass rectify=True to choose this yourself",
+                OodEngineWarning,
+                stacklevel=3,
+            )
+            return cache
+        scorer.rectify = False
+        return cache if plan.tail or not plan.proven else cache.without_nap_mean()
 
     def _fit_anew(self, cache: FeatureCache, progress: bool) -> None:
         detectors = {name: create_detector(name, **old.settings) for name, old in self.detectors.items()}

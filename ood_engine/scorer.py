@@ -27,6 +27,8 @@ from .scores import Scores
 
 __all__ = ["Scorer"]
 
+_ROUNDED = 1e-6
+
 _BLOCK = 4096
 """Rows scored at once: a dual basis takes 32 KiB per row, so that the pixels of one image would take gigabytes."""
 
@@ -45,6 +47,7 @@ class Scorer:
         is_fitted: whether the detectors are fitted.
         calibrations: name → calibration; empty before `calibrate`.
         calibration_cache: features of the calibration samples; None after loading.
+        lowest: lowest value of the map in the batches of `fit`, see `lowest_value`.
         calibrated_under: precision and backend of the calibration.
         agreement: differences from the model's own activations in `fit`, to which every later sample is held.
     """
@@ -59,6 +62,7 @@ class Scorer:
         self.calibrations: dict[str, Calibration] = {}
         self.calibration_cache: FeatureCache | None = None
         self.calibrated_under: dict[str, str | None] | None = None
+        self.lowest = 0.0
         self.agreement: Agreement | None = None
 
     @property
@@ -126,13 +130,12 @@ class Scorer:
         """Why NAP is undefined on this map; None if it is defined."""
         if self.rectify:
             return None
-        negative = feature_map[feature_map < 0]
-        negative = negative[torch.isfinite(negative)]  # non-finite inputs are reported elsewhere
-        if not len(negative):
+        lowest = lowest_value(feature_map)
+        if lowest >= 0:
             return None
         return (
-            f"the feature map {self.tap.plan.feature_map!r} has negative values (down to {float(negative.min()):.3g}), where"
-            " max / (mean + eps) means nothing; pass rectify=True to score its ReLU"
+            f"the feature map {self.tap.plan.feature_map!r} has negative values (down to {lowest:.3g}), where max / (mean + eps)"
+            " means nothing; pass rectify=True to score its ReLU"
         )
 
     def extract(self, loader: Loader, what: str, progress: bool = False) -> FeatureCache:
@@ -147,7 +150,8 @@ class Scorer:
         """Cache rows of one batch; features of an image with NaN or Inf are NaN.
 
         Args:
-            learn: widen `agreement` by the differences of these samples, at most to the tolerance of verification.
+            learn: widen `agreement` by the differences of these samples, at most to the tolerance of verification, and lower
+                `lowest`.
 
         Raises:
             DetectorUnavailableError: a detector needs the map, which has negative values, without `rectify`.
@@ -161,6 +165,8 @@ class Scorer:
             reason = self.check_map(captured.feature_map)
             if reason is not None:
                 raise DetectorUnavailableError(reason)
+            if learn:
+                self.lowest = min(self.lowest, lowest_value(captured.feature_map))
             plan = self.tap.plan
             statistics = self.kernels.pool_statistics(captured.feature_map, self.rectify)
             maximum = statistics.maximum
@@ -396,6 +402,13 @@ class Scorer:
         self.calibrations = {}
         if self.calibration_cache is not None and rates:
             self.calibrate(self.calibration_cache, rates.pop())
+
+
+def lowest_value(feature_map: Tensor) -> float:
+    """Lowest value of a map; 0 if it is not negative by more than 1e-6 of the largest magnitude, as rounding leaves it."""
+    # Non-finite inputs are reported elsewhere.
+    lowest, highest = feature_map.float().nan_to_num(0, 0, 0).aminmax()
+    return float(lowest) if -lowest > _ROUNDED * torch.maximum(-lowest, highest) else 0.0
 
 
 def finite_rows(images: Tensor) -> Tensor:

@@ -63,7 +63,11 @@ __all__ = ["fit"]
 @click.option("--tune", is_flag=True, help="Choose settings on pseudo-OOD data: corrupted calibration images.")
 @click.option("--head", help="Name of the head, if not found automatically.")
 @click.option("--feature-map", help="Module that outputs the feature map, if not found automatically.")
-@click.option("--rectify", is_flag=True, help="Apply ReLU to the feature map for NAP, for maps with negative values.")
+@click.option(
+    "--rectify/--no-rectify",
+    default=None,
+    help="Apply ReLU to the feature map for NAP.  [where the map has negative values]",
+)
 @image_options
 @batch_size_option
 @click.option(
@@ -91,7 +95,7 @@ def fit(
     tune: bool,
     head: str | None,
     feature_map: str | None,
-    rectify: bool,
+    rectify: bool | None,
     batch_size: int,
     cache_limit: int,
     cache_directory: Path | None,
@@ -131,7 +135,7 @@ def fit(
         settings=_settings(settings),
         head=head,
         feature_map=feature_map,
-        rectify=rectify,
+        rectify="auto" if rectify is None else rectify,
         seed=seed,
     )
     loader = fit_data.loader(batch_size)

@@ -138,6 +138,11 @@ class FeatureCache:
         """Whether the per-channel maximum, required by NAP, is available."""
         return self.rows.maximum.shape[1] > 0
 
+    def without_nap_mean(self) -> FeatureCache:
+        """The same cache, where NAP's means are the features."""
+        nothing = self.rows.nap_mean.new_empty((len(self), 0))
+        return FeatureCache(self.rows._replace(nap_mean=nothing), self.directory, self._keep)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all columns."""

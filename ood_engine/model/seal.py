@@ -35,9 +35,12 @@ class Seal:
         self._dicts = [table for _, table in self._tables]
         self._values = self._now()
         self._ids = [id(value) for value in self._values.values()]
-        self._tensors = {name: value for name, value in self._values.items() if _counts(value)}
+        # Whole numbers too: batch norm counts its batches, but updates its statistics without a new version.
+        self._tensors = {name: value for name, value in self._values.items() if isinstance(value, Tensor)}
         self._versions = self._versions_now()
-        self._contents = {name: (value.dtype, _content(value)) for name, value in self._tensors.items()}
+        self._contents = {
+            name: (value.dtype, _content(value)) for name, value in self._tensors.items() if _counts(value)
+        }
 
     def _now(self) -> dict[str, Any]:
         return {f"{name}.{key}".lstrip("."): value for name, table in self._tables for key, value in table.items()}

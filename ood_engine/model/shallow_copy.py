@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict, deque
 from contextlib import suppress
 from functools import partial
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 from weakref import ProxyTypes, ref
 
@@ -23,7 +23,7 @@ from .plain_objects import CALLABLES, attributes_of, holds_module
 __all__ = ["shallow_twin", "unwrap"]
 
 _SHARED = ("_parameters", "_buffers")
-_CONTAINERS = (OrderedDict, defaultdict, dict, list, deque, set, tuple, object)
+_CONTAINERS = (OrderedDict, defaultdict, dict, list, deque, set, tuple, SimpleNamespace, object)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -118,7 +118,9 @@ def _translate_object(value: Any, known: dict[int, Any]) -> Any:
         copy = known[id(value)] = ref(_translate(value(), known))
         return copy
     base: Any = next(
-        one for one in (OrderedDict, defaultdict, dict, list, deque, set, tuple, object) if issubclass(kind, one)
+        one
+        for one in (OrderedDict, defaultdict, dict, list, deque, set, tuple, SimpleNamespace, object)
+        if issubclass(kind, one)
     )
     try:
         items = [_translate(item, known) for item in value] if base in (set, tuple) else []
