@@ -11,7 +11,7 @@ TESTS = Path(__file__).parent
 
 def test_every_file_that_compares_numbers_is_marked(request, pytestconfig):
     hooks = next(plugin for plugin in pytestconfig.pluginmanager.get_plugins() if hasattr(plugin, "is_numeric"))
-    for name in ("ood_engine/test_state.py", "ood_engine/detectors/test_opnp.py", "ood_kernels/test_score.py"):
+    for name in ("ood_engine/test_state.py", "ood_engine/detectors/test_opnp.py", "ood_kernels/test_operators.py"):
         assert hooks.is_numeric(TESTS / name)
     for name in ("ood_kernels/triton_kernels/test_score.py", "ood_engine/cli/test_cli.py", "ood_kernels/test_tune.py"):
         assert not hooks.is_numeric(TESTS / name)
