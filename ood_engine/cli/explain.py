@@ -9,8 +9,10 @@ import click
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
+from ..engine import Engine
 from ..errors import InputError
 from ..evaluation.explain import Explanation
 from ..evaluation.explain import explain as explain_image
@@ -27,7 +29,7 @@ __all__ = ["explain"]
 @engine_options
 @path_option("--data", required=True, help="Images: a folder, .npy or .npz.")
 @click.option("--image", required=True, help="Name of the image in the data, as written by `score`, or its number.")
-@click.option("--detector", default="low_dim_gradient", help="A low-dimensional-gradient detector of the state.")
+@click.option("--detector", default="low_dim_gradient", help="A detector of the state whose score is a sum.")
 @path_option("--output", help="Figure to write, a .png file.")
 @click.option("--top", default=10, type=click.IntRange(1), help="Classes and channels to show.")
 @image_options
@@ -58,9 +60,12 @@ def explain(
     if sample.image is None:
         raise InputError(f"{sample.name}: {sample.error}")
     explanation = explain_image(engine, sample.image, detector)
+    names = class_names_of(engine)
     if output is not None:
-        write_atomically(output, explanation_png(_visible(sample.image, preprocess), explanation, count=top))
-    document = {"image": sample.name, **_document(explanation, top), "picture": None if output is None else str(output)}
+        picture = explanation_png(_visible(sample.image, preprocess), explanation, names, count=top)
+        write_atomically(output, picture)
+    document = {"image": sample.name, **_document(explanation, names, top)}
+    document["picture"] = None if output is None else str(output)
     if as_json:
         echo_json(document)
     else:
@@ -84,14 +89,28 @@ def _visible(image: Tensor, preprocess: Preprocess) -> Tensor:
     return pixels if pixels.shape[0] in (1, 3) else pixels.mean(0, keepdim=True)
 
 
-def _document(explanation: Explanation, top: int) -> dict[str, Any]:
+def class_names_of(engine: Engine) -> list[str] | None:
+    """Names of the head's classes from the folders of `fit`; None if they were not one folder per class."""
+    names = engine.information.get("class_names")
+    return names if names is not None and len(names) == engine.head.weight.shape[0] else None
+
+
+def _document(explanation: Explanation, names: list[str] | None, top: int) -> dict[str, Any]:
+    def name(index: int) -> str | None:
+        return None if names is None else names[index]
+
+    classes = [
+        {"class": index, "name": name(index), "contribution": value}
+        for index, value in largest(explanation.classes, top)
+    ]
     return {
         "detector": explanation.detector,
         "score": explanation.score,
         "offset": explanation.offset,
         "bias": explanation.bias,
         "predicted": explanation.predicted,
-        "classes": [{"class": index, "contribution": value} for index, value in largest(explanation.classes, top)],
+        "predicted_name": name(explanation.predicted),
+        "classes": classes,
         "channels": [{"channel": index, "contribution": value} for index, value in largest(explanation.channels, top)],
         "places": None if explanation.places is None else explanation.places.tolist(),
     }
@@ -100,8 +119,8 @@ def _document(explanation: Explanation, top: int) -> dict[str, Any]:
 def _print(document: dict[str, Any]) -> None:
     console = Console()
     console.print(
-        f"{document['image']}: {document['detector']} {document['score']:.5g} (predicted class {document['predicted']};"
-        f" {document['offset']:.5g} independent of the image)",
+        f"{document['image']}: {document['detector']} {document['score']:.5g} (predicted class"
+        f" {document['predicted_name'] or document['predicted']}; {document['offset']:.5g} of neither classes nor channels)",
         highlight=False,
         markup=False,
     )
@@ -111,8 +130,8 @@ def _print(document: dict[str, Any]) -> None:
         cells = []
         for part, key in (("classes", "class"), ("channels", "channel")):
             here = document[part][position] if position < len(document[part]) else None
-            cells += ["", ""] if here is None else [str(here[key]), f"{here['contribution']:.4g}"]
-        table.add_row(*cells)
+            cells += [""] * 2 if here is None else [str(here.get("name") or here[key]), f"{here['contribution']:.4g}"]
+        table.add_row(*map(Text, cells))
     console.print(table)
     if document["picture"] is not None:
         console.print(f"wrote {document['picture']}", highlight=False, markup=False)

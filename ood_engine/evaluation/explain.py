@@ -1,9 +1,7 @@
 """Explanation of an image's score as a sum of contributions of classes, channels and image positions.
 
-A score that is quadratic in the coordinates g_k = ⟨G - Ḡ, V_k⟩, s = -Σ_k y_k w_k with y = g - m and w = A y, equals
-s = -⟨U, G - Ḡ⟩ + Σ_k w_k m_k with U = Σ_k w_k V_k, a matrix [C, D̃] like the gradient itself. The terms -U_cd (G - Ḡ)_cd sum
-over rows to class contributions, over columns to channel contributions, and, because G = a ⊗ h̃ and h is the mean of the feature
-map, over positions to contributions of image regions.
+The contributions of `decomposition` sum over channels to those of classes and over classes to those of channels. Because the
+penultimate features are the mean of the feature map, they also sum over positions to contributions of image regions.
 """
 
 from __future__ import annotations
@@ -13,13 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ood_kernels import reference
-
-from ..detectors.heads import Mahalanobis
-from ..detectors.low_dim_gradient import LowDimGradient
 from ..engine import Engine
-from ..errors import InputError
-from ..subspace import Basis, extend
+from ..errors import InputError, did_you_mean
+from .decomposition import decompose
 
 __all__ = ["Explanation", "explain"]
 
@@ -32,12 +26,12 @@ class Explanation(NamedTuple):
     Attributes:
         detector: name of the detector.
         score: the explained score.
-        offset: contribution of the nearest class mean, independent of the image's classes and channels; 0 for the norm.
-        classes: [C] contribution of each class.
+        offset: contribution of neither classes nor channels: of the nearest class mean, or of the entropy of an energy.
+        classes: [C] contribution of each class; empty for NAP, which has none.
         channels: [D] contribution of each channel of the penultimate features.
         bias: contribution of the bias gradient, which belongs to no channel.
         places: [H, W] contribution of each position of the feature map, including an equal share of the bias and the mean
-            gradient; None if the head does not read the map directly.
+            gradient; None if the score is not linear in the map, or the head does not read it directly.
         predicted: the predicted class.
     """
 
@@ -55,16 +49,17 @@ def explain(engine: Engine, image: Tensor, detector: str = "low_dim_gradient") -
     """Explain the score of one image as a sum of contributions.
 
     Args:
-        engine: a fitted engine with a low-dimensional-gradient detector.
+        engine: a fitted engine.
         image: [C, H, W], preprocessed as for `Engine.score`.
-        detector: name of the detector. Its head must be `mahalanobis`, S = -(g - m)ᵀ Σ⁻¹ (g - m) with m the nearest class mean,
-            or `projected_norm`, explained by its square ‖g_low‖².
+        detector: name of a detector whose score is a sum: energies, norms, NAP, and low-dimensional gradients with the head
+            `mahalanobis`, S = -(g - m)ᵀ Σ⁻¹ (g - m) with m the nearest class mean, or `projected_norm`, explained by its square
+            ‖g_low‖².
 
     Returns:
         The contributions, of the gradient alone (a = 0: no forward term).
 
     Raises:
-        InputError: an unknown detector, a head that is not quadratic, or anything but a single image.
+        InputError: an unknown detector, one whose score is no sum, or anything but a single image.
         NotFittedError: before `fit` or `load`.
 
     Example:
@@ -81,58 +76,42 @@ def explain(engine: Engine, image: Tensor, detector: str = "low_dim_gradient") -
     """
     if image.ndim != 3:
         raise InputError(f"image {list(image.shape)}: expected one image [C, H, W]")
-    fitted = engine.detectors.get(detector)
-    if not isinstance(fitted, LowDimGradient) or fitted.head not in ("mahalanobis", "projected_norm"):
+    if detector not in engine.detectors:
+        known = ", ".join(engine.detectors)
         raise InputError(
-            f"explain {detector!r}: expected a low-dimensional-gradient detector of this engine with the mahalanobis or the"
-            " projected_norm head, whose scores are sums of contributions"
+            f"explain {detector!r}: expected a detector of this engine, {known}{did_you_mean(detector, engine.detectors)}"
         )
     with torch.no_grad():
         captured = engine.scorer.run(image[None])
         signals = engine.scorer.signals(captured.feature_map, captured.head_input)
-        p, h = signals.probabilities.double(), signals.features.double()
-        basis = fitted.basis
-        a = reference.cotangent(p, basis.cotangent)[0]
-        g = basis.project(p, h)[0].double()
-        weights, mean = _quadratic(fitted, g)
-        direction = basis.combine(weights)
-        centred = a[:, None] * extend(h, basis.bias) - basis.mean.double()
-        contributions = -direction * centred
-        columns = contributions.sum(0)
-        has_map = captured.feature_map is not None and engine.plan.proven and not engine.plan.tail
+        feature_map = captured.feature_map
+        if feature_map is not None and engine.scorer.rectify:
+            feature_map = feature_map.relu()
+        found = decompose(engine.detectors[detector], signals, engine.head, feature_map)
+        if found is None:
+            raise InputError(
+                f"explain {detector!r}: its score is no sum of contributions; expected an energy (energy, max_logit, opnp, opp,"
+                " onp), a norm (gradnorm, exgrad), nap, or low_dim_gradient with the mahalanobis or the projected_norm head"
+            )
+        by_channel = found.parts.sum(0)
+        has_classes = len(found.parts) == engine.head.weight.shape[0]
         places = None
-        if has_map:
-            assert captured.feature_map is not None
-            places = _places(captured.feature_map[0], direction, a, basis)
-        width = h.shape[1]
-        offset = weights @ mean
-        return Explanation(
-            detector,
-            float(contributions.sum() + offset),
-            float(offset),
-            contributions.sum(1).cpu(),
-            columns[:width].cpu(),
-            float(columns[width:].sum()),
-            None if places is None else places.cpu(),
-            int(p.argmax()),
-        )
+        plan = engine.plan
+        if captured.feature_map is not None and plan.proven and not plan.tail and found.slopes is not None:
+            places = _places(captured.feature_map[0].double(), found.slopes, found.parts.sum())
+    return Explanation(
+        detector,
+        float(found.parts.sum() + found.offset),
+        float(found.offset),
+        found.parts.sum(1).cpu() if has_classes else torch.empty(0, dtype=torch.float64),
+        by_channel[:-1].cpu(),
+        float(by_channel[-1]),
+        None if places is None else places.cpu(),
+        int(signals.probabilities.argmax()),
+    )
 
 
-def _quadratic(detector: LowDimGradient, g: Tensor) -> tuple[Tensor, Tensor]:
-    """(w = A y, m) of the score -(g - m)ᵀ A (g - m); A = -1 and m = 0 for the norm."""
-    if not isinstance(detector.low, Mahalanobis):
-        return -g, torch.zeros_like(g)
-    whitening, means = detector.low.fitted("whitening"), detector.low.fitted("means")
-    whitened = g @ whitening
-    nearest = means[(whitened - means).square().sum(1).argmin()]
-    # The means are stored whitened; the whitening matrix is square and of full rank.
-    return whitening @ (whitened - nearest), torch.linalg.solve(whitening.T, nearest)
-
-
-def _places(feature_map: Tensor, direction: Tensor, a: Tensor, basis: Basis) -> Tensor:
-    """[H, W]: -⟨U, a ⊗ A(position)⟩ / HW, plus an equal share of the bias and the mean gradient."""
-    channels, height, width = feature_map.shape
-    by_channel = a @ direction
-    local = (by_channel[:channels, None, None] * feature_map.double()).sum(0)
-    rest = by_channel[channels:].sum() - (direction * basis.mean.double()).sum()
-    return -(local + rest) / (height * width)
+def _places(feature_map: Tensor, slopes: Tensor, total: Tensor) -> Tensor:
+    """[H, W]: Σ_d slope_d · A_d(position) / HW, plus an equal share of what no channel carries."""
+    local = (slopes[:, None, None] * feature_map).sum(0) / feature_map[0].numel()
+    return local + (total - local.sum()) / local.numel()

@@ -383,4 +383,20 @@ def test_explain_gives_contributions_and_a_picture(refused, place, call, answer,
     assert "predicted class" in out
     refused([*use, "--image", "999"], "--image '999'", "expected a name in --data", "or a number below 60")
     refused([*use, "--image", "3", "--output", str(tmp_path / "why.txt")], "expected a name that ends in .png")
-    refused([*use, "--image", "3", "--detector", "energy"], "explain 'energy'", "expected a low-dimensional-gradient")
+    refused([*use, "--image", "3", "--detector", "energy"], "explain 'energy'", "expected a detector of this engine")
+
+
+def test_explain_uses_the_names_of_class_folders(place, call, answer, tmp_path):
+    names = [f"kind_{number}" for number in range(8)]
+    with np.load(place["fit.npz"]) as data:
+        for number, (image, label) in enumerate(zip(data["images"], data["labels"], strict=True)):
+            folder = tmp_path / "images" / names[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((image * 255).astype(np.uint8)).save(folder / f"{number}.png")
+    state, images = str(tmp_path / "state.safetensors"), str(tmp_path / "images")
+    assert call(place.fit(state, "--detectors", "energy", data=images))[0] == 0
+    use = ["explain", "--state", state, *place.model, "--data", images, "--image", "0", "--detector", "energy"]
+    document = answer([*use, "--output", str(tmp_path / "why.png")])
+    assert {row["name"] for row in document["classes"]} == set(names)
+    assert document["predicted_name"] == names[document["predicted"]]
+    assert names[document["predicted"]] in call(use)[1]
