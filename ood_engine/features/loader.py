@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from .cache import NO_LABEL
 __all__ = ["Loader", "image_batches", "with_progress"]
 
 Loader = Iterable[Any]
-"""Yields images [n, C, H, W], (images,), or (images, labels [n])."""
+"""Yields images [n, C, H, W], (images, labels [n], ...), or a mapping with them; labels and further items are optional."""
+
+_IMAGES = ("pixel_values", "image", "images", "img", "input", "inputs", "x")
+_LABELS = ("label", "labels", "target", "targets", "y")
 
 
 def image_batches(loader: Loader, what: str, progress: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
@@ -24,9 +27,7 @@ def image_batches(loader: Loader, what: str, progress: bool = False) -> Iterator
         InputError: a batch of another kind, or labels that are not one integer per image.
     """
     for number, batch in enumerate(with_progress(loader, what, progress)):
-        images, labels = (
-            (*batch, None)[:2] if isinstance(batch, (tuple, list)) and len(batch) in (1, 2) else (batch, None)
-        )
+        images, labels = _unpacked(batch, number)
         if not isinstance(images, Tensor):
             raise InputError(
                 f"batch {number} of the loader: expected images as a tensor, or (images, labels), got {type(batch).__name__}"
@@ -34,6 +35,32 @@ def image_batches(loader: Loader, what: str, progress: bool = False) -> Iterator
         if images.shape[:1] == (0,):
             continue
         yield images, _checked_labels(labels, images.shape[0], number)
+
+
+def _unpacked(batch: Any, number: int) -> tuple[Any, Any]:
+    if isinstance(batch, Mapping):
+        return _only(batch, _IMAGES, "images", number), _only(batch, _LABELS, "labels", number)
+    if not isinstance(batch, (tuple, list)) or not batch:
+        return batch, None
+    images, labels = (*batch, None)[:2]
+    if isinstance(images, Tensor) and isinstance(labels, Tensor) and images.ndim == labels.ndim > 1:
+        raise InputError(
+            f"batch {number} of the loader: expected images as one tensor, or (images, labels), got several tensors"
+            f" {list(images.shape)}, {list(labels.shape)}; stack images of one size by torch.stack(batch)"
+        )
+    return images, labels
+
+
+def _only(batch: Mapping[Any, Any], names: tuple[str, ...], what: str, number: int) -> Any:
+    """The one item of a batch under any of these names; None without labels."""
+    found = [name for name in names if name in batch]
+    if len(found) == 1 or (not found and what == "labels"):
+        return batch[found[0]] if found else None
+    came = ", ".join(map(repr, batch))
+    raise InputError(
+        f"batch {number} of the loader: expected its {what} under exactly one of {', '.join(names)}, got {came}; yield (images,"
+        " labels)"
+    )
 
 
 def _checked_labels(labels: Any, count: int, number: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import TapError
 from .outputs import agrees_with_logits, describe, explain, relative_difference, tensors_of
+from .prefixes import prefixes_between
 from .record import Candidate, Head, Passage, Recorder
 
 __all__ = ["TapPlan", "discover"]
@@ -56,6 +57,28 @@ class TapPlan:
     def __post_init__(self) -> None:
         # JSON has lists only.
         object.__setattr__(self, "tail", tuple((name, tuple(shape)) for name, shape in self.tail))
+
+    def renamed_to(self, known: Collection[str]) -> TapPlan:
+        """This plan for the same model inside or outside a wrapper, such as a LightningModule's `model.`.
+
+        Raises:
+            TapError: several parts of the model have all modules of the plan.
+        """
+        names = [name for name in (self.head, self.feature_map, *(name for name, _ in self.tail)) if name is not None]
+        if all(name in known for name in names):
+            return self
+        prefixes = prefixes_between(names, known)
+        if len(prefixes) > 1:
+            parts = " and ".join(repr(one.added.removesuffix(".")) for one in prefixes)
+            raise TapError(
+                f"{self.head!r} was fitted as the head: {parts} of this model have one; pass that part of the model alone"
+            )
+        if not prefixes:
+            return self
+        new = {name: prefixes[0](name) or "" for name in names}
+        feature_map = None if self.feature_map is None else new[self.feature_map]
+        tail = tuple((new[name], shape) for name, shape in self.tail)
+        return replace(self, head=new[self.head], feature_map=feature_map, tail=tail)
 
 
 def discover(

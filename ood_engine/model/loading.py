@@ -18,11 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import InputError, one_line
+from ..errors import InputError, OodEngineWarning, one_line
+from .prefixes import prefixes_between
 
 __all__ = ["load_model", "load_weights"]
 
-WRAPPERS = ("state_dict", "model")
+WRAPPERS = ("state_dict", "model_state_dict", "net", "model")
 """Keys of the state_dict in the checkpoints of training scripts."""
 
 PREFIXES = ("module.", "_orig_mod.")
@@ -66,8 +67,8 @@ def load_model(spec: str, weights: str | Path | None = None) -> nn.Module:
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """A state_dict from a `.safetensors` or `torch.save` file, read with weights_only=True: no code is unpickled.
 
-    A state_dict under the key "state_dict" or "model" of a checkpoint is unwrapped; the prefixes of DataParallel ("module.") and
-    torch.compile ("_orig_mod.") are removed.
+    A state_dict under one of `WRAPPERS` in a checkpoint is unwrapped; the prefixes of DataParallel ("module.") and torch.compile
+    ("_orig_mod.") are removed.
 
     Raises:
         InputError: no such file, a damaged file, a pickled model, or no state_dict.
@@ -84,7 +85,8 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
             f"weights {path}: holds no state_dict; expected tensors by name, as written by torch.save(model.state_dict(), ...)"
         )
     state = dict(found)
-    for prefix in PREFIXES:
+    # Wrappers can be nested either way.
+    for prefix in PREFIXES * 2:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
@@ -118,6 +120,7 @@ def _read_torch(path: Path) -> Any:
 
 def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     own = model.state_dict()
+    state = _renamed(state, own, path)
     wrong = [key for key, value in state.items() if key in own and own[key].shape != value.shape]
     if wrong:
         came, expected = list(state[wrong[0]].shape), list(own[wrong[0]].shape)
@@ -134,6 +137,30 @@ def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     ]
     if problems:
         raise InputError(f"weights {path}: {' and '.join(problems)}; pass the weights of this model")
+
+
+def _renamed(state: dict[str, Tensor], own: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The part of a state_dict that holds the model, under the model's own names, such as without a LightningModule's "model."."""
+    # Checkpoints of older versions lack these.
+    wanted = {key for key in own if not key.endswith("num_batches_tracked")}
+    if not wanted or state.keys() & own.keys():
+        return state
+    # Not from one prefix to another, under which layers of another name would fit.
+    found = [one for one in prefixes_between(wanted, state) if "" in one]
+    if len(found) > 1:
+        parts = " and ".join(repr(one.added) for one in found)
+        raise InputError(f"weights {path}: {parts} both hold this model; save the state_dict of one of them")
+    if not found:
+        return state
+    kept = {key: name for key in own if (name := found[0](key)) in state}
+    left = len(state) - len(kept)
+    warnings.warn(
+        f"weights {path}: their prefix is {found[0].added!r}, that of the model {found[0].removed!r}"
+        + (f"; {left} other tensors of the file are ignored" if left else ""),
+        OodEngineWarning,
+        stacklevel=4,
+    )
+    return {key: state[name] for key, name in kept.items()}
 
 
 def _more(names: list[str]) -> str:

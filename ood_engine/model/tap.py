@@ -183,11 +183,12 @@ class Tap:
             )
 
     def adopt(self, plan: TapPlan) -> None:
-        """Capture by an existing plan, such as that of a state file.
+        """Capture by an existing plan, such as that of a state file; its names may lack or have the prefix of a wrapper.
 
         Raises:
             TapError: a module of the plan missing from this model, or a head that is no linear layer with floating-point weights.
         """
+        plan = plan.renamed_to(self.modules)
         self._capture(plan)
         self._wanted_head = self._wanted_head or plan.head
         if not plan.proven:

@@ -127,10 +127,11 @@ def test_no_tensor_and_no_batch_at_all(engine, model, test_images):
     for bad in (None, [1, 2], "image.png"):
         with refused(InputError, "images: expected a floating point batch"):
             engine.score(bad)
-    three = (test_images, torch.zeros(33), torch.zeros(33))
-    for batch, kind in (({"pixels": test_images}, "dict"), (three, "tuple")):
-        message = rf"batch 0 of the loader: expected images as a tensor, or \(images, labels\), got {kind}"
-        with refused(InputError, message):
+    for batch, message in (
+        ({"pixels": test_images}, "expected its images under exactly one of .*, got 'pixels'"),
+        (("a.png", torch.zeros(33)), r"expected images as a tensor, or \(images, labels\), got tuple"),
+    ):
+        with refused(InputError, f"batch 0 of the loader: {message}"):
             oe.Engine(model, ["energy"]).fit([batch])
 
 

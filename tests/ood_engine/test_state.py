@@ -250,10 +250,9 @@ def test_another_head(state, model, make_model):
         oe.Engine.load(state, other)
 
 
-def test_a_model_without_the_fitted_layers(state, model):
-    wrapped = nn.Sequential(copy.deepcopy(model))
+def test_a_model_without_the_fitted_layers(state):
     with pytest.raises(TapError, match=r"'6' was fitted.*: the model has no module of that name"):
-        oe.Engine.load(state, wrapped)
+        oe.Engine.load(state, nn.Sequential(nn.Flatten(), nn.Linear(192, 5)))
 
 
 def test_digests_follow_casts(model):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ood_engine.demo import SmallCNN, small_cnn
-from ood_engine.errors import InputError
+from ood_engine.errors import InputError, OodEngineWarning
 from ood_engine.model.loading import load_model, load_weights
 
 SPEC = "ood_engine.demo:small_cnn"
@@ -88,12 +88,38 @@ def test_a_spec_without_factory_and_files_that_cannot_be_imported(tmp_path):
     assert "No module named 'nowhere_at_all'" in message("nowhere_at_all:make")
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": s, "epoch": 3}])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
-def test_checkpoints_of_every_kind_are_loaded(tmp_path, wrap, prefix):
+@pytest.mark.parametrize("key", [None, "state_dict", "model_state_dict", "net", "model"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
+def test_checkpoints_of_every_kind_are_loaded(tmp_path, key, prefix):
     path = tmp_path / "net.pt"
-    torch.save(wrap({prefix + name: value for name, value in state().items()}), path)
+    found = {prefix + name: value for name, value in state().items()}
+    torch.save(found if key is None else {key: found, "epoch": 3}, path)
     assert same_weights(load_model(SPEC, path))
+
+
+def test_prefixes_of_wrappers_are_told(tmp_path):
+    path = tmp_path / "net.pt"
+    inside = {f"model.{name}": value for name, value in state().items()}
+    torch.save({"state_dict": inside | {"loss.weight": torch.ones(8)}}, path)
+    with pytest.warns(
+        OodEngineWarning,
+        match=r"their prefix is 'model\.', that of the model ''; 1 other tensors of the file are ignored",
+    ):
+        assert same_weights(load_model(SPEC, path))
+    torch.save(inside | {f"teacher.net.{name}": value + 1 for name, value in state().items()}, path)
+    assert "'model.' and 'teacher.net.' both hold this model; save the state_dict of one" in message(SPEC, path)
+    torch.save({name: value for name, value in inside.items() if "head" not in name}, path)
+    assert "lacks" in message(SPEC, path)
+
+
+def test_a_wrapped_model_takes_plain_weights(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom ood_engine.demo import SmallCNN\n"
+        "class Lit(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.model = SmallCNN(seed=2)\n"
+    )
+    torch.save(state(), tmp_path / "net.pt")
+    with pytest.warns(OodEngineWarning, match=r"their prefix is '', that of the model 'model\.'"):
+        assert same_weights(load_model(f"{tmp_path}/net.py:Lit", tmp_path / "net.pt").model)
 
 
 def test_safetensors_are_loaded(tmp_path):
