@@ -216,6 +216,12 @@ class Engine:
                     f"{', '.join(needing)}: expected a cache with the maximum of each channel; pass maximum=..., or omit the"
                     " detector"
                 )
+            is_pooled = self.plan.proven and not self.plan.tail and not self.scorer.rectify
+            if needing and not is_pooled and cache.rows.nap_mean.shape[1] == 0:
+                raise InputError(
+                    f"{', '.join(needing)}: expected a cache with the mean of each channel of NAP's map, which the features of this"
+                    " model are not; make it by engine.extract(loader), or omit the detector"
+                )
             self._fit_anew(self._decided(cache), progress)
         self.scorer.image_shape = tuple(images.shape[1:])
         return self
@@ -235,6 +241,7 @@ class Engine:
             raise NotFittedError(
                 "refit needs the feature cache of fit(loader), which state files do not contain: call fit(loader)"
             )
+        self.scorer.require_fitted()
         settings = changed_settings(self.detectors, parameters)
         with torch.inference_mode(False), torch.no_grad():
             refitted = {name: create_detector(name, **chosen) for name, chosen in settings.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Hashable, Iterator
 from functools import cached_property
@@ -243,10 +244,12 @@ class Scorer:
                 raise InputError(
                     f"feature_map: expected a floating point [N, D, H, W], got {feature_map.dtype} {list(feature_map.shape)}"
                 )
-        if features is None and (feature_map is None or not self.tap.plan.proven or feature_map.shape[1] != width):
+        plan = self.tap.plan
+        channels = math.prod(plan.tail[0][1]) if plan.tail else width
+        if features is None and (feature_map is None or not plan.proven or feature_map.shape[1] != channels):
             came = "none" if feature_map is None else str(list(feature_map.shape))
             raise InputError(
-                f"feature_map {came}: expected [N, {width}, H, W] of a verified map; otherwise pass features [N, {width}] too"
+                f"feature_map {came}: expected [N, {channels}, H, W] of a verified map; otherwise pass features [N, {width}] too"
             )
         if features is not None:
             rows = "N" if feature_map is None else feature_map.shape[0]

@@ -237,7 +237,8 @@ def _print(summary: dict[str, Any]) -> None:
     map_name = (
         f"{plan['feature_map']} ({'verified' if plan['proven'] else 'unverified'})" if plan["feature_map"] else "none"
     )
-    click.echo(f"head {plan['head']}, feature map {map_name}: {plan['reason']}")
+    head = plan["head"] if plan["head_proven"] else f"{plan['head']} (unverified)"
+    click.echo(f"head {head}, feature map {map_name}: {plan['reason']}")
     click.echo(f"fitted {', '.join(summary['detectors'])} on {summary['fit_images']} images")
     if summary["label_agreement"] is not None:
         click.echo(f"the model agrees with {100 * summary['label_agreement']:.1f} % of the labels")

@@ -76,10 +76,18 @@ def test_precomputed_features_are_rectified_where_they_hold_both_means():
     with pytest.warns(OodEngineWarning, match="negative"):
         other = oe.Engine(identity_map(), ["nap"]).fit_features(engine.cache, signed[0])
     assert torch.equal(other.score(signed[0])["nap"], engine.score(signed[0])["nap"])
+    assert other.scorer.rectify
     rows = engine.cache.rows
     plain = oe.features.cache.FeatureCache.from_features(rows.features, maximum=rows.maximum)
     with pytest.raises(DetectorUnavailableError, match="pass rectify=True to score its ReLU"):
         oe.Engine(identity_map(), ["nap"]).fit_features(plain, signed[0])
+    with pytest.raises(
+        InputError, match=r"nap: expected a cache with the mean of each channel .* by engine\.extract\(loader\)"
+    ):
+        oe.Engine(identity_map(), ["nap"], rectify=True).fit_features(plain, signed[0])
+    extracted = engine.extract(signed)
+    forced = oe.Engine(identity_map(), ["nap"], rectify=True).fit_features(extracted, signed[0])
+    assert torch.equal(forced.score(signed[0])["nap"], engine.score(signed[0])["nap"])
 
 
 def test_another_value_is_refused():
