@@ -84,7 +84,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             code = application.main(arguments, prog_name="ood-engine", standalone_mode=False)
             return code if isinstance(code, int) else 0
         except Interrupted as error:
-            return _fail(str(error), 130)
+            return _fail(str(error), error.code)
         except (click.Abort, KeyboardInterrupt):
             return _fail("stopped; nothing was written", 130)
         except click.UsageError as error:

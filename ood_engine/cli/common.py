@@ -42,7 +42,11 @@ NAMED_SKIPPED = 3
 
 
 class Interrupted(Exception):
-    """Ctrl-C, with a message on what is kept and how to continue."""
+    """An end with a message on what is kept and how to continue; by default by Ctrl-C."""
+
+    def __init__(self, message: str, code: int = 130) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def _size(value: str) -> tuple[int, int]:
@@ -84,7 +88,7 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return decorate
 
 
-_MODEL = "package.module:factory or file.py:factory"
+_MODEL = "package.module:factory or file.py:factory, whose code is run"
 weights_option = path_option("--weights", help="Its weights: .safetensors, or a state_dict saved by torch.save.")
 model_options = together(
     click.option("--model", required=True, metavar="SPEC", help=f"{_MODEL}; factory() returns the model."),

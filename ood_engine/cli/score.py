@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ..engine import Engine
-from ..images.dataset import Batch, ImageDataset, open_dataset
+from ..images.dataset import ImageDataset, open_images
 from .common import (
     Interrupted,
     batch_size_option,
@@ -22,34 +23,51 @@ from .common import (
     engine_options,
     image_options,
     load_engine,
-    path_option,
     run_options,
 )
 from .results import ResultWriter, names_folder
+from .rows import Rows, columns_of, rows_of
 
 __all__ = ["score"]
 
 PART_SECONDS = 30.0
 """Maximum time between two parts, which bounds the work lost to a kill."""
 
-Rows = dict[str, list[Any]]
+NAMED_REASONS = 5
+NUMBER = re.compile(r"\d+")
 
 
 @click.command()
 @engine_options
-@path_option("--data", required=True, help="Images to score: a folder, .npy or .npz.")
+@click.option(
+    "--data",
+    required=True,
+    metavar="IMAGES",
+    help="An image, a folder of any depth, a quoted pattern such as 'photos/**/*.png', .npy, .npz, a .txt list of paths, or - for"
+    " such a list on standard input.",
+)
 @click.option(
     "--output", required=True, type=click.Path(), help="Table to write: .parquet, .csv, or a folder/ of parts."
 )
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
+@click.option(
+    "--max-errors",
+    metavar="SHARE",
+    default=0.1,
+    type=click.FloatRange(0, 1),
+    help="Share of images that may have no score; above it the exit code is 1.",
+)
+@click.option("--raw-csv", is_flag=True, help="Write text to .csv as it is, even what a spreadsheet would run.")
 @click.option("--part-rows", default=4096, type=click.IntRange(1), help="Maximum rows per part file.")
 @image_options
 @batch_size_option
 @run_options
 def score(
-    data: Path,
+    data: str,
     output: str,
     resume: bool,
+    max_errors: float,
+    raw_csv: bool,
     part_rows: int,
     batch_size: int,
     as_json: bool,
@@ -57,19 +75,22 @@ def score(
 ) -> None:
     """Score images and write a table with one row per image.
 
-    Columns: path; for each detector its score (higher = more in-distribution), p-value and decision (true = out-of-distribution;
-    p-value and decision are empty without calibration); error. An unreadable image, or one without finite scores, is a row with
-    its error alone.
+    Columns: path; predicted class, its name if the state has them, and confidence (largest softmax probability); for each detector
+    its score (higher = more in-distribution), p-value and decision (true = out-of-distribution; p-value and decision are empty
+    without calibration); error. An unreadable image, or one without finite scores, is a row with its error, without a decision.
+    If more than --max-errors of the images are, the table is written and the exit code is 1.
 
-    Rows are kept in part files beside the table until it is complete; --resume continues a run that was stopped or killed. An
-    output with a trailing slash becomes a folder of these Parquet parts, unmerged. Images are preprocessed as in `fit`, unless
-    options override it.
+    Rows are kept in part files beside the table until it is complete; --resume continues a run that was stopped or killed, and no
+    second run writes the same table meanwhile. An output with a trailing slash becomes a folder of these Parquet parts, unmerged.
+    In .csv, text that a spreadsheet would run as a formula gets an apostrophe before it, unless --raw-csv. Images are preprocessed
+    as in `fit`, unless options override it; their class folders, if any, mean nothing.
 
     \b
     Examples:
       ood-engine score --state state.safetensors --model net.py:make --weights net.pt \\
           --data photos/ --output scores.parquet
       ood-engine score ... --output scores.parquet --resume
+      find photos -name '*.jpg' | ood-engine score ... --data - --output scores.csv
     """
     table = Path(output)
     if names_folder(output):
@@ -77,15 +98,14 @@ def score(
     else:
         check_output(table)
     engine, network, preprocess = load_engine(**options)
-    dataset = open_dataset(data, preprocess)
-    with ResultWriter(
-        output, _columns(engine), job=_job(network, options["state"], data, dataset), resume=resume
-    ) as writer:
+    dataset = open_images(data, preprocess)
+    job = _job(network, options["state"], data, dataset)
+    with ResultWriter(output, columns_of(engine), job=job, resume=resume, raw_csv=raw_csv) as writer:
         before, started = writer.rows_done, time.perf_counter()
         try:
             _score_all(engine, dataset, writer, batch_size, part_rows)
             seconds = time.perf_counter() - started
-            summary = _summary(table, writer, list(engine.detectors), bool(engine.calibrations))
+            summary = _summary(table, writer, list(engine.detectors), bool(engine.calibrations), dataset)
             writer.finish(len(dataset))
         except KeyboardInterrupt as error:
             raise Interrupted(
@@ -97,22 +117,21 @@ def score(
         echo_json(summary)
     else:
         _print(summary)
+    if summary["errors"] > max_errors * summary["images"]:
+        raise Interrupted(
+            f"{summary['errors']} of {summary['images']} images have no score, above --max-errors {max_errors:g}; {output} is"
+            " written and has the reasons in its column error",
+            code=1,
+        )
 
 
-def _columns(engine: Engine) -> dict[str, str]:
-    columns = {"path": "string"}
-    for name in engine.detectors:
-        columns |= {f"{name}_score": "float", f"{name}_p_value": "float", f"{name}_out_of_distribution": "bool"}
-    return columns | {"error": "string"}
-
-
-def _job(model: nn.Module, state: Path, data: Path, dataset: ImageDataset) -> dict[str, Any]:
+def _job(model: nn.Module, state: Path, data: str, dataset: ImageDataset) -> dict[str, Any]:
     """Identity of a run; must be equal to resume it."""
     names = hashlib.sha256("\0".join(dataset.names).encode("utf-8", "surrogateescape"))
     return {
         "state": hashlib.sha256(state.read_bytes()).hexdigest(),
         "model": _weights_digest(model),
-        "data": str(data.resolve()),
+        "data": str(Path(data).resolve()),
         "images": len(dataset),
         "names": names.hexdigest(),
         "preprocess": dataset.preprocess.to_dict(),
@@ -132,7 +151,7 @@ def _score_all(engine: Engine, dataset: ImageDataset, writer: ResultWriter, batc
     written = time.monotonic()
     with tqdm(total=len(dataset), initial=writer.rows_done, desc="scoring", unit="image", disable=None) as bar:
         for batch in dataset.batches(min(batch_size, part_rows), start=writer.rows_done):
-            pending.append(_rows(engine, batch))
+            pending.append(rows_of(engine, batch))
             bar.update(len(batch.names))
             rows = sum(len(part["path"]) for part in pending)
             if rows + batch_size > part_rows or time.monotonic() - written > PART_SECONDS:
@@ -146,66 +165,50 @@ def _joined(parts: list[Rows]) -> Rows:
     return {column: [value for part in parts for value in part[column]] for column in parts[0]}
 
 
-def _rows(engine: Engine, batch: Batch) -> Rows:
-    """The rows of one batch; an image without finite scores gets an error instead."""
-    scores = {} if batch.images is None else {name: value.cpu() for name, value in engine.score(batch.images).items()}
-    rows: Rows = {"path": list(batch.names)}
-    unsound: dict[int, list[str]] = {}
-    for name in engine.detectors:
-        values = scores.get(name, torch.empty(0))
-        sound = torch.isfinite(values).tolist()
-        for position, is_sound in zip(batch.good, sound, strict=True):
-            if not is_sound:
-                unsound.setdefault(position, []).append(name)
-        p_values, decisions = None, None
-        if name in engine.calibrations:
-            p_values = engine.calibrations[name].p_values(values)
-            decisions = engine.calibrations[name].is_out_of_distribution(values)
-        rows[f"{name}_score"] = _spread(batch, values, sound)
-        rows[f"{name}_p_value"] = _spread(batch, p_values, sound)
-        rows[f"{name}_out_of_distribution"] = _spread(batch, decisions, sound)
-    reasons = {
-        position: f"no finite score: activations are NaN or infinite ({_which(names, engine)})"
-        for position, names in unsound.items()
-    }
-    errors = {**batch.errors, **reasons}
-    rows["error"] = [errors.get(position) for position in range(len(batch.names))]
-    return rows
-
-
-def _which(names: list[str], engine: Engine) -> str:
-    return "every detector" if len(names) == len(engine.detectors) else ", ".join(names)
-
-
-def _spread(batch: Batch, values: Tensor | None, sound: list[bool]) -> list[Any]:
-    """The values of the readable images at their positions in the batch, None elsewhere."""
-    column: list[Any] = [None] * len(batch.names)
-    if values is not None:
-        for position, value, is_sound in zip(batch.good, values.tolist(), sound, strict=True):
-            column[position] = value if is_sound else None
-    return column
-
-
-def _summary(output: Path, writer: ResultWriter, detectors: list[str], is_calibrated: bool) -> dict[str, Any]:
+def _summary(
+    output: Path, writer: ResultWriter, detectors: list[str], is_calibrated: bool, dataset: ImageDataset
+) -> dict[str, Any]:
     """Counts over the whole table, including the rows of earlier runs."""
     decisions = [f"{name}_out_of_distribution" for name in detectors]
-    columns = writer.read([*decisions, "error"])
-    flagged = {name: sum(map(bool, columns[column])) for name, column in zip(detectors, decisions, strict=True)}
+    columns = writer.read(["path", *decisions, "error"])
+    errors = columns["error"]
+    decided = {
+        name: [v for v in columns[column] if v is not None] for name, column in zip(detectors, decisions, strict=True)
+    }
     return {
         "output": str(output),
-        "images": len(columns["error"]),
-        "errors": sum(error is not None for error in columns["error"]),
-        "flagged": flagged if is_calibrated else None,
+        "images": len(errors),
+        "errors": sum(error is not None for error in errors),
+        "error_reasons": _reasons(columns["path"], errors),
+        "left_out": dataset.left_out,
+        "decided": {name: len(values) for name, values in decided.items()} if is_calibrated else None,
+        "flagged": {name: sum(values) for name, values in decided.items()} if is_calibrated else None,
     }
+
+
+def _reasons(names: list[str], errors: list[str | None]) -> list[dict[str, Any]]:
+    """The reasons of errors, equal up to their numbers, by frequency, each as the first image has it."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, error in zip(names, errors, strict=True):
+        if error is not None:
+            reason = found.setdefault(NUMBER.sub("#", error), {"count": 0, "reason": error, "first": name})
+            reason["count"] += 1
+    return sorted(found.values(), key=lambda reason: -reason["count"])
 
 
 def _print(summary: dict[str, Any]) -> None:
     click.echo(
         f"{summary['images']} images, {summary['errors']} with an error, {summary['images_per_second']:g} images/s"
     )
+    reasons = summary["error_reasons"]
+    for reason in reasons[:NAMED_REASONS]:
+        click.echo(f"  {reason['count']} (first {reason['first']}): {reason['reason']}")
+    if len(reasons) > NAMED_REASONS:
+        click.echo(f"  and {len(reasons) - NAMED_REASONS} other reasons, in the column error")
     for name, count in (summary["flagged"] or {}).items():
-        share = 100 * count / max(summary["images"] - summary["errors"], 1)
-        click.echo(f"{name}: {count} flagged as out-of-distribution ({share:.1f} %)")
+        decided = summary["decided"][name]
+        share = f"{count} of {decided} flagged as out-of-distribution ({100 * count / max(decided, 1):.1f} %)"
+        click.echo(f"{name}: {share if decided else 'no image has a score, so none is flagged or cleared'}")
     if summary["flagged"] is None:
         click.echo("no decisions: the state was not calibrated")
     click.echo(f"wrote {summary['output']}")

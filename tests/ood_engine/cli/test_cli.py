@@ -21,6 +21,7 @@ from ood_engine.cli.application import COMMANDS, application
 from ood_engine.demo import SmallCNN
 from ood_engine.evaluation.tune import tune
 from ood_engine.model.loading import load_model
+from ood_engine.scorer import Scorer
 from ood_engine.state import read_header
 
 
@@ -77,7 +78,7 @@ def test_fit_without_calibration_gives_scores_without_decisions(place, call, tmp
     assert f"wrote {tmp_path / 't.parquet'}" in out
     row = read(tmp_path / "t.parquet")[0]
     assert [name for name, value in row.items() if value is None] == [
-        *("energy_p_value", "energy_out_of_distribution", "error")
+        *("class_name", "energy_p_value", "energy_out_of_distribution", "error")
     ]
 
 
@@ -143,11 +144,15 @@ def test_score_writes_what_the_engine_says(place, call, tmp_path):
         for parts in zip(*[(engine.score(x), engine.p_values(x), engine.predict(x)) for x in batches], strict=True)
     )
     assert list(rows[0]) == [
-        "path",
+        *("path", "predicted_class", "class_name", "confidence"),
         *[f"{name}_{what}" for name in place.detectors for what in ("score", "p_value", "out_of_distribution")],
         "error",
     ]
     assert [row["path"] for row in rows] == [f"noise.npy[{index}]" for index in range(50)]
+    with torch.no_grad():
+        confidence, predicted = load_model(place.spec, place["net.safetensors"])(images).softmax(1).max(1)
+    assert [row["predicted_class"] for row in rows] == predicted.tolist()
+    np.testing.assert_allclose([row["confidence"] for row in rows], confidence, rtol=1e-5)
     for name in place.detectors:
         np.testing.assert_allclose([row[f"{name}_score"] for row in rows], scores[name], rtol=1e-6)
         np.testing.assert_allclose([row[f"{name}_p_value"] for row in rows], p_values[name], rtol=1e-6)
@@ -164,7 +169,7 @@ def test_unreadable_images_and_unsound_scores_are_rows_with_an_error(place, call
         Image.fromarray(np.full((8, 8), 40 * index, dtype=np.uint8)).save(folder / f"{index}.png")
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:50])
     (folder / "2.png").write_text("hello")
-    code, out, _ = call(place.score(tmp_path / "t.csv", "--json", data=folder))
+    code, out, _ = call(place.score(tmp_path / "t.csv", "--json", "--max-errors", "0.5", data=folder))
     with open(tmp_path / "t.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert code == 0
@@ -172,6 +177,7 @@ def test_unreadable_images_and_unsound_scores_are_rows_with_an_error(place, call
     for row, is_good in zip(rows, (True, False, False, True), strict=True):
         assert bool(row["nap_energy_score"]) is is_good
         assert bool(row["nap_energy_out_of_distribution"]) is is_good
+        assert bool(row["predicted_class"]) is bool(row["confidence"]) is is_good
         assert bool(row["error"]) is not is_good
     huge = np.load(place["noise.npy"])
     huge[3] = 3e38
@@ -184,16 +190,16 @@ def test_unreadable_images_and_unsound_scores_are_rows_with_an_error(place, call
 
 def test_a_broken_run_goes_on_and_gives_the_same_table(refused, place, call, answer, tmp_path, monkeypatch):
     output = tmp_path / "t.parquet"
-    score_batch, calls = oe.Engine.score, []
+    score_batch, calls = Scorer.score_captured, []
 
-    def interrupted(engine, images):
-        calls.append(len(images))
+    def interrupted(*batch):
+        calls.append(batch)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return score_batch(engine, images)
+        return score_batch(*batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(oe.Engine, "score", interrupted)
+        patch.setattr(Scorer, "score_captured", interrupted)
         code, _, err = call(place.score(output, "--part-rows", "16"))
     assert code == 130
     assert "16 of 50 rows are kept" in err
@@ -335,7 +341,7 @@ def test_out_of_memory_names_the_way_out(refused, place, tmp_path, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried a lot")
 
-    monkeypatch.setattr(oe.Engine, "score", full)
+    monkeypatch.setattr(Scorer, "score_captured", full)
     refused(place.score(tmp_path / "t.csv"), "--batch-size")
 
 
