@@ -31,7 +31,11 @@ BUILT_IN_IMAGES, BUILT_IN_SHAPE = 512, (1, 32, 32)
 
 
 @click.command()
-@click.option("--model", metavar="SPEC", help="package.module:factory or file.py:factory.  [a small CNN, untrained]")
+@click.option(
+    "--model",
+    metavar="SPEC",
+    help="package.module:factory or file.py:factory, whose code is run.  [a small CNN, untrained]",
+)
 @weights_option
 @path_option("--state", help="State file of this model, from `ood-engine fit`.")
 @click.option("--quick", is_flag=True, help="A tenth of the time, with fewer rounds.")

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import InputError, OodEngineError, OodEngineWarning, one_line
 from ..files import TEMPORARY, atomic_file
+from .job import as_json, check_same_job
 from .lock import Lock
 from .merge import import_pyarrow, merge
 
@@ -89,7 +90,7 @@ class ResultWriter:
         types = {"string": "string", "float": "float64", "int": "int64", "bool": "bool"}
         arrow_types = ((name, self._arrow.type_for_alias(types[kind])) for name, kind in self.columns.items())
         self._schema = self._arrow.schema(list(arrow_types))
-        document = {"job": _as_json(job), "columns": self.columns}
+        document = {"job": as_json(job), "columns": self.columns}
         with self._saving():
             self._lock = Lock(self.path.with_name(self.path.name + ".lock"), str(self.path))
         try:
@@ -183,7 +184,7 @@ class ResultWriter:
         if not job_file.exists() and not parts:
             self._save_job(job)
             return
-        _check_same_job(job_file, job)
+        check_same_job(job_file, job)
         for number in parts:
             rows = self._rows_of_part(number) if number == self._part_count else None
             if rows is None:
@@ -294,28 +295,3 @@ def _checked_columns(columns: Mapping[str, str]) -> dict[str, str]:
         if not isinstance(name, str) or not name or kind not in COLUMN_TYPES:
             raise InputError(f"column {name!r} has the type {kind!r}; expected one of {', '.join(COLUMN_TYPES)}")
     return dict(columns)
-
-
-def _as_json(job: Mapping[str, Any]) -> dict[str, Any]:
-    """The job as read back from a file, so that tuples and lists compare equal."""
-    try:
-        return dict(json.loads(json.dumps(dict(job), allow_nan=False)))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the job must hold JSON values only: {one_line(error)}") from error
-
-
-def _check_same_job(job_file: Path, job: dict[str, Any]) -> None:
-    try:
-        stored = json.loads(job_file.read_bytes())
-        before, columns = dict(stored["job"]), dict(stored["columns"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{job_file}: cannot be read as a job; delete {job_file.parent} and start again") from error
-    way_out = f"give the same arguments, or delete {job_file.parent} and start again"
-    for key in sorted(before.keys() | job["job"].keys()):
-        old, new = (json.dumps(side[key]) if key in side else "nothing" for side in (before, job["job"]))
-        if old != new:
-            raise InputError(f"--resume: {key!r} was {old} in the unfinished run and is {new} now; {way_out}")
-    if list(columns.items()) != list(job["columns"].items()):
-        raise InputError(
-            f"--resume: 'columns' were {columns} in the unfinished run and are {job['columns']} now; {way_out}"
-        )
