@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 import tracemalloc
@@ -12,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+
+from ood_engine.cli import timing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MIB = 2**20
@@ -74,30 +74,17 @@ def captured(call: Call) -> Call | None:
 
 def peak_mib(call: Call) -> float:
     """Peak memory of a call beyond its operands, its result included: of torch's allocator and, on a CPU, of Python's (NumPy)."""
-    if DEVICE.type == "cuda":
-        synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        synchronize()
-        return float(torch.cuda.max_memory_allocated() - before) / MIB
-    # Kineto otherwise writes a line to standard error at every start and stop.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recording:
+    python = 0
+
+    def traced() -> None:
+        nonlocal python
         tracemalloc.start()
-        result = call()
+        call()
         python = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    del result
-    assert recording.profiler is not None
-    kineto = recording.profiler.kineto_results
-    assert kineto is not None
-    memory = [event for event in kineto.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(memory, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return (peak + python) / MIB
+
+    of_torch = timing.peak_mib(call if DEVICE.type == "cuda" else traced, DEVICE)
+    return (of_torch or 0.0) + python / MIB
 
 
 @cache

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.func import grad, vmap
 
 import ood_kernels as ok
@@ -150,11 +148,10 @@ def test_dual_and_explicit_agree_in_fp32_at_imagenet_size():
     assert (one - wide).abs().max() <= 1e-5 * wide.abs().max()
 
 
-@pytest.mark.parametrize("form", [0, 1])
-def test_no_components_are_no_coordinates(form):
-    h, weight, head_bias = make_head()
-    p = ok.masked_energy(h, weight, head_bias)[2]
-    assert ok.project_gradients(p, h, make_bases("energy", True, components=0)[form]).shape == (7, 0)
+def test_no_components_are_no_coordinates():
+    p, h = normal(7, 4).softmax(1), normal(7, 5)
+    for basis in make_bases("energy", True, components=0):
+        assert ok.project_gradients(p, h, basis).shape == (7, 0)
 
 
 @pytest.mark.parametrize("form", [0, 1])
@@ -191,15 +188,3 @@ def test_a_shift_by_the_mean_feature_keeps_the_precision_that_a_common_mean_cost
         return (ok.project_gradients(p.float(), h.float(), basis) - exact).norm() / exact.norm()
 
     assert error(with_shift(dual, dual.anchor_features.mean(0))) < error(dual) / 5
-
-
-@settings(deadline=None, max_examples=30)
-@given(scale=st.floats(-8, 8), seed=st.integers(0, 999), form=st.integers(0, 1))
-def test_linear_in_the_basis_and_shifted_by_the_constants(scale, seed, form):
-    h, weight, head_bias = make_head(seed=seed)
-    p = ok.masked_energy(h, weight, head_bias)[2]
-    basis = make_bases("energy", True)[form]
-    name = ("coefficients", "components")[form]
-    scaled = basis._replace(**{name: scale * getattr(basis, name), "constants": basis.constants + 1})
-    expected = scale * (ok.project_gradients(p, h, basis) + basis.constants) - basis.constants - 1
-    torch.testing.assert_close(ok.project_gradients(p, h, scaled), expected, rtol=1e-10, atol=1e-10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -38,11 +39,16 @@ def assert_as_good_as_torch() -> Callable[..., None]:
     """Assert that a result is as close to the truth in fp64 as torch's own in the same dtype, plus a hair.
 
     `ours` against `truth`, both with the same NaN; `theirs` is what torch computes in the dtype of the inputs (None where it
-    has no such computation: then only the hair counts). The hair is relative to the largest magnitude of the truth.
+    has no such computation: then only the hair counts). The hair is relative to the largest magnitude of the truth. Of several
+    results each is held to its own.
     """
 
-    def check(ours: Tensor, truth: Tensor, theirs: Tensor | None = None, hair: float = 1e-6) -> None:
-        assert ours.shape == truth.shape
+    def check(ours: Any, truth: Any, theirs: Any = None, hair: float = 1e-6) -> None:
+        if not isinstance(ours, Tensor):
+            for result in zip(ours, truth, theirs or [None] * len(ours), strict=True):
+                check(*result, hair)
+            return
+        assert (ours.dtype, ours.shape) == (torch.float32, truth.shape)
         ours, truth = ours.detach().cpu().double(), truth.detach().cpu().double()
         assert torch.equal(ours.isnan(), truth.isnan()), "NaN in other places"
         valid = ~truth.isnan()

@@ -103,9 +103,7 @@ SHAPES = [
 def test_as_good_as_torch(layout, shape, dtype, rectify, device, assert_as_good_as_torch):
     feature_map = LAYOUTS[layout](shape, dtype, device)
     exact, theirs = truth(feature_map, rectify)
-    for ours, right, other in zip(pool(feature_map, rectify), exact, theirs, strict=True):
-        assert ours.dtype == torch.float32
-        assert_as_good_as_torch(ours, right, other)
+    assert_as_good_as_torch(pool(feature_map, rectify), exact, theirs)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "cropped"])
@@ -132,8 +130,7 @@ def test_any_strides(shape, dtype, order, steps, rectify, device, assert_as_good
     feature_map = feature_map[:: steps[0], :: steps[1], :: steps[2], :: steps[3]]
     assert feature_map.shape == shape
     exact, theirs = truth(feature_map, rectify)
-    for ours, right, other in zip(pool(feature_map, rectify), exact, theirs, strict=True):
-        assert_as_good_as_torch(ours, right, other)
+    assert_as_good_as_torch(pool(feature_map, rectify), exact, theirs)
 
 
 @pytest.mark.parametrize(
@@ -264,5 +261,4 @@ def test_offsets_beyond_two_to_the_31(layout, device, assert_as_good_as_torch):
     assert feature_map.numel() > 2**31
     h, nap = family.pool_nap(feature_map, EPS, False)
     exact, theirs = truth(feature_map[-1:])
-    assert_as_good_as_torch(h[-1:], exact[0], theirs[0])
-    assert_as_good_as_torch(nap[-1:], exact[3], theirs[3])
+    assert_as_good_as_torch((h[-1:], nap[-1:]), exact[::3], theirs[::3])

@@ -68,16 +68,17 @@ def doubled(tensors):
     )
 
 
-def truth(feature_map, head, basis, eps=1.0, rectify=False):
-    basis = None if basis is None else doubled(basis)
-    return reference.score(feature_map.cpu().double(), doubled(head), basis, eps, rectify=rectify)
+@pytest.fixture
+def check(assert_as_good_as_torch):
+    """Run the launcher in a plan of our choice and hold it to the reference in fp64 and in the dtypes of its operands."""
 
+    def compare(plan, feature_map, head, basis, eps=1.0, rectify=False, hair=2e-6, **settings):
+        ours = run(plan, feature_map, head, basis, eps, rectify, **settings)
+        exact = feature_map.cpu().double(), doubled(head), basis and doubled(basis), eps
+        theirs = reference.score(feature_map, head, basis, eps, rectify=rectify)
+        assert_as_good_as_torch(ours, reference.score(*exact, rectify=rectify), theirs, hair)
 
-def assert_close(ours, expected, theirs, check, hair=2e-6):
-    for name, value, right, other in zip(ours._fields, ours, expected, theirs, strict=True):
-        assert (value.dtype, value.shape) == (torch.float32, right.shape), name
-        if value.numel():
-            check(value, right, other, hair)
+    return compare
 
 
 def masked(head, masks):
@@ -100,36 +101,32 @@ def masked(head, masks):
     dtype=(torch.float32, torch.bfloat16, torch.float16),
     masks=("bits", "none", "weights", "neurons", "bytes", "all pruned"),
 )
-def test_equals_the_truth(make, poisoned, assert_as_good_as_torch, small_or_large, form, cotangent, dtype, masks):
+def test_equals_the_truth(make, poisoned, check, small_or_large, form, cotangent, dtype, masks):
     side = 3 if dtype == torch.float32 else 4
     feature_map, head, basis = make(
         form=form, cotangent=cotangent, dtype=dtype, classes=19, side=side, bias=cotangent != "uniform"
     )
-    inputs = feature_map, masked(head, masks), basis
-    assert_close(run(small_or_large, *inputs), truth(*inputs), reference.score(*inputs), assert_as_good_as_torch)
+    check(small_or_large, feature_map, masked(head, masks), basis)
 
 
 @pytest.mark.parametrize("form", ["dual", "explicit"])
-def test_head_and_basis_in_other_dtypes_than_the_map(make, assert_as_good_as_torch, plan, form):
+def test_head_and_basis_in_other_dtypes_than_the_map(make, check, plan, form):
     feature_map, head, basis = make(form=form)
-    inputs = (feature_map.bfloat16(), head._replace(weight=head.weight.half()), basis.to(torch.bfloat16))
-    assert_close(run(plan, *inputs), truth(*inputs), reference.score(*inputs), assert_as_good_as_torch)
+    check(plan, feature_map.bfloat16(), head._replace(weight=head.weight.half()), basis.to(torch.bfloat16))
 
 
-def test_a_tie_goes_to_the_first_class(make, assert_as_good_as_torch, plan):
+def test_a_tie_goes_to_the_first_class(make, check, plan):
     feature_map, head, basis = make(form="dual", cotangent="predicted", classes=40)
     head.weight[23], head.bias[23], head.bias[4] = head.weight[4], 30.0, 30.0
-    inputs = feature_map, head, basis
-    assert_close(run(plan, *inputs), truth(*inputs), reference.score(*inputs), assert_as_good_as_torch)
+    check(plan, feature_map, head, basis)
 
 
 @pytest.mark.parametrize("precision", ["tf32x3", "tf32", "bf16", "fp16"])
-def test_every_precision(make, poisoned, assert_as_good_as_torch, plan, precision):
+def test_every_precision(make, poisoned, check, plan, precision):
     inputs = make(form="shifted")
-    hair = 1e-5 if precision == "tf32x3" else 2e-2
-    ours = run(plan, *inputs, precision=precision)
-    assert_close(ours, truth(*inputs), reference.score(*inputs), assert_as_good_as_torch, hair)
-    assert (ours.h.cpu() - truth(*inputs).h).abs().max() < 1e-6
+    check(plan, *inputs, hair=1e-5 if precision == "tf32x3" else 2e-2, precision=precision)
+    h = run(plan, *inputs, precision=precision).h
+    assert (h.cpu() - reference.pool_nap(inputs[0].cpu().double())[0]).abs().max() < 1e-6
 
 
 def tokens(feature_map):
@@ -149,21 +146,18 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(("layout", "rectify"), [(layout, index % 2 == 1) for index, layout in enumerate(LAYOUTS)])
-def test_any_layout_of_the_map(make, poisoned, assert_as_good_as_torch, layout, rectify):
+def test_any_layout_of_the_map(make, poisoned, check, layout, rectify):
     dtype = torch.bfloat16 if rectify else torch.float32
     feature_map, head, basis = make(form="none", side=6, dtype=dtype)
     # Nothing but the map itself may reach a maximum below zero, nor a denominator that only the map makes positive.
     signed, eps = (feature_map - 0.3, 0.0) if rectify else (-0.1 - feature_map, 10.0)
-    inputs = LAYOUTS[layout](signed), head, basis, eps, rectify
-    ours = run("small", *inputs, POOL_D=16)
-    assert_close(ours, truth(*inputs), reference.score(*inputs[:4], rectify=rectify), assert_as_good_as_torch)
+    check("small", LAYOUTS[layout](signed), head, basis, eps, rectify, POOL_D=16)
 
 
-def test_large_plan_takes_other_layouts(make, poisoned, assert_as_good_as_torch):
+def test_large_plan_takes_other_layouts(make, poisoned, check):
     feature_map, head, basis = make(form="shifted", channels=64, side=4)
-    for inputs in ((LAYOUTS[layout](feature_map), head, basis, 2.0, True) for layout in ("channels last", "tokens")):
-        theirs = reference.score(*inputs[:4], rectify=True)
-        assert_close(run("large", *inputs), truth(*inputs), theirs, assert_as_good_as_torch)
+    for layout in ("channels last", "tokens"):
+        check("large", LAYOUTS[layout](feature_map), head, basis, 2.0, True)
 
 
 def test_a_denominator_that_is_not_positive_is_nan(make, plan):
@@ -232,9 +226,8 @@ def default_launches(values):
 @pytest.mark.parametrize("workload", ["R50", "R18", "ViT", "MobileNetV2"])
 def test_at_most_three_launches_for_real_heads(workload):
     for samples, form in itertools.product((1, 256), (None, "dual", "explicit", "factored")):
-        assert len(default_launches(on_meta(workload, samples, form))) == (
-            1 if (workload, form) == ("R18", None) else 3
-        )
+        expected = 1 if (workload, form) == ("R18", None) else 3
+        assert len(default_launches(on_meta(workload, samples, form))) == expected
 
 
 def test_the_plan_does_not_know_the_batch(monkeypatch):
@@ -281,9 +274,8 @@ def test_workspace_stays_small_and_the_map_is_read_once(samples, workload, form)
 
 @pytest.mark.parametrize("form", ["none", "shifted", "factored"])
 def test_a_large_batch_is_worked_off_in_parts(make, poisoned, monkeypatch, plan, form):
-    feature_map, head, basis = make(
-        3 if form == "none" else 18 if plan == "large" else 6, channels=8, form=form, side=2
-    )
+    samples = 3 if form == "none" else 18 if plan == "large" else 6
+    feature_map, head, basis = make(samples, channels=8, form=form, side=2)
     expected = run(plan, feature_map, head, basis)
     monkeypatch.setattr(family, "_WORKSPACE_BYTES", 1)
     with record() as launches:
@@ -305,14 +297,8 @@ def addresses(tensor):
 @interpreted
 @pytest.mark.parametrize(
     ("layout", "form"),
-    [
-        ("contiguous", "none"),
-        ("channels last", "none"),
-        ("tokens", "none"),
-        ("padded", "none"),
-        ("contiguous", "shifted"),
-        ("contiguous", "factored"),
-    ],
+    [(layout, "none") for layout in ("contiguous", "channels last", "tokens", "padded")]
+    + [("contiguous", form) for form in ("shifted", "factored")],
 )
 def test_every_element_of_the_map_is_read_exactly_once(make, monkeypatch, plan, layout, form):
     from triton.runtime import interpreter
