@@ -52,7 +52,7 @@ _REFUSALS = (OodEngineError, MemoryError, torch.OutOfMemoryError, torch.linalg.L
 class _Subspace(NamedTuple):
     basis: str
     normalisation: str
-    wanted: int | None
+    components_wanted: int | None
 
 
 def sweep(
@@ -132,12 +132,11 @@ def sweep(
     measured = _Measured(head, kernels, (id_cache, _usable("ID", id_cache, fit_cache)), usable)
     rows: list[Row] = []
     said: set[str] = set()
+    options: dict[str, Any] = {"cotangent": cotangent, "max_anchors": max_anchors}
     for subspace in with_progress(subspaces, "sweeping", progress, unit="subspace"):
-        options: dict[str, Any] = {"cotangent": cotangent, "max_anchors": max_anchors}
         with _each_warning_once(said):
-            for found in _of_subspace(
-                FitData(fit_cache, head, kernels, seed), subspace, heads, options, max_bytes, measured
-            ):
+            data = FitData(fit_cache, head, kernels, seed)
+            for found in _of_subspace(data, subspace, heads, options, max_bytes, measured):
                 rows.extend(found)
                 if on_rows is not None:
                     on_rows(rows)
@@ -182,8 +181,8 @@ def _of_subspace(
 ) -> Iterator[list[Row]]:
     """The rows of each head in turn; the basis is fitted once for all heads."""
     settings = {**options, "basis": subspace.basis, "normalisation": subspace.normalisation}
-    if subspace.wanted is not None:
-        settings["n_components"] = subspace.wanted
+    if subspace.components_wanted is not None:
+        settings["n_components"] = subspace.components_wanted
     reason, basis_seconds = None, 0.0
     try:
         _check_explicit_bytes(data.head, subspace, max_bytes)
@@ -192,24 +191,18 @@ def _of_subspace(
     except _REFUSALS as error:
         reason = one_line(error)
     for head in dict.fromkeys(heads):
-        named = {
-            "basis": subspace.basis,
-            "normalisation": subspace.normalisation,
-            "components_wanted": subspace.wanted,
-            "head": head,
-        }
-        if reason is not None:
-            yield [_row(named, refused=reason)]
-            continue
-        try:
-            detector, seconds = _fit(data, settings, head, max_bytes)
-            with torch.inference_mode(False), torch.no_grad(), full_precision(data.head.weight.device):
-                rates = sets.rates(detector)
-        except _REFUSALS as error:
-            yield [_row(named, refused=one_line(error))]
-            continue
-        cost = _cost(detector) | {"fit_seconds": round(basis_seconds + seconds, 4)}
-        yield [_row(named, **cost, **rate) for rate in rates]
+        found: list[Row] = [{"refused": reason}]
+        if reason is None:
+            try:
+                detector, seconds = _fit(data, settings, head, max_bytes)
+                with torch.inference_mode(False), torch.no_grad(), full_precision(data.head.weight.device):
+                    rates = sets.rates(detector)
+                cost = _cost(detector) | {"fit_seconds": round(basis_seconds + seconds, 4)}
+                found = [cost | rate for rate in rates]
+            except _REFUSALS as error:
+                found = [{"refused": one_line(error)}]
+        named = dict.fromkeys(COLUMNS) | subspace._asdict() | {"head": head}
+        yield [named | row for row in found]
 
 
 def _fit(data: FitData, settings: dict[str, Any], head: str, max_bytes: int) -> tuple[LowDimGradient, float]:
@@ -240,16 +233,11 @@ def _cost(detector: LowDimGradient) -> Row:
     }
 
 
-def _row(named: Row, **values: Any) -> Row:
-    known = {**named, **values}
-    return {column: known.get(column) for column in COLUMNS}
-
-
 def _check_explicit_bytes(head: ok.Head, subspace: _Subspace, max_bytes: int) -> None:
     """Refuse oversized explicit components before they are computed; the other bases stay small."""
     classes, width = head.weight.shape
-    if subspace.basis == "explicit" and subspace.wanted is not None:
-        required = subspace.wanted * classes * (width + 1) * head.weight.element_size()
+    if subspace.basis == "explicit" and subspace.components_wanted is not None:
+        required = subspace.components_wanted * classes * (width + 1) * head.weight.element_size()
         if required > max_bytes:
             raise InputError(_too_large(required, max_bytes))
 

@@ -74,12 +74,18 @@ def _style(panel: Axes) -> None:
     panel.spines[["left", "bottom"]].set_color(GRID)
     panel.tick_params(labelsize=7, colors=SOFT_INK, color=GRID, length=2)
     panel.xaxis.get_offset_text().set(fontsize=7, color=SOFT_INK)
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.label.set(fontsize=8, color=SOFT_INK)
 
 
 def legend(figure: Figure, entries: dict[str, Any], **where: Any) -> None:
-    """Add a legend with verbatim names; matplotlib alone would parse `$` as mathematics and may drop `_name`."""
-    placeholders = ["name"] * len(entries)
-    drawn = figure.legend(entries.values(), placeholders, frameon=False, fontsize=8, labelcolor=INK, **where)
+    """Add a legend with verbatim names of patches and of the styles of lines.
+
+    matplotlib alone would parse `$` as mathematics and may drop `_name`.
+    """
+    line, placeholders = require("matplotlib.lines").Line2D, ["name"] * len(entries)
+    handles = [line([], [], **entry) if isinstance(entry, dict) else entry for entry in entries.values()]
+    drawn = figure.legend(handles, placeholders, frameon=False, fontsize=8, labelcolor=INK, **where)
     for text, name in zip(drawn.get_texts(), entries, strict=True):
         verbatim(text).set_text(shortened(name))
 

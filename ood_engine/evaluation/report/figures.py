@@ -89,13 +89,13 @@ def _histograms(evaluation: Evaluation, detectors: Sequence[str], auroc: dict[tu
             panel.set_title(label, loc="right", fontsize=8, color=SOFT_INK)
     for panel, ood_set in zip(axes[0], evaluation.ood_scores, strict=True):
         verbatim(panel.annotate(shortened(ood_set), (0, 1), (0, 20), "axes fraction", "offset points", **BOLD))
-    patch, line = require("matplotlib.patches").Patch, require("matplotlib.lines").Line2D
+    patch = require("matplotlib.patches").Patch
     entries = {
         f"{shortened(evaluation.id_name)} (ID)": patch(facecolor=ID_COLOUR, alpha=0.55),
         "OOD": patch(facecolor=(OOD_COLOUR, 0.3), edgecolor=OOD_COLOUR),
     }
     if evaluation.thresholds:
-        entries["threshold"] = line([], [], **THRESHOLD)
+        entries["threshold"] = THRESHOLD
     legend(figure, entries, loc="outside upper right", ncols=3)
     figure.supxlabel("score, higher = more in-distribution", fontsize=9, color=SOFT_INK)
     return figure
@@ -130,8 +130,7 @@ def _roc_curves(evaluation: Evaluation, detectors: Sequence[str]) -> Figure:
     for panel, ood_set in zip(panels, evaluation.ood_scores, strict=False):
         _draw_roc(panel, evaluation, detectors, ood_set)
         verbatim(panel.set_title(shortened(ood_set), loc="left", **BOLD))
-    line = require("matplotlib.lines").Line2D
-    entries = {name: line([], [], linewidth=2, **_line_style(index)) for index, name in enumerate(detectors)}
+    entries = {name: {"linewidth": 2, **_line_style(index)} for index, name in enumerate(detectors)}
     legend(figure, entries, loc="outside center right", ncols=1)
     return figure
 
@@ -143,8 +142,7 @@ def _draw_roc(panel: Axes, evaluation: Evaluation, detectors: Sequence[str], ood
         curve = roc_curve(finite(evaluation.id_scores[detector]), finite(evaluation.ood_scores[ood_set][detector]))
         panel.plot(*(curve or ([], [])), linewidth=1.6, clip_on=False, **_line_style(index))
     panel.set(xlim=(0, 1), ylim=(0, 1.01), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 0.95])
-    panel.set_xlabel("share of OOD accepted (FPR)", fontsize=8, color=SOFT_INK)
-    panel.set_ylabel("share of ID accepted (TPR)", fontsize=8, color=SOFT_INK)
+    panel.set(xlabel="share of OOD accepted (FPR)", ylabel="share of ID accepted (TPR)")
 
 
 def _line_style(index: int) -> dict[str, Any]:

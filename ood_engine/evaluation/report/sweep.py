@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from ..sweep import COLUMNS
 from .drawing import BOLD, GRID, LINE_COLOURS, SOFT_INK, legend, new_panels, png, verbatim
 from .evaluation import printable
 from .extras import require
-from .table import percent
+from .table import percent, rich_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["combinations", "print_sweep", "write_sweep_figures", "write_sweep_json", "write_sweep_table"]
 
 Row = Mapping[str, Any]
+Subspace = tuple[str, str]
+Styles = Mapping[Subspace, dict[str, Any]]
 
 FAMILIES = {
     "probe": ("probe_energy", "probe_msp", "probe_react", "probe_bats"),
@@ -42,14 +45,10 @@ def combinations(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for row in rows:
         if row["refused"] is None:
             groups.setdefault((_subspace(row), row["components_wanted"], row["head"]), []).append(row)
-    entries = [
-        {
-            **group[0],
-            "ood_set": None,
-            **{name: sum(row[name] for row in group) / len(group) for name in ("auroc", "fpr95")},
-        }
-        for group in groups.values()
-    ]
+    entries = []
+    for group in groups.values():
+        means = {name: sum(row[name] for row in group) / len(group) for name in ("auroc", "fpr95")}
+        entries.append({**group[0], "ood_set": None, **means})
     return sorted(entries, key=lambda entry: (-entry["auroc"], entry["flops_per_sample"], entry["bytes"]))
 
 
@@ -85,85 +84,67 @@ def write_sweep_figures(rows: Sequence[Row], folder: Path) -> list[Path]:
     entries = combinations(rows)
     if not entries:
         return []
-    pictures = {"sweep_components.png": _components(entries), "sweep_cost.png": _cost(entries)}
+    families = {family: [entry for entry in entries if entry["head"] in heads] for family, heads in FAMILIES.items()}
+    families = {family: members for family, members in families.items() if members}
+    styles = _styles(entries)
+    pictures = {"sweep_components.png": _components(families, styles), "sweep_cost.png": _cost(families, styles)}
     return [write_atomically(folder / name, content) for name, content in pictures.items()]
 
 
-def _components(entries: Sequence[Row]) -> bytes:
+def _components(families: Mapping[str, Sequence[Row]], styles: Styles) -> bytes:
     """One panel per family of heads, one line per subspace: the family's best head at each K."""
-    families = [family for family in FAMILIES if any(_family(entry) == family for entry in entries)]
     figure, axes = new_panels(1, len(families), width=2.9, height=2.9, margin=0.4)
-    styles, low = _styles(entries), min(_best(entries).values())
-    counts = sorted({entry["components_wanted"] or entry["n_components"] for entry in entries})
-    for panel, family in zip(axes[0], families, strict=True):
-        here = [entry for entry in entries if _family(entry) == family]
+    best = {family: _best(entries) for family, entries in families.items()}
+    low = min(value for of_family in best.values() for value in of_family.values())
+    every = [entry for entries in families.values() for entry in entries]
+    counts = sorted({entry["components_wanted"] or entry["n_components"] for entry in every})
+    shown = [count for index, count in enumerate(counts) if index == 0 or count >= 1.6 * counts[index - 1]]
+    for panel, (family, entries) in zip(axes[0], families.items(), strict=True):
         for subspace, style in styles.items():
-            best = _best([entry for entry in here if _subspace(entry) == subspace])
-            points = sorted((count, 100 * value) for (_, _, count), value in best.items())
+            points = sorted((count, 100 * value) for (of, count), value in best[family].items() if of == subspace)
             panel.plot(*zip(*points, strict=True), **style) if points else None
-        _count_axis(panel, counts)
+        _log_axis(panel, "components K")
+        panel.set_xticks(shown, [str(count) for count in shown])
+        panel.set_xticks([], minor=True)
         panel.set_ylim(max(0, 100 * low - 2), 101)
-        heads = sorted({entry["head"] for entry in here}, key=FAMILIES[family].index)
+        heads = sorted({entry["head"] for entry in entries}, key=FAMILIES[family].index)
         verbatim(panel.set_title(family, loc="left", pad=18, **BOLD))
         members = ("best of " if len(heads) > 1 else "") + ", ".join(name.replace("probe_", "") for name in heads)
         verbatim(panel.annotate(members, (0, 1), (0, 5), "axes fraction", "offset points", fontsize=7, color=SOFT_INK))
-    axes[0][0].set_ylabel(MEAN_AXIS, fontsize=8, color=SOFT_INK)
-    line = require("matplotlib.lines").Line2D
-    legend(
-        figure,
-        {_name(subspace): line([], [], **style) for subspace, style in styles.items()},
-        loc="outside lower center",
-        ncols=min(4, len(styles)),
-    )
+    axes[0][0].set_ylabel(MEAN_AXIS)
+    lines = {_name(subspace): style for subspace, style in styles.items()}
+    legend(figure, lines, loc="outside lower center", ncols=min(4, len(styles)))
     return png(figure)
 
 
-def _cost(entries: Sequence[Row]) -> bytes:
+def _cost(families: Mapping[str, Sequence[Row]], styles: Styles) -> bytes:
     """Every combination: colour and edge say the subspace, the marker the family of heads."""
     figure, axes = new_panels(1, 1, width=5.4, height=3.6, margin=1.6)
-    panel, styles = axes[0][0], _styles(entries)
-    families = [family for family in FAMILIES if any(_family(entry) == family for entry in entries)]
-    for entry in entries:
-        panel.plot(
-            entry["flops_per_sample"],
-            100 * entry["auroc"],
-            linestyle="",
-            marker=MARKERS[_family(entry)],
-            markersize=5.5,
-            alpha=0.75,
-            color=styles[_subspace(entry)]["color"],
-            markeredgecolor="white",
-            markeredgewidth=0.4,
-        )
-    panel.set_xscale("log")
+    panel = axes[0][0]
+    shapes = {family: {"linestyle": "", "marker": MARKERS[family], "markersize": 5.5} for family in families}
+    edge = {"alpha": 0.75, "markeredgecolor": "white", "markeredgewidth": 0.4}
+    for family, entries in families.items():
+        for entry in entries:
+            colour = styles[_subspace(entry)]["color"]
+            panel.plot(entry["flops_per_sample"], 100 * entry["auroc"], color=colour, **shapes[family], **edge)
+    _log_axis(panel, "floating-point operations per sample, beyond the model")
     panel.tick_params(which="minor", color=GRID)
-    panel.grid(axis="y", color=GRID, linewidth=0.7)
-    panel.set_xlabel("floating-point operations per sample, beyond the model", fontsize=8, color=SOFT_INK)
-    panel.set_ylabel(MEAN_AXIS, fontsize=8, color=SOFT_INK)
-    line = require("matplotlib.lines").Line2D
-    colours = {_name(subspace): line([], [], linewidth=3, color=style["color"]) for subspace, style in styles.items()}
-    shapes = {
-        family: line([], [], linestyle="", marker=MARKERS[family], markersize=5.5, color=SOFT_INK)
-        for family in families
-    }
-    legend(figure, colours | shapes, loc="outside center right", ncols=1)
+    panel.set_ylabel(MEAN_AXIS)
+    colours = {_name(subspace): {"linewidth": 3, "color": style["color"]} for subspace, style in styles.items()}
+    grey = {family: shape | {"color": SOFT_INK} for family, shape in shapes.items()}
+    legend(figure, colours | grey, loc="outside center right", ncols=1)
     return png(figure)
 
 
-def _count_axis(panel: Axes, counts: Sequence[int]) -> None:
-    panel.set_xscale("log")
-    shown = [count for index, count in enumerate(counts) if index == 0 or count >= 1.6 * counts[index - 1]]
-    panel.set_xticks(shown, [str(count) for count in shown])
-    panel.set_xticks([], minor=True)
+def _log_axis(panel: Axes, label: str) -> None:
+    panel.set(xscale="log", xlabel=label)
     panel.grid(axis="y", color=GRID, linewidth=0.7)
-    panel.set_xlabel("components K", fontsize=8, color=SOFT_INK)
 
 
-def _styles(entries: Sequence[Row]) -> dict[tuple[str, str], dict[str, Any]]:
+def _styles(entries: Sequence[Row]) -> Styles:
     """Markers shrink from one subspace to the next, so that coinciding lines (explicit and dual bases) stay visible."""
-    subspaces = sorted(
-        {_subspace(entry) for entry in entries}, key=lambda pair: (pair[0] == "class_average", pair[1], pair[0])
-    )
+    found = {_subspace(entry) for entry in entries}
+    subspaces = sorted(found, key=lambda pair: (pair[0] == "class_average", pair[1], pair[0]))
     return {
         subspace: {
             "color": LINE_COLOURS[index % len(LINE_COLOURS)],
@@ -176,25 +157,21 @@ def _styles(entries: Sequence[Row]) -> dict[tuple[str, str], dict[str, Any]]:
     }
 
 
-def _best(entries: Sequence[Row]) -> dict[tuple[tuple[str, str], str, int], float]:
-    best: dict[tuple[tuple[str, str], str, int], float] = {}
+def _best(entries: Sequence[Row]) -> dict[tuple[Subspace, int], float]:
+    best: dict[tuple[Subspace, int], float] = {}
     for entry in entries:
-        key = (_subspace(entry), _family(entry), entry["n_components"])
+        key = (_subspace(entry), entry["n_components"])
         best[key] = max(best.get(key, 0.0), entry["auroc"])
     return best
 
 
-def _subspace(row: Row) -> tuple[str, str]:
+def _subspace(row: Row) -> Subspace:
     return row["basis"], row["normalisation"]
 
 
-def _name(subspace: tuple[str, str]) -> str:
+def _name(subspace: Subspace) -> str:
     basis, normalisation = subspace
     return basis if normalisation == "none" else f"{basis}, {normalisation}"
-
-
-def _family(row: Row) -> str:
-    return next(family for family, heads in FAMILIES.items() if row["head"] in heads)
 
 
 def print_sweep(rows: Sequence[Row], echo: Callable[[str], Any] = print) -> None:
@@ -204,12 +181,9 @@ def print_sweep(rows: Sequence[Row], echo: Callable[[str], Any] = print) -> None
         OodEngineError: rich is not installed.
     """
     entries = combinations(rows)
-    box, console = require("rich.box").SIMPLE_HEAD, require("rich.console").Console()
-    table = require("rich.table").Table(box=box, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("Basis")
-    table.add_column("Head")
-    for heading in ("K", "AUROC", "FPR95", "kflop", "KiB", "fit s"):
-        table.add_column(heading, justify="right")
+    table = rich_table()
+    for heading in ("Basis", "Head", "K", "AUROC", "FPR95", "kflop", "KiB", "fit s"):
+        table.add_column(heading, justify="left" if heading in ("Basis", "Head") else "right")
     for entry in entries[:SHOWN]:
         table.add_row(
             printable(_name(_subspace(entry))),
@@ -221,15 +195,9 @@ def print_sweep(rows: Sequence[Row], echo: Callable[[str], Any] = print) -> None
             f"{entry['bytes'] / 2**10:,.1f}",
             f"{entry['fit_seconds']:.2f}",
         )
-    console.print(table)
-    echo(
-        f"{min(SHOWN, len(entries))} best of {len(entries)} combinations by mean AUROC, in percent; kflop per sample and KiB of"
-        " basis and head."
-    )
+    require("rich.console").Console().print(table)
+    best = f"{min(SHOWN, len(entries))} best of {len(entries)} combinations by mean AUROC, in percent"
+    echo(f"{best}; kflop per sample and KiB of basis and head.")
     echo("Settings selected on the evaluation sets are optimistically biased: select them on other sets.")
-    refused: dict[str, int] = {}
-    for row in rows:
-        if row["refused"] is not None:
-            refused[row["refused"]] = refused.get(row["refused"], 0) + 1
-    for reason, count in refused.items():
+    for reason, count in Counter(row["refused"] for row in rows if row["refused"] is not None).items():
         echo(f"{count} not fitted: {printable(reason)}")

@@ -23,7 +23,17 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-__all__ = ["METRICS", "Summary", "markdown_table", "percent", "print_table", "rows", "summarise", "write_json"]
+__all__ = [
+    "METRICS",
+    "Summary",
+    "markdown_table",
+    "percent",
+    "print_table",
+    "rich_table",
+    "rows",
+    "summarise",
+    "write_json",
+]
 
 METRICS = ("auroc", "aupr_id", "aupr_ood", "fpr95_id", "fpr95_ood")
 MEAN = "mean"
@@ -167,10 +177,14 @@ def print_table(evaluation: Evaluation, console: Console | None = None) -> None:
     console.print(rich_text.Text("\n".join(_notes(evaluation)), style="dim"))
 
 
-def _rich_table(summary: Summary, groups: slice) -> Any:
-    text = require("rich.text").Text
+def rich_table(**options: Any) -> Any:
+    """An empty table with a line below its headings."""
     box = require("rich.box").SIMPLE_HEAD
-    table = require("rich.table").Table(box=box, show_edge=False, padding=(0, 1, 0, 0), header_style="")
+    return require("rich.table").Table(box=box, show_edge=False, padding=(0, 1, 0, 0), **options)
+
+
+def _rich_table(summary: Summary, groups: slice) -> Any:
+    text, table = require("rich.text").Text, rich_table(header_style="")
     table.add_column("Detector", max_width=NAME_WIDTH, overflow="fold", vertical="middle")
     for column in summary.columns[groups]:
         heading = text.assemble((_heading(*column), "bold"), ("\n AUROC  FPR95", "dim"), overflow="fold")
