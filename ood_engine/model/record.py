@@ -111,14 +111,18 @@ class Recorder:
         known = puts_channels_first(module)
         if known is not None:
             self._channels_first[output.shape] = known
-        for layout in layouts_of(output):
+        known = self._channels_first.get(output.shape)
+        layouts = layouts_of(output)
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        rectified = output.relu() if layouts and output.amin() < 0 else None
+        for layout in layouts:
             feature_map = LAYOUTS[layout](output)
-            dtype = torch.promote_types(feature_map.dtype, torch.float32)
-            for relu in (True, False):
-                values = (feature_map.relu() if relu else feature_map).to(dtype)
-                mean, peak = values.mean((2, 3)), values.amax((2, 3))
-                known = self._channels_first.get(output.shape)
-                self.candidates.append(Candidate(name, call, layout, relu, mean, peak, output.dtype, known))
+            peak = feature_map.amax((2, 3)).to(dtype)
+            if rectified is not None:
+                mean = LAYOUTS[layout](rectified).mean((2, 3), dtype=dtype)
+                self.candidates.append(Candidate(name, call, layout, True, mean, peak.relu(), output.dtype, known))
+            mean = feature_map.mean((2, 3), dtype=dtype)
+            self.candidates.append(Candidate(name, call, layout, False, mean, peak, output.dtype, known))
 
 
 def is_linear(module: nn.Module) -> bool:
