@@ -57,6 +57,7 @@ def score_set(
         DataError: no readable image.
         InputError: images that the model rejects.
     """
+    engine.scorer.require_fitted()
     parts, correct, labelled = [], 0, 0
     with torch.no_grad():
         for images, labels in image_batches(loader, what, progress):

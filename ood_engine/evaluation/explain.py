@@ -74,6 +74,7 @@ def explain(engine: Engine, image: Tensor, detector: str = "low_dim_gradient") -
         >>> abs(total - explanation.score) <= 1e-6 * abs(explanation.score)
         True
     """
+    engine.scorer.require_fitted()
     if image.ndim != 3:
         raise InputError(f"image {list(image.shape)}: expected one image [C, H, W]")
     if detector not in engine.detectors:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,74 +11,14 @@ from torch import Tensor, nn
 
 from ..errors import TapError
 from .outputs import agrees_with_logits, describe, explain, relative_difference, tensors_of
-from .prefixes import prefixes_between
+from .plan import TapPlan
 from .record import Candidate, Head, Passage, Recorder
 
-__all__ = ["TapPlan", "discover"]
+__all__ = ["discover"]
 
 # A mean is rounded once to the model's dtype.
 _MEAN_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _LONGEST_TAIL = 8
-
-
-@dataclass(frozen=True)
-class TapPlan:
-    """Head and feature map of a model, in serialisable names.
-
-    Attributes:
-        head: name of the layer that outputs the logits: an `nn.Linear`, or a 1×1 convolution called on a single position.
-        feature_map: name of the module that outputs the map; None without a map.
-        call: index of that module's call within one forward pass (a shared ReLU is called many times).
-        layout: layout of that output, see `layouts.LAYOUTS`.
-        relu: whether the map is the ReLU of that output, applied functionally by the model.
-        tail: the modules between pooling and head, such as a norm, in order, each with the shape of what it receives per sample;
-            empty if the head acts on the mean itself.
-        proven: whether the map is verified: its spatial mean (through the tail) equals the head input.
-        reason: how the map was verified, why it is unverified, or why there is none.
-        head_call: index of the head call that outputs the logits within one forward pass.
-        head_proven: whether the head is verified: the model returns its output, or the softmax of it.
-        head_reason: how the head was verified, or why it is unverified.
-        output: where the model's output holds the logits, see `outputs.tensors_of`; meaningless for an unverified head.
-    """
-
-    head: str
-    feature_map: str | None
-    call: int = 0
-    layout: str = "NCHW"
-    relu: bool = False
-    tail: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    proven: bool = False
-    reason: str = ""
-    head_call: int = 0
-    head_proven: bool = True
-    head_reason: str = ""
-    output: str = ""
-
-    def __post_init__(self) -> None:
-        # JSON has lists only.
-        object.__setattr__(self, "tail", tuple((name, tuple(shape)) for name, shape in self.tail))
-
-    def renamed_to(self, known: Collection[str]) -> TapPlan:
-        """This plan for the same model inside or outside a wrapper, such as a LightningModule's `model.`.
-
-        Raises:
-            TapError: several parts of the model have all modules of the plan.
-        """
-        names = [name for name in (self.head, self.feature_map, *(name for name, _ in self.tail)) if name is not None]
-        if all(name in known for name in names):
-            return self
-        prefixes = prefixes_between(names, known)
-        if len(prefixes) > 1:
-            parts = " and ".join(repr(one.added.removesuffix(".")) for one in prefixes)
-            raise TapError(
-                f"{self.head!r} was fitted as the head: {parts} of this model have one; pass that part of the model alone"
-            )
-        if not prefixes:
-            return self
-        new = {name: prefixes[0](name) or "" for name in names}
-        feature_map = None if self.feature_map is None else new[self.feature_map]
-        tail = tuple((new[name], shape) for name, shape in self.tail)
-        return replace(self, head=new[self.head], feature_map=feature_map, tail=tail)
 
 
 def discover(
@@ -136,7 +76,7 @@ def _find_head(recorder: Recorder, output: Any, samples: int, wanted: str | None
     if not any(len(one) == samples for one in tensors.values()) and wanted is None:
         rows = len(next(iter(tensors.values())))
         raise TapError(f"the model returned {rows} rows of logits for {samples} images: expected one row per image")
-    if tensors and not any(torch.isfinite(one).all() for one in tensors.values()):
+    if wanted is None and not any(torch.isfinite(one).all() for one in tensors.values()):
         raise TapError(_not_finite(next(iter(tensors.values()))))
     made = {
         path: head
@@ -228,7 +168,8 @@ def _proof(
     tried: set[int] = set()
 
     def search(vector: Tensor, end: int, length: int) -> tuple[list[Candidate], list[Passage]]:
-        found = [one for one in reversed(candidates) if _is_close(one.mean, vector, one.dtype)]
+        # Vectors of zeros prove nothing.
+        found = [one for one in reversed(candidates) if vector.any() and _is_close(one.mean, vector, one.dtype)]
         if found or length == _LONGEST_TAIL:
             return found, []
         for number in reversed(range(end)):

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ..errors import InputError, NotFittedError, TapError, one_line
 from .checks import require_batch, require_finite_weights, require_steady
-from .discovery import TapPlan, discover
+from .discovery import discover
 from .layouts import LAYOUTS
 from .outputs import agrees_with_logits, describe, relative_difference, tensor_at
+from .plan import TapPlan
 from .record import first_argument, is_linear
 from .seal import Seal
 from .strangers import StrangerGuard
@@ -188,7 +189,7 @@ class Tap:
         Raises:
             TapError: a module of the plan missing from this model, or a head that is no linear layer with floating-point weights.
         """
-        plan = plan.renamed_to(self.modules)
+        plan = plan.renamed_to([name for name, module in self.modules.items() if name or is_linear(module)])
         self._capture(plan)
         self._wanted_head = self._wanted_head or plan.head
         if not plan.proven:

@@ -323,6 +323,15 @@ def test_all_zero_features_prove_nothing():
     assert plan.reason == "'fc' received only zeros, which prove nothing; fit on real images"
 
 
+def test_a_constant_behind_dead_units_proves_nothing():
+    model = build(lambda: projected(nn.ReLU()))
+    model.stem = nn.Sequential(model.stem, nn.ReLU())
+    nn.init.constant_(model.stem[0].bias, -100.0)
+    nn.init.constant_(model.project.bias, 1.0)
+    plan = Tap(model).find(images())
+    assert (plan.feature_map, plan.proven) == (None, False)
+
+
 def pooled(run, bias=True, kind=nn.Linear):
     """A pooled convolution, and heads that are called and returned as a test wants."""
     heads = {"fc": kind(WIDTH, CLASSES, bias=bias), "aux": linear(), "wide": nn.Linear(WIDTH, 9)}

@@ -93,7 +93,13 @@ def test_a_change_after_fit_or_load_is_noticed_until_the_next_fit(change, loads,
     if loads:
         engine = oe.Engine.load(path, model)
     change(model)
-    for use in (lambda: engine.score(images()), lambda: engine.calibrate([images()]), lambda: engine.save(path)):
+    for use in (
+        lambda: engine.score(images()),
+        lambda: engine.score_features(None, torch.zeros(2, 6)),
+        lambda: engine.calibrate([images()]),
+        lambda: engine.save(path),
+        lambda: oe.explain(engine, images()[0], "energy"),
+    ):
         with pytest.raises(
             TapError, match=r"the model has changed since it was fitted or loaded: '.+' is another now; call fit"
         ):

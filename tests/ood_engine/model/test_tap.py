@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from ood_engine.errors import InputError, NotFittedError, TapError
-from ood_engine.model.discovery import TapPlan
+from ood_engine.model.plan import TapPlan
 from ood_engine.model.tap import Captured, Tap
 
 WIDTH, CLASSES = 6, 4
