@@ -64,7 +64,7 @@ def _find_head(recorder: Recorder, output: Any, samples: int, wanted: str | None
     heads = [head for head in recorder.heads if wanted in (None, head.name) and len(head.received) == samples]
     if not heads:
         raise TapError(_no_head(recorder, samples, wanted))
-    tensors = {path: one for path, one in tensors_of(output).items() if one.ndim == 2 and one.is_floating_point()}
+    tensors = {path: one for path, one in tensors_of(output).items() if _may_be_logits(one)}
     if not tensors and wanted is None:
         raise TapError(
             f"the model's output: expected logits [N, C], alone or in a tuple, dict or object, got {describe(output)}; return them,"
@@ -95,6 +95,10 @@ def _find_head(recorder: Recorder, output: Any, samples: int, wanted: str | None
         raise TapError(_ask(heads, seen))
     head = heads[-1]
     return _plan(head, "", f"named by hand, unverified: {seen}", proven=False), head, head.output
+
+
+def _may_be_logits(tensor: Tensor) -> bool:
+    return tensor.ndim == 2 and tensor.is_floating_point() and tensor.layout is torch.strided
 
 
 def _not_finite(logits: Tensor) -> str:

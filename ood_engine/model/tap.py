@@ -25,6 +25,7 @@ from .strangers import StrangerGuard
 __all__ = ["Captured", "Tap", "TapPlan"]
 
 _PROOF_SAMPLES = 32
+_MODEL_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
 # The oldest supported torch has no AcceleratorError.
 _DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
@@ -278,7 +279,7 @@ class Tap:
                 output = self._twin(images.detach().to(stem.device, stem.dtype, copy=True))
             except (TapError, *_DEVICE_ERRORS):
                 raise
-            except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+            except _MODEL_ERRORS as error:
                 raise InputError(
                     f"images {list(images.shape)}: the model rejects them; expected the channels and size it was trained on"
                     f" ({one_line(error)})"

@@ -443,6 +443,7 @@ def test_a_head_named_by_hand_must_have_been_called_on_vectors():
             lambda m, h: m.fc(h)[:, :, None],
             r"expected logits \[N, C\], .* got torch\.float32 \[5, 4, 1\]; .* head='fc'",
         ),
+        (lambda m, h: [m.fc(h).to_sparse()], r"expected logits \[N, C\], .* got list with '0' \[5, 4\]"),
         (lambda m, h: {"z": m.fc(h).argmax(1)}, r"expected logits \[N, C\], .* got dict with 'z' \[5\]"),
         (lambda m, h: (m.fc(h), ())[1], "the model's output: .* got tuple with no tensor"),
     ],

@@ -465,7 +465,17 @@ def test_images_that_do_not_fit_are_refused_in_one_line(bad, message):
 
 
 @pytest.mark.parametrize(
-    "kind", [RuntimeError, TypeError, ValueError, IndexError, AssertionError, torch.OutOfMemoryError]
+    "kind",
+    [
+        RuntimeError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AttributeError,
+        ZeroDivisionError,
+        AssertionError,
+        torch.OutOfMemoryError,
+    ],
 )
 def test_what_a_model_raises_is_the_images_fault_but_for_memory(kind, monkeypatch):
     tap = found(net())
