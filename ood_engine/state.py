@@ -29,7 +29,7 @@ from .features.cache import CacheRows
 from .features.canary import Canary
 from .files import atomic_file
 from .fitted import aligned
-from .model.plan import TapPlan
+from .model.discovery import TapPlan
 from .subspace import Basis
 from .version import __version__
 

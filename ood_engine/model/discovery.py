@@ -14,7 +14,7 @@ from .outputs import agrees_with_logits, describe, explain, relative_difference,
 from .plan import TapPlan
 from .record import Candidate, Head, Passage, Recorder
 
-__all__ = ["discover"]
+__all__ = ["TapPlan", "discover"]
 
 # A mean is rounded once to the model's dtype.
 _MEAN_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}

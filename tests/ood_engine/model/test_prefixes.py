@@ -47,10 +47,11 @@ def test_a_state_fits_the_same_model_in_any_wrapper(before, after, make_model, i
 def test_the_weights_and_not_the_names_make_it_the_same(make_model, images, tmp_path):
     path = tmp_path / "state.safetensors"
     oe.Engine(make_model(), ["energy"]).fit([images(64, 1)[0]]).save(path)
-    with pytest.raises(StateError):
+    with pytest.raises(StateError, match="fitted to another"):
         oe.Engine.load(path, Wrapped(model=make_model(seed=1)))
     with pytest.raises(
-        TapError, match="'student' and 'teacher' of this model have one; pass that part of the model alone"
+        (StateError, TapError),
+        match="'student' and 'teacher' of this model have one; pass that part of the model alone",
     ):
         oe.Engine.load(path, Wrapped(student=make_model(), teacher=make_model(seed=1)))
 
