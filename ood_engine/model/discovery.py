@@ -72,10 +72,11 @@ def _find_head(recorder: Recorder, output: Any, samples: int, wanted: str | None
         )
     # A key of this name is the model's own word for it.
     named = {path: one for path, one in tensors.items() if path.rpartition("/")[2] == "logits"}
-    tensors = {path: one.detach() for path, one in (named or tensors).items()}
-    if not any(len(one) == samples for one in tensors.values()) and wanted is None:
-        rows = len(next(iter(tensors.values())))
-        raise TapError(f"the model returned {rows} rows of logits for {samples} images: expected one row per image")
+    tensors = named or tensors
+    rows = [len(one) for one in tensors.values()]
+    tensors = {path: one.detach() for path, one in tensors.items() if len(one) == samples}
+    if not tensors and wanted is None:
+        raise TapError(f"the model returned {rows[0]} rows of logits for {samples} images: expected one row per image")
     if wanted is None and not any(torch.isfinite(one).all() for one in tensors.values()):
         raise TapError(_not_finite(next(iter(tensors.values()))))
     made = {

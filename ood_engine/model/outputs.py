@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "agrees_with_logits",
@@ -35,6 +35,8 @@ def _items(output: Any) -> Iterable[tuple[Any, Any]]:
         return enumerate(output)
     if is_dataclass(output):
         return [(field.name, getattr(output, field.name)) for field in fields(output)]
+    if isinstance(output, (nn.Module, type)):
+        return ()
     found = dict(getattr(output, "__dict__", {}))
     if hasattr(output, "logits"):
         found["logits"] = output.logits

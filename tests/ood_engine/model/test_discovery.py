@@ -366,6 +366,7 @@ RETURNS = {
     "dict": lambda z, h: {"loss": None, "logits": z, "other": z + 1},
     "object": lambda z, h: SimpleNamespace(logits=z, other=z + 1),
     "property": lambda z, h: Property(z),
+    "with prototypes": lambda z, h: (z, torch.ones(3, 6), SimpleNamespace(layer=nn.Linear(6, 5))),
     "softmax": lambda z, h: z.softmax(1),
     "log softmax": lambda z, h: z.log_softmax(1),
 }
