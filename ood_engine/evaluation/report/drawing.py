@@ -106,7 +106,7 @@ def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        warnings.filterwarnings("ignore", message="Glyph .* missing from (current )?font")
         figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, bbox_inches="tight")
     return buffer.getvalue()
 

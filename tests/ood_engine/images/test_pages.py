@@ -7,7 +7,7 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from ood_engine.images.dataset import Preprocess, open_images
 
@@ -107,7 +107,10 @@ def test_one_image_passes_with_alpha_and_with_a_preview(tmp_path, name, write):
 
 
 def test_a_reduced_copy_of_a_page_is_no_page(tmp_path):
-    first, second = Image.new("L", (5, 4), 9), Image.new("L", (2, 2))
-    second.encoderinfo = {"tiffinfo": {254: 1}}
-    first.save(tmp_path / "a.tif", save_all=True, append_images=[second])
+    with TiffImagePlugin.AppendingTiffWriter(tmp_path / "a.tif") as file:
+        for size, kind in (((5, 4), 0), ((2, 2), 1)):
+            Image.new("L", size).save(file, format="TIFF", tiffinfo={254: kind})
+            file.newFrame()
+    with Image.open(tmp_path / "a.tif") as image:
+        assert image.n_frames == 2
     assert error_of(tmp_path / "a.tif") is None
