@@ -65,8 +65,8 @@ lowest() {
     python3 -m venv "$work/lowest"
     PIP_CONSTRAINT=constraints/lowest.txt "$work/lowest/bin/python" -m pip install --quiet --disable-pip-version-check \
         --constraint "$work/venv/torch.txt" --editable '.[test]'
-    "$work/lowest/bin/python" -m pytest -q tests/ood_engine/cli tests/ood_engine/demo tests/ood_engine/detectors tests/ood_engine/evaluation \
-        tests/ood_engine/images tests/ood_engine/test_engine.py tests/ood_engine/test_state.py tests/ood_kernels/triton_kernels/test_pool_nap.py tests/test_lowest.py
+    "$work/lowest/bin/python" -m pytest -q tests/ood_engine/{cli,demo,detectors,evaluation,images,test_engine.py,test_state.py} \
+        tests/ood_kernels/triton_kernels/test_pool_nap.py tests/test_lowest.py
 }
 
 # The wheel as a user installs it: its size, its modules, and the command without its extra.
