@@ -35,7 +35,7 @@ from ood_engine.subspace.samples import count_components, fix_signs
 
 ALL, LAST = "all parameters", "last layer"
 LAST_LAYER = ("head.weight", "head.bias")
-HEADS = ("mahalanobis", "knn", "probe_energy")
+HEADS: dict[str, Any] = {"mahalanobis": Mahalanobis, "knn": KNearestNeighbours, "probe_energy": LinearProbe}
 TOLERANCE = 1e-9
 ID_TEST, OTHERS = "test", "others"
 Row: TypeAlias = dict[str, Any]
@@ -61,13 +61,6 @@ class Subspace(NamedTuple):
     def project(self, gradients: Tensor) -> Tensor:
         """g_low [N, K]."""
         return (gradients - self.mean) @ self.vectors.T
-
-
-class Pair(NamedTuple):
-    """The same subspace of both sides."""
-
-    reference: Subspace
-    closed_form: Basis
 
 
 class Digits(NamedTuple):
@@ -138,16 +131,12 @@ def fit_closed_form(p: Tensor, h: Tensor, labels: Tensor, way: Way) -> Basis:
     return kind.fit(p, h, n_components=way.wanted, **options)
 
 
-def judge(head: str, x: Tensor, labels: Tensor, classes: int, seed: int) -> nn.Module:
+def judge(head: str, x: Tensor, labels: Tensor, classes: int, seed: int) -> Any:
     """The head, fitted on coordinates x [m, K]; its scores are higher for ID."""
-    mahalanobis, neighbours, probe = Mahalanobis(), KNearestNeighbours(), LinearProbe("energy")
-    if head == "mahalanobis":
-        mahalanobis.fit(x, labels)
-    elif head == "knn":
-        neighbours.fit(x)
-    else:
-        probe.fit(x, labels, classes, seed)
-    return {"mahalanobis": mahalanobis, "knn": neighbours}.get(head, probe)
+    known = {"mahalanobis": (x, labels), "knn": (x,), "probe_energy": (x, labels, classes, seed)}
+    fitted = HEADS[head]()
+    fitted.fit(*known[head])
+    return fitted
 
 
 def read_images(data: ImageDataset) -> Tensor:
@@ -179,11 +168,6 @@ def figures(scores: Mapping[str, Tensor]) -> dict[str, float]:
     return found
 
 
-def describe(scope: str, way: Way, components: int) -> dict[str, Any]:
-    subspace = way.subspace if way.wanted is None else f"{way.subspace} {way.wanted:g}"
-    return {"scope": scope, "subspace": subspace, "normalisation": way.normalisation, "components": components}
-
-
 @torch.no_grad()
 def compare(digits: Digits, ways: Sequence[Way], seed: int) -> tuple[list[Row], float]:
     """The rows of both sides for one network, and how far apart both are on the last layer."""
@@ -191,21 +175,24 @@ def compare(digits: Digits, ways: Sequence[Way], seed: int) -> tuple[list[Row], 
     inputs = {OTHERS: digits.others[0], **digits.sets}
     signals = {name: forward(model, some) for name, some in inputs.items()}
     g = torch.cat(list(gradients(model, images)))
-    pairs = {way: Pair(fit(g, labels, way), fit_closed_form(*forward(model, images), labels, way)) for way in ways}
+    references = {way: fit(g, labels, way) for way in ways}
+    closed_forms = {way: fit_closed_form(*forward(model, images), labels, way) for way in ways}
     coordinates: dict[tuple[str, Way], dict[str, Tensor]] = {(scope, way): {} for way in ways for scope in (ALL, LAST)}
     for name, some in inputs.items():
-        parts = [[pair.reference.project(part) for pair in pairs.values()] for part in gradients(model, some)]
-        for (way, pair), column in zip(pairs.items(), zip(*parts, strict=True), strict=True):
+        parts = [[reference.project(part) for reference in references.values()] for part in gradients(model, some)]
+        for way, column in zip(ways, zip(*parts, strict=True), strict=True):
             coordinates[ALL, way][name] = torch.cat(column)
-            coordinates[LAST, way][name] = pair.closed_form.project(*signals[name])
+            coordinates[LAST, way][name] = closed_forms[way].project(*signals[name])
     energy = {name: model(some).logsumexp(1) for name, some in digits.sets.items()}
     rows: list[Row] = [{"scope": "no gradient", "head": "energy", **figures(energy)}]
     for (scope, way), sets in coordinates.items():
+        subspace = way.subspace if way.wanted is None else f"{way.subspace} {way.wanted:g}"
+        values = (scope, subspace, way.normalisation, sets[OTHERS].shape[1])
         for head in HEADS:
             score = judge(head, sets[OTHERS], digits.others[1], model.head.out_features, seed)
             found = figures({name: score(sets[name]) for name in digits.sets})
-            rows.append({**describe(scope, way, sets[OTHERS].shape[1]), "head": head, **found})
-    return rows, max(error_of(pair.closed_form, digits, way) for way, pair in pairs.items())
+            rows.append({**dict(zip(LABELS, values, strict=True)), "head": head, **found})
+    return rows, max(error_of(closed_form, digits, way) for way, closed_form in closed_forms.items())
 
 
 @torch.no_grad()

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 
 import pytest
 
-
-@pytest.fixture(scope="module")
-def readme():
-    return importlib.import_module("benchmarks.readme")
+from benchmarks import readme
 
 
-def test_the_section_is_what_the_result_files_say(readme):
+def test_the_section_is_what_the_result_files_say():
     assert readme.main(["--check"]) == 0
 
 
-def test_a_stale_section_is_told_and_written_anew(readme, tmp_path, monkeypatch, capsys):
+def test_a_stale_section_is_told_and_written_anew(tmp_path, monkeypatch, capsys):
     stale = tmp_path / "README.md"
     fresh = readme.README.read_text(encoding="utf-8")
     section = readme.render()
@@ -38,7 +34,7 @@ def document_of(day: str, rows=(), **machine):
     return {"machine": facts | machine, "rows": list(rows)}
 
 
-def test_the_newest_file_of_a_kind_is_read(readme, tmp_path):
+def test_the_newest_file_of_a_kind_is_read(tmp_path):
     for name, document in (
         ("a", document_of("2026-01-10")),
         ("b", document_of("2026-01-02")),
@@ -67,7 +63,7 @@ def test_the_newest_file_of_a_kind_is_read(readme, tmp_path):
         (8.4e-7, 1, "8e-07"),
     ],
 )
-def test_figures_are_rounded_and_plain(readme, value, digits, expected):
+def test_figures_are_rounded_and_plain(value, digits, expected):
     assert readme.figure(value, digits) == expected
 
 
@@ -77,7 +73,7 @@ def row_of(provider, **fields):
     return {**same, **times, "provider": provider, **fields}
 
 
-def test_cases_put_the_providers_side_by_side(readme):
+def test_cases_put_the_providers_side_by_side():
     missing = {name: value for name, value in row_of("oodeel").items() if name != "median_ms"}
     rows = [row_of("ood-engine"), row_of("pytorch-ood", samples=2), missing]
     columns = ["ood-engine", "pytorch-ood", "oodeel", "reference"]
@@ -87,7 +83,7 @@ def test_cases_put_the_providers_side_by_side(readme):
     assert line == "| energy: R50 N=4 float32 | 1.23 ± 0.04 |"
 
 
-def test_a_result_file_takes_the_place_of_that_of_its_machine(readme, tmp_path):
+def test_a_result_file_takes_the_place_of_that_of_its_machine(tmp_path):
     pytest.importorskip("matplotlib")
     results, source = tmp_path / "results", tmp_path / "rows.json"
     for day in ("2026-01-02", "2026-01-03"):

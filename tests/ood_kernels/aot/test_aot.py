@@ -41,10 +41,6 @@ def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_kernel_within_its_bounds_breaks_none():
-    assert violations(row()) == []
-
-
 @pytest.mark.parametrize(
     ("target", "changes", "expected"),
     [
@@ -54,24 +50,16 @@ def test_a_kernel_within_its_bounds_breaks_none():
         ("gfx942", {"shared": 65537}, "65537 bytes of shared memory, expected at most 65536"),
         ("sm_90", {"tensor_core": "mma"}, "no wgmma"),
         ("sm_90", {"load_bytes": 8}, "widest load 8 bytes, expected 16"),
+        ("sm_90", {}, None),
+        ("sm_90", {"wide": False, "load_bytes": 2}, None),
+        ("sm_80", {"tensor_core": "mma"}, None),
+        ("sm_90", {"tensor_core": "", "reduced_dot": False}, None),
+        ("sm_90", {"shared": 227 * 1024}, None),
     ],
 )
-def test_each_bound_is_held(target, changes, expected):
-    (line,) = violations(row(target, **changes))
-    assert expected in line
-
-
-@pytest.mark.parametrize(
-    ("target", "wide", "changes"),
-    [
-        ("sm_90", False, {"load_bytes": 2}),
-        ("sm_80", True, {"tensor_core": "mma"}),
-        ("sm_90", True, {"tensor_core": "", "reduced_dot": False}),
-        ("sm_90", True, {"shared": 227 * 1024}),
-    ],
-)
-def test_bounds_hold_only_where_they_mean_something(target, wide, changes):
-    assert violations(row(target, wide, **changes)) == []
+def test_each_bound_is_held_where_it_means_something(target, changes, expected):
+    lines = violations(row(target, **changes))
+    assert [expected in line for line in lines] == ([True] if expected else [])
 
 
 def test_a_smaller_limit_of_shared_memory_counts_and_a_larger_one_does_not():

@@ -96,6 +96,11 @@ def start_process(source: Path, module: str | Path = library.__file__) -> subpro
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
+def assert_all_answer(processes: list[subprocess.Popen[str]]) -> None:
+    results = [process.communicate(timeout=60) for process in processes]
+    assert [out for out, _ in results] == ["42\n"] * len(processes), results
+
+
 def libraries(cache: Path) -> list[Path]:
     return sorted(cache.glob("*.so"))
 
@@ -111,9 +116,7 @@ def test_a_library_that_is_there_is_loaded_without_a_process(source, monkeypatch
 
 def test_processes_that_start_together_compile_once(source, compiler, starts, cache):
     compiler(seconds=0.5)
-    processes = [start_process(source) for _ in range(6)]
-    results = [process.communicate(timeout=60) for process in processes]
-    assert [out for out, _ in results] == ["42\n"] * 6, results
+    assert_all_answer([start_process(source) for _ in range(6)])
     assert starts() == 1
     assert len(libraries(cache)) == 1
 
@@ -124,9 +127,7 @@ def test_without_locks_every_process_finds_a_whole_library(source, compiler, tmp
     assert lock in text
     without = tmp_path / "without_locks.py"
     without.write_text(text.replace(lock, "raise OSError"))
-    processes = [start_process(source, without) for _ in range(4)]
-    results = [process.communicate(timeout=60) for process in processes]
-    assert [out for out, _ in results] == ["42\n"] * 4, results
+    assert_all_answer([start_process(source, without) for _ in range(4)])
 
 
 def test_a_process_killed_while_it_compiles_leaves_nothing_that_is_loaded(source, compiler, starts, cache):
@@ -155,14 +156,15 @@ def test_source_compiler_and_cpu_each_have_a_library_of_their_own(
     cpu = tmp_path / "cpuinfo"
     monkeypatch.setattr(library, "_CPU_INFO", cpu)
     assert changed()
-    cpu.write_text("model name : A\ncpu MHz : 1000\nflags : sse avx\n\nmodel name : A\n")
-    assert changed()
-    cpu.write_text("model name : A\ncpu MHz : 2000\nflags : sse avx\n\nmodel name : B\n")
-    assert not changed(), "a clock rate or another processor is not another CPU"
-    cpu.write_text("model name : A\ncpu MHz : 2000\nflags : sse avx avx512f\n")
-    assert changed()
-    cpu.write_text("model name : B\ncpu MHz : 2000\nflags : sse avx avx512f\n")
-    assert changed()
+    # A clock rate or another processor is not another CPU.
+    for text, is_another in (
+        ("model name : A\ncpu MHz : 1000\nflags : sse avx\n\nmodel name : A\n", True),
+        ("model name : A\ncpu MHz : 2000\nflags : sse avx\n\nmodel name : B\n", False),
+        ("model name : A\ncpu MHz : 2000\nflags : sse avx avx512f\n", True),
+        ("model name : B\ncpu MHz : 2000\nflags : sse avx avx512f\n", True),
+    ):
+        cpu.write_text(text)
+        assert changed() == is_another
     source.write_text(SOURCE + "// changed\n")
     assert changed()
     monkeypatch.setenv("CXX", os.environ["CXX"] + " -O1")
@@ -243,26 +245,21 @@ def test_a_folder_that_cannot_be_made_is_one_line(source, refused, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("compiler", "expected"),
+    ("compiler", "text", "expected"),
     [
-        ("/no/such/compiler", "found no '/no/such/compiler'"),
-        ("false", "false failed: exit status 1"),
-        ("'", "quotation"),
+        ("/no/such/compiler", SOURCE, "found no '/no/such/compiler'"),
+        ("false", SOURCE, "false failed: exit status 1"),
+        ("'", SOURCE, "quotation"),
+        ("c++", "no C++\n", "c++ failed: {}"),
+        ("c++", "int nothing;\n", "answer"),
     ],
 )
-def test_without_a_compiler_nothing_is_loaded(refused, monkeypatch, compiler, expected):
+def test_without_a_library_that_has_the_functions_nothing_is_loaded(
+    source, refused, monkeypatch, compiler, text, expected
+):
     monkeypatch.setenv("CXX", compiler)
-    assert expected in refused()
-
-
-def test_a_source_that_does_not_compile_says_what_the_compiler_said(source, refused):
-    source.write_text("no C++\n")
-    assert f"c++ failed: {source}" in refused()
-
-
-def test_a_library_without_the_functions_is_not_used(source, refused):
-    source.write_text("int nothing;\n")
-    assert "answer" in refused()
+    source.write_text(text)
+    assert expected.format(source) in refused()
 
 
 def test_what_is_forbidden_is_not_even_said(source, cache, monkeypatch, caplog):
