@@ -140,15 +140,11 @@ def evaluate(id_scores: ArrayLike, ood_scores: ArrayLike) -> dict[str, float]:
         >>> {name: round(value, 3) for name, value in figures.items() if name.startswith("fpr")}
         {'fpr95_id': 0.333, 'fpr95_ood': 0.25}
     """
-    return {
-        "auroc": auroc(id_scores, ood_scores),
-        "aupr_id": aupr(id_scores, ood_scores, positive="id"),
-        "aupr_ood": aupr(id_scores, ood_scores, positive="ood"),
-        "average_precision_id": average_precision(id_scores, ood_scores, positive="id"),
-        "average_precision_ood": average_precision(id_scores, ood_scores, positive="ood"),
-        "fpr95_id": fpr_at_tpr(id_scores, ood_scores, positive="id"),
-        "fpr95_ood": fpr_at_tpr(id_scores, ood_scores, positive="ood"),
-    }
+    figures = {"auroc": auroc(id_scores, ood_scores)}
+    for name, metric in (("aupr", aupr), ("average_precision", average_precision), ("fpr95", fpr_at_tpr)):
+        for positive in ("id", "ood"):
+            figures[f"{name}_{positive}"] = metric(id_scores, ood_scores, positive=positive)
+    return figures
 
 
 def expected_calibration_error(
@@ -171,7 +167,6 @@ def expected_calibration_error(
         >>> round(expected_calibration_error([[0.9, 0.1], [0.3, 0.7]], [0, 0]), 4)
         0.4
     """
-    _check_bins(n_bins)
     chances = _finite("probabilities", probabilities, ndim=2)
     classes = _array("labels", labels)
     if classes.dtype.kind not in "iu" or classes.shape != chances.shape[:1]:
@@ -206,7 +201,8 @@ def ece_from_confidence(confidence: ArrayLike, is_right: ArrayLike, n_bins: int 
         >>> round(ece_from_confidence([0.9, 0.7], np.array([True, False])), 4)
         0.4
     """
-    _check_bins(n_bins)
+    if not isinstance(n_bins, int) or n_bins < 1:
+        raise InputError(f"n_bins must be an integer of at least 1, not {n_bins!r}")
     confidences, rights = _finite("confidence", confidence, ndim=1), _array("is_right", is_right)
     if confidences.min() < 0 or confidences.max() > 1 + _SUM_TOLERANCE:
         raise InputError(f"confidence must lie in [0, 1], not in [{confidences.min():.3g}, {confidences.max():.3g}]")
@@ -217,11 +213,6 @@ def ece_from_confidence(confidence: ArrayLike, is_right: ArrayLike, n_bins: int 
     inner_edges = np.arange(1, n_bins) / n_bins
     bins = np.digitize(confidences, inner_edges, right=True)
     return float(np.abs(np.bincount(bins, weights=rights - confidences)).sum() / len(confidences))
-
-
-def _check_bins(n_bins: int) -> None:
-    if not isinstance(n_bins, int) or n_bins < 1:
-        raise InputError(f"n_bins must be an integer of at least 1, not {n_bins!r}")
 
 
 def _ranking(id_scores: ArrayLike, ood_scores: ArrayLike, positive: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

@@ -25,6 +25,16 @@ def data_of(h, labels, weight, bias):
     return FitData(FeatureCache(rows), ok.Head(weight, bias), Kernels())
 
 
+def fitted(h, labels, weight, bias, *_, **options):
+    detector = create_detector("grad_pca", **options)
+    detector.fit(data_of(h, labels, weight, bias))
+    return detector
+
+
+def scores_of(detector, h, weight, bias):
+    return detector(Signals(h, ok.Head(weight, bias), Kernels()))
+
+
 def dense(gradients, labels, test, explained=0.99):
     """Scores [N] and the number of components, from gradients [n, C, D̃] themselves."""
     means = torch.stack([gradients[labels == each].mean(0) for each in labels.unique()]).flatten(1)
@@ -53,9 +63,9 @@ def problem(make_problem):
 def test_score_is_that_of_autograds_class_means(kind, explained, dtype, form, problem, autograd_gradients, monkeypatch):
     monkeypatch.setattr(grad_pca, "_CLASS_MEAN_BYTES", FORMS[form])
     h, labels, weight, bias, test = problem
-    detector = create_detector("grad_pca", cotangent=kind, explained=explained, anchors_per_class=100)
-    detector.fit(data_of(h.to(dtype), labels, weight.to(dtype), bias.to(dtype)))
-    score = detector(Signals(test.to(dtype), ok.Head(weight.to(dtype), bias.to(dtype)), Kernels()))
+    rounded = (h.to(dtype), labels, weight.to(dtype), bias.to(dtype))
+    detector = fitted(*rounded, cotangent=kind, explained=explained, anchors_per_class=100)
+    score = scores_of(detector, test.to(dtype), *rounded[2:])
     gradients, of_test = (autograd_gradients(x, weight, bias, kind, True) for x in (h, test))
     expected, count = dense(gradients, labels, of_test, explained)
     assert score.dtype == dtype
@@ -67,35 +77,30 @@ def test_score_is_that_of_autograds_class_means(kind, explained, dtype, form, pr
 
 def test_sum_logits_is_pca_of_class_mean_features(problem):
     h, labels, weight, bias, test = problem
-    detector = create_detector("grad_pca")
-    detector.fit(data_of(h, labels, weight, bias))
     expected, _ = dense(h, labels, test)
-    assert (detector(Signals(test, ok.Head(weight, bias), Kernels())) - expected).abs().max() < 1e-10
+    assert (scores_of(fitted(*problem), test, weight, bias) - expected).abs().max() < 1e-10
 
 
 def test_anchors_are_the_first_of_every_class(problem, autograd_gradients, monkeypatch):
     monkeypatch.setattr(grad_pca, "_CLASS_MEAN_BYTES", 0)
     monkeypatch.setattr(class_samples, "_GRAM_BLOCK", 5)
     h, labels, weight, bias, test = problem
-    detector = create_detector("grad_pca", cotangent="energy", anchors_per_class=3)
-    detector.fit(data_of(h, labels, weight, bias))
+    detector = fitted(*problem, cotangent="energy", anchors_per_class=3)
     kept = torch.cat([(labels == each).nonzero()[:3, 0] for each in labels.unique()])
     gradients, of_test = (autograd_gradients(x, weight, bias, "energy", True) for x in (h, test))
     expected, _ = dense(gradients[kept], labels[kept], of_test)
     assert len(detector.fitted("anchor_features")) == 12
-    assert (detector(Signals(test, ok.Head(weight, bias), Kernels())) - expected).abs().max() < 1e-10
+    assert (scores_of(detector, test, weight, bias) - expected).abs().max() < 1e-10
 
 
 def test_class_means_over_several_batches(problem, monkeypatch):
-    h, labels, weight, bias, test = problem
+    *_, weight, bias, test = problem
     scores = []
     original = FitData.signals
     for size in (4096, 7):
         monkeypatch.setattr(FitData, "signals", lambda self, index=None, size=size: original(self, index, size))
         for kind in ("sum_logits", "predicted"):
-            detector = create_detector("grad_pca", cotangent=kind)
-            detector.fit(data_of(h, labels, weight, bias))
-            scores.append(detector(Signals(test, ok.Head(weight, bias), Kernels())))
+            scores.append(scores_of(fitted(*problem, cotangent=kind), test, weight, bias))
     assert (scores[0] - scores[2]).abs().max() < 1e-10
     assert (scores[1] - scores[3]).abs().max() < 1e-10
 
@@ -103,13 +108,11 @@ def test_class_means_over_several_batches(problem, monkeypatch):
 @pytest.mark.parametrize("kind", ["sum_logits", "predicted"])
 def test_predicted_classes_stand_in_for_missing_labels(kind, problem):
     h, _, weight, bias, test = problem
-    head = ok.Head(weight, bias)
-    predicted = Signals(h, head, Kernels()).probabilities.argmax(1)
-    labelled, unlabelled = (create_detector("grad_pca", cotangent=kind) for _ in range(2))
-    labelled.fit(data_of(h, predicted, weight, bias))
+    predicted = Signals(h, ok.Head(weight, bias), Kernels()).probabilities.argmax(1)
+    labelled = fitted(h, predicted, weight, bias, cotangent=kind)
     with pytest.warns(OodEngineWarning, match="40 samples have no label"):
-        unlabelled.fit(data_of(h, torch.full_like(predicted, -1), weight, bias))
-    assert torch.equal(labelled(Signals(test, head, Kernels())), unlabelled(Signals(test, head, Kernels())))
+        unlabelled = fitted(h, torch.full_like(predicted, -1), weight, bias, cotangent=kind)
+    assert torch.equal(*(scores_of(detector, test, weight, bias) for detector in (labelled, unlabelled)))
 
 
 @pytest.mark.parametrize("kind", COTANGENTS)
@@ -118,9 +121,9 @@ def test_one_class_and_equal_samples_are_refused(kind, problem, monkeypatch):
     for most in FORMS.values():
         monkeypatch.setattr(grad_pca, "_CLASS_MEAN_BYTES", most)
         with pytest.raises(InputError, match="40 ID samples of 1 class: expected at least 2 classes"):
-            create_detector("grad_pca", cotangent=kind).fit(data_of(h, torch.zeros_like(labels), weight, bias))
+            fitted(h, torch.zeros_like(labels), weight, bias, cotangent=kind)
         with pytest.raises(InputError, match="the mean gradients of all 4 classes are equal"):
-            create_detector("grad_pca", cotangent=kind).fit(data_of(h[:1].repeat(40, 1), labels, weight, bias))
+            fitted(h[:1].repeat(40, 1), labels, weight, bias, cotangent=kind)
 
 
 @settings(deadline=None, max_examples=25)
@@ -133,12 +136,11 @@ def test_one_class_and_equal_samples_are_refused(kind, problem, monkeypatch):
 def test_duplicates_give_scores_between_0_and_1(make_problem, autograd_gradients, seed, distinct, kind, max_bytes):
     _, h, weight, bias = make_problem(distinct + 6, 5, seed=seed)
     labels = (torch.arange(distinct) % 5).repeat(4)
-    detector = create_detector("grad_pca", cotangent=kind, explained=1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grad_pca, "_CLASS_MEAN_BYTES", max_bytes)
-        detector.fit(data_of(h[:distinct].repeat(4, 1), labels, weight, bias))
+        detector = fitted(h[:distinct].repeat(4, 1), labels, weight, bias, cotangent=kind, explained=1.0)
     assert detector.n_components == distinct - 1
-    score = detector(Signals(h, ok.Head(weight, bias), Kernels()))
+    score = scores_of(detector, h, weight, bias)
     assert ((score >= 0) & (score <= 1)).all()
     assert (score[:distinct] - 1).abs().max() < 1e-6
 
@@ -146,14 +148,11 @@ def test_duplicates_give_scores_between_0_and_1(make_problem, autograd_gradients
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_mean_itself_is_in_distribution(dtype):
     h = torch.tensor([[1.0, 3.0, 5.0], [3.0, 5.0, 7.0]], dtype=dtype)
-    weight, bias = torch.eye(3, dtype=dtype), torch.zeros(3, dtype=dtype)
-    head, detector = ok.Head(weight, bias), create_detector("grad_pca")
-    detector.fit(data_of(h, torch.tensor([0, 1]), weight, bias))
-    score = detector(
-        Signals(torch.stack([h.mean(0), h[0], h.mean(0) + h.new_tensor([1.0, -1.0, 0.0])]), head, Kernels())
-    )
-    assert (score - h.new_tensor([1.0, 1.0, 0.0])).abs().max() < 1e-6
-    assert detector(Signals(h * torch.nan, head, Kernels())).isnan().all()
+    head = torch.eye(3, dtype=dtype), torch.zeros(3, dtype=dtype)
+    detector = fitted(h, torch.tensor([0, 1]), *head)
+    x = torch.stack([h.mean(0), h[0], h.mean(0) + h.new_tensor([1.0, -1.0, 0.0])])
+    assert (scores_of(detector, x, *head) - h.new_tensor([1.0, 1.0, 0.0])).abs().max() < 1e-6
+    assert scores_of(detector, h * torch.nan, *head).isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -186,12 +185,8 @@ def test_state_of_either_form_is_loaded_by_any_detector(
 
 
 def test_refit_with_another_cotangent_leaves_no_buffers_of_the_old_form(problem):
-    h, labels, weight, bias, _ = problem
-    detector = create_detector("grad_pca", cotangent="energy")
-    detector.fit(data_of(h, labels, weight, bias))
+    detector, other = fitted(*problem, cotangent="energy"), fitted(*problem)
     names = set(detector.state_dict())
-    other = create_detector("grad_pca")
-    other.fit(data_of(h, labels, weight, bias))
     assert names == {"constants", "mean", "mean_square", "components"}
     other.load_state_dict(detector.state_dict())
     assert set(other.state_dict()) == names

@@ -14,40 +14,31 @@ from sklearn.neighbors import NearestNeighbors
 import ood_engine as oe
 from ood_engine.detectors import create_detector
 from ood_engine.detectors.heads import KNearestNeighbours, LinearProbe, Mahalanobis
+from ood_engine.detectors.low_dim_gradient import HEADS
 from ood_engine.errors import InputError, OodEngineWarning
 from ood_engine.features.fit_data import FitData
 from ood_engine.runtime import Kernels
-
-HEADS = (
-    "probe_energy",
-    "probe_msp",
-    "probe_react",
-    "probe_bats",
-    "knn",
-    "mahalanobis",
-    "mahalanobis_pp",
-    "residual",
-    "vim",
-    "projected_norm",
-)
 
 
 def vectors(count: int, width: int = 4, seed: int = 0) -> torch.Tensor:
     return torch.randn((count, width), generator=torch.Generator().manual_seed(seed))
 
 
+def fitted(head, *arguments):
+    head.fit(*arguments)
+    return head
+
+
 def test_knn_is_the_similarity_to_the_kth_neighbour():
     bank, x = vectors(50), vectors(9, seed=1)
-    head = KNearestNeighbours(5)
-    head.fit(bank)
+    head = fitted(KNearestNeighbours(5), bank)
     neighbours = NearestNeighbors(n_neighbors=5).fit(F.normalize(bank).numpy())
     distance = neighbours.kneighbors(F.normalize(x).numpy())[0][:, -1]
     np.testing.assert_allclose(head(x).numpy(), 1 - distance**2 / 2, rtol=0, atol=1e-6)
 
 
 def test_knn_in_blocks_equals_knn_at_once(monkeypatch):
-    head = KNearestNeighbours(3)
-    head.fit(vectors(50))
+    head = fitted(KNearestNeighbours(3), vectors(50))
     expected = head(vectors(40, seed=1))
     monkeypatch.setattr("ood_engine.detectors.heads.knn._BLOCK_ELEMENTS", 7 * 50)
     assert torch.allclose(head(vectors(40, seed=1)), expected, rtol=0, atol=1e-6)
@@ -56,8 +47,7 @@ def test_knn_in_blocks_equals_knn_at_once(monkeypatch):
 def test_mahalanobis_equals_scikit_learns():
     x, labels = vectors(60).double(), torch.arange(60) % 3
     x += labels[:, None]
-    head = Mahalanobis()
-    head.fit(x, labels + 5)  # labels need not start at 0
+    head = fitted(Mahalanobis(), x, labels + 5)  # labels need not start at 0
     means = torch.stack([x[labels == c].mean(0) for c in range(3)])
     covariance = EmpiricalCovariance(assume_centered=True).fit((x - means[labels]).numpy())
     fresh = vectors(20, seed=2).double()
@@ -67,8 +57,7 @@ def test_mahalanobis_equals_scikit_learns():
 
 
 def test_mahalanobis_of_fewer_samples_than_dimensions_is_finite():
-    head = Mahalanobis()
-    head.fit(vectors(5, 12), torch.tensor([0, 0, 1, 1, 1]))
+    head = fitted(Mahalanobis(), vectors(5, 12), torch.tensor([0, 0, 1, 1, 1]))
     assert head(vectors(7, 12, seed=1)).isfinite().all()
 
 
@@ -90,8 +79,7 @@ def test_probe_is_the_trained_network_in_evaluation(monkeypatch):
     x, labels = vectors(300), torch.arange(300) % 3
     x[torch.arange(300), labels] += 3
     for score in ("energy", "msp"):
-        head = LinearProbe(score)
-        head.fit(x, labels, 4)
+        head = fitted(LinearProbe(score), x, labels, 4)
         with torch.no_grad():
             logits = caught["probe"].eval()(vectors(20, seed=1))
         expected = logits.logsumexp(1) if score == "energy" else logits.softmax(1).amax(1)
@@ -106,11 +94,7 @@ def test_probe_follows_the_seed_and_leaves_the_generator_alone():
     x, labels = vectors(100), torch.arange(100) % 3
     torch.manual_seed(123)
     state = torch.get_rng_state()
-    weights = []
-    for seed in (0, 0, 1):
-        head = LinearProbe()
-        head.fit(x, labels, 3, seed)
-        weights.append(head.fitted("weight"))
+    weights = [fitted(LinearProbe(), x, labels, 3, seed).fitted("weight") for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert torch.equal(torch.get_rng_state(), state)
@@ -118,16 +102,16 @@ def test_probe_follows_the_seed_and_leaves_the_generator_alone():
 
 
 def test_probe_skips_a_last_batch_of_one():
-    head = LinearProbe(epochs=1)
-    head.fit(vectors(129), torch.arange(129) % 2, 2)
+    head = fitted(LinearProbe(epochs=1), vectors(129), torch.arange(129) % 2, 2)
     assert head.fitted("weight").isfinite().all()
 
 
-@pytest.mark.parametrize("make", [lambda: KNearestNeighbours(2), Mahalanobis, LinearProbe])
-def test_heads_keep_bad_values_in_their_row(make):
-    head = make()
-    arguments = {KNearestNeighbours: (), Mahalanobis: (torch.arange(50) % 2,), LinearProbe: (torch.arange(50) % 2, 2)}
-    head.fit(vectors(50), *arguments[type(head)])
+@pytest.mark.parametrize(
+    ("head", "arguments"),
+    [(KNearestNeighbours(2), ()), (Mahalanobis(), (torch.arange(50) % 2,)), (LinearProbe(), (torch.arange(50) % 2, 2))],
+)
+def test_heads_keep_bad_values_in_their_row(head, arguments):
+    fitted(head, vectors(50), *arguments)
     x = vectors(5, seed=1)
     sound = head(x)
     for bad in (torch.nan, torch.inf, -torch.inf):
@@ -261,12 +245,9 @@ def test_settings_are_checked_before_anything_is_run(settings, message):
 
 def test_react_clips_late_dimensions_at_a_training_quantile():
     x, labels = vectors(300), torch.arange(300) % 3
-    plain, react = LinearProbe(), LinearProbe(clamp="react", react_from=2)
-    plain.fit(x, labels, 3)
-    react.fit(x, labels, 3)
-    assert torch.equal(
-        plain.fitted("weight"), react.fitted("weight")
-    )  # the probe is trained on the vectors as they are
+    plain, react = (fitted(head, x, labels, 3) for head in (LinearProbe(), LinearProbe(clamp="react", react_from=2)))
+    # The probe is trained on the vectors as they are.
+    assert torch.equal(plain.fitted("weight"), react.fitted("weight"))
     threshold = x[:, 2:].flatten().quantile(0.9)
     assert abs(float(react.fitted("upper")[-1] - threshold)) < 0.02
     clipped = vectors(20, seed=1)
@@ -277,8 +258,7 @@ def test_react_clips_late_dimensions_at_a_training_quantile():
 
 def test_bats_clamps_to_what_the_batch_norm_has_seen():
     x, labels = vectors(300) * 2 + 1, torch.arange(300) % 3
-    head = LinearProbe(clamp="bats", epochs=30)
-    head.fit(x, labels, 3)
+    head = fitted(LinearProbe(clamp="bats", epochs=30), x, labels, 3)
     assert torch.allclose(head.fitted("upper"), x.mean(0) + x.std(0), rtol=0.1, atol=0.2)
     assert torch.allclose(head.fitted("lower"), x.mean(0) - x.std(0), rtol=0.1, atol=0.2)
     far = torch.full((1, x.shape[1]), 1e6)
@@ -286,12 +266,10 @@ def test_bats_clamps_to_what_the_batch_norm_has_seen():
 
 
 def test_mahalanobis_pp_sees_directions_alone():
-    head = Mahalanobis(normalise=True)
-    head.fit(vectors(60), torch.arange(60) % 2)
+    head = fitted(Mahalanobis(normalise=True), vectors(60), torch.arange(60) % 2)
     x = vectors(5, seed=1)
     assert torch.allclose(head(x), head(7 * x), rtol=1e-4)
-    plain = Mahalanobis()
-    plain.fit(F.normalize(vectors(60), dim=1), torch.arange(60) % 2)
+    plain = fitted(Mahalanobis(), F.normalize(vectors(60), dim=1), torch.arange(60) % 2)
     assert torch.equal(head(x), plain(F.normalize(x, dim=1)))
 
 
