@@ -8,12 +8,35 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 import ood_kernels as ok
 
 pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
+
+
+def padded(tensor: Tensor) -> Tensor:
+    """A view between NaN along every axis but the first."""
+    return F.pad(tensor, (1, 2, 2, 1, 1, 0), value=torch.nan)[:, 1:, 2:-1, 1:-2]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": Tensor.contiguous,
+    "channels last": lambda tensor: tensor.contiguous(memory_format=torch.channels_last),
+    # [N, 1 + T, D] without the first, as the functional layer hands them over: [N, D, T, 1].
+    "tokens": lambda tensor: F.pad(tensor.flatten(2).mT, (0, 0, 1, 0), value=torch.nan)[:, 1:].mT.unsqueeze(-1),
+    "padded": padded,
+    "padded channels last": lambda tensor: padded(tensor.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
+    "channels first": lambda tensor: tensor.transpose(0, 1).contiguous().transpose(0, 1),
+    "samples last": lambda tensor: tensor.transpose(0, 3).contiguous().transpose(0, 3),
+    "transposed": lambda tensor: tensor.mT.contiguous().mT,
+    "offset": lambda tensor: F.pad(tensor.flatten(), (1, 0))[1:].view(tensor.shape),
+    "expanded batch": lambda tensor: tensor[:1].expand(tensor.shape),
+    "expanded space": lambda tensor: tensor[..., :1].expand(tensor.shape),
+}
+"""Ways to store a map [N, D, H, W]; expanding changes its values."""
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +107,7 @@ def make_projection(make_problem, device) -> Callable[..., tuple[Tensor, Tensor,
         options |= {"form": "shifted" if form == "stored" else form, "components": components}
         feature_map, head, basis = make_problem(samples, features, classes, 1, **options)
         h = feature_map.flatten(1)
-        a = torch.nn.functional.linear(h, head.weight, head.bias).softmax(1)
+        a = F.linear(h, head.weight, head.bias).softmax(1)
         of_samples = torch.float32 if basis.kind == "dual" else dtype
         basis = tree_map_only(Tensor, lambda part: part.to(device), basis.to(dtype))
         return a.to(device, of_samples), h.to(device, of_samples), basis

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from ood_kernels import reference
 from ood_kernels.triton_kernels import pool_nap as family
 from ood_kernels.triton_kernels.launch import arguments_for, record
+from tests.ood_kernels.triton_kernels.conftest import LAYOUTS
 
 EPS = 3.0
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -15,37 +16,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def random_map(shape, dtype, device, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
-
-
-def tokens(shape, dtype, device):
-    """Tokens [N, 1 + T, D] without the first, as the functional layer hands them over: [N, D, T, 1]."""
-    samples, channels, height, width = shape
-    return random_map((samples, 1 + height * width, channels), dtype, device)[:, 1:].transpose(1, 2).unsqueeze(-1)
-
-
-def cropped(shape, dtype, device):
-    samples, channels, height, width = shape
-    return random_map((samples, channels + 1, height + 2, width + 1), dtype, device)[:, 1:, 1:-1, :-1]
-
-
-LAYOUTS = {
-    "nchw": random_map,
-    "channels_last": lambda *args: random_map(*args).contiguous(memory_format=torch.channels_last),
-    "tokens": tokens,
-    "cropped": cropped,
-    "cropped_channels_last": lambda shape, dtype, device: cropped(
-        (shape[0], *shape[2:], shape[1]), dtype, device
-    ).permute(0, 3, 1, 2),
-    "channels_first": lambda shape, dtype, device: random_map(
-        (shape[1], shape[0], *shape[2:]), dtype, device
-    ).transpose(0, 1),
-    "expanded_batch": lambda shape, *args: random_map((1, *shape[1:]), *args).expand(shape),
-    "expanded_space": lambda shape, *args: random_map((*shape[:2], shape[2], 1), *args).expand(shape),
-    "transposed": lambda shape, *args: random_map((*shape[:2], shape[3], shape[2]), *args).transpose(2, 3),
-    "misaligned": lambda shape, dtype, device: random_map(
-        (shape[0] * shape[1] * shape[2] * shape[3] + 1,), dtype, device
-    )[1:].view(shape),
-}
 
 
 def truth(feature_map, rectify=False):
@@ -92,24 +62,24 @@ SHAPES = [
 @pytest.mark.parametrize(
     ("layout", "shape", "dtype", "rectify"),
     [(layout, (2, 24, 7, 7), DTYPES[index % 3], False) for index, layout in enumerate(LAYOUTS)]
-    + [("nchw", (2, 24, 7, 7), dtype, False) for dtype in DTYPES[1:]]
+    + [("contiguous", (2, 24, 7, 7), dtype, False) for dtype in DTYPES[1:]]
     + [("tokens", (2, 24, 7, 7), dtype, False) for dtype in DTYPES[:2]]
-    + [("nchw", shape, torch.bfloat16, index % 2 == 0) for index, shape in enumerate(SHAPES)]
-    + [("channels_last", shape, torch.bfloat16, index % 2 == 1) for index, shape in enumerate(SHAPES)]
-    + [("nchw", shape, torch.bfloat16, False) for shape in ((1, 16384, 1, 1), (1, 8, 55, 55), (1, 3, 100, 100))]
-    + [("channels_last", (1, 32, 99, 101), torch.bfloat16, False)],
+    + [("contiguous", shape, torch.bfloat16, index % 2 == 0) for index, shape in enumerate(SHAPES)]
+    + [("channels last", shape, torch.bfloat16, index % 2 == 1) for index, shape in enumerate(SHAPES)]
+    + [("contiguous", shape, torch.bfloat16, False) for shape in ((1, 16384, 1, 1), (1, 8, 55, 55), (1, 3, 100, 100))]
+    + [("channels last", (1, 32, 99, 101), torch.bfloat16, False)],
     ids=str,
 )
 def test_as_good_as_torch(layout, shape, dtype, rectify, device, assert_as_good_as_torch):
-    feature_map = LAYOUTS[layout](shape, dtype, device)
+    feature_map = LAYOUTS[layout](random_map(shape, dtype, device))
     exact, theirs = truth(feature_map, rectify)
     assert_as_good_as_torch(pool(feature_map, rectify), exact, theirs)
 
 
-@pytest.mark.parametrize("layout", ["nchw", "channels_last", "cropped"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "padded"])
 @pytest.mark.parametrize("shape", [(1, 24, 7, 7), (1, 5, 4, 3)], ids=str)
 def test_padding_of_tiles_counts_in_no_maximum_and_no_sum(layout, shape, device, assert_as_good_as_torch):
-    feature_map = LAYOUTS[layout](shape, torch.float32, device).abs() + 0.5
+    feature_map = LAYOUTS[layout](random_map(shape, torch.float32, device).abs() + 0.5)
     maximum = family.pool_statistics(-feature_map, False)[2]
     assert torch.equal(maximum, -feature_map.amin((2, 3)))
     nap = family.pool_nap(feature_map, 0.0, False)[1]
@@ -170,10 +140,10 @@ def test_tiles_are_made_for_a_number_of_threads(channels, nvidia, amd):
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
-    ("layout", "rectify"), [("nchw", False), ("nchw", True), ("channels_last", True), ("cropped", False)]
+    ("layout", "rectify"), [("contiguous", False), ("contiguous", True), ("channels last", True), ("padded", False)]
 )
 def test_nan_and_inf_surface_in_their_sample_and_channel_only(layout, rectify, device, assert_as_good_as_torch):
-    feature_map = LAYOUTS[layout]((4, 16, 7, 7), torch.bfloat16, device)
+    feature_map = LAYOUTS[layout](random_map((4, 16, 7, 7), torch.bfloat16, device))
     clean = pool(feature_map[:1], rectify)
     for sample, bad in ((1, torch.nan), (2, torch.inf), (3, -torch.inf)):
         feature_map[sample, 4, 6, 6] = bad
@@ -188,18 +158,18 @@ def test_nan_and_inf_surface_in_their_sample_and_channel_only(layout, rectify, d
     assert ours[3].isnan().tolist() == [False, True, True, True]
 
 
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 def test_a_denominator_that_is_not_positive_makes_nan(layout, device):
-    feature_map = LAYOUTS[layout]((2, 16, 7, 7), torch.float32, device).abs()
+    feature_map = LAYOUTS[layout](random_map((2, 16, 7, 7), torch.float32, device).abs())
     feature_map[1, 3] = -EPS
     nap = family.pool_nap(feature_map, EPS, False)[1]
     assert nap.isnan().tolist() == [False, True]
     assert not family.pool_nap(feature_map, EPS, True)[1].isnan().any()
 
 
-@pytest.mark.parametrize(("layout", "rectify"), [("nchw", False), ("channels_last", True), ("cropped", True)])
+@pytest.mark.parametrize(("layout", "rectify"), [("contiguous", False), ("channels last", True), ("padded", True)])
 def test_splits_give_the_same_bits_as_one_launch(layout, rectify, device, monkeypatch):
-    feature_map = LAYOUTS[layout]((2, 1100, 3, 3), torch.float32, device)
+    feature_map = LAYOUTS[layout](random_map((2, 1100, 3, 3), torch.float32, device))
     results = []
     # One program a sample; three; one for each block.
     for multiprocessors, launches in ((1, 1), (3, 2), (10**6, 2)):
@@ -252,11 +222,10 @@ def test_a_batch_that_fills_the_gpu_takes_one_launch_with_the_same_tiles():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="5 GB and a kernel that is compiled")
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 def test_offsets_beyond_two_to_the_31(layout, device, assert_as_good_as_torch):
-    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    feature_map = torch.empty((2**31 // (2048 * 49) + 2, 2048, 7, 7), dtype=torch.bfloat16, device=device)
-    feature_map = feature_map.zero_().to(memory_format=memory_format)
+    shape = (2**31 // (2048 * 49) + 2, 2048, 7, 7)
+    feature_map = LAYOUTS[layout](torch.zeros(shape, dtype=torch.bfloat16, device=device))
     feature_map[-1] = random_map((2048, 7, 7), torch.bfloat16, device)
     assert feature_map.numel() > 2**31
     h, nap = family.pool_nap(feature_map, EPS, False)

@@ -20,6 +20,7 @@ from ood_kernels.triton_kernels.masked_energy import masked_energy
 from ood_kernels.triton_kernels.pool_nap import pool_nap
 from ood_kernels.triton_kernels.project_gradients import project_gradients
 from ood_kernels.workloads import WORKLOADS
+from tests.ood_kernels.triton_kernels.conftest import LAYOUTS
 
 # numpy, which interprets, warns of Inf - Inf where a NaN is what shall come out.
 pytestmark = pytest.mark.filterwarnings(
@@ -129,29 +130,16 @@ def test_every_precision(make, poisoned, check, plan, precision):
     assert (h.cpu() - reference.pool_nap(inputs[0].cpu().double())[0]).abs().max() < 1e-6
 
 
-def tokens(feature_map):
-    return feature_map.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).unsqueeze(-1)
+MAPS = LAYOUTS | {"one position": lambda tensor: tensor[..., :1, :1], "one row": lambda tensor: tensor[..., :1, :]}
 
 
-LAYOUTS = {
-    "channels last": lambda tensor: tensor.contiguous(memory_format=torch.channels_last),
-    "tokens": tokens,
-    "transposed": lambda tensor: tensor.transpose(0, 3).contiguous().transpose(0, 3),
-    "padded": lambda tensor: torch.nn.functional.pad(tensor, (1, 2, 2, 1), value=torch.nan)[:, :, 2:-1, 1:-2],
-    "offset": lambda tensor: torch.cat([tensor.new_zeros(3), tensor.flatten()])[3:].view(tensor.shape),
-    "expanded": lambda tensor: tensor[:1].expand(tensor.shape),
-    "one position": lambda tensor: tensor[..., :1, :1],
-    "one row": lambda tensor: tensor[..., :1, :],
-}
-
-
-@pytest.mark.parametrize(("layout", "rectify"), [(layout, index % 2 == 1) for index, layout in enumerate(LAYOUTS)])
+@pytest.mark.parametrize(("layout", "rectify"), [(layout, index % 2 == 1) for index, layout in enumerate(MAPS)])
 def test_any_layout_of_the_map(make, poisoned, check, layout, rectify):
     dtype = torch.bfloat16 if rectify else torch.float32
     feature_map, head, basis = make(form="none", side=6, dtype=dtype)
     # Nothing but the map itself may reach a maximum below zero, nor a denominator that only the map makes positive.
     signed, eps = (feature_map - 0.3, 0.0) if rectify else (-0.1 - feature_map, 10.0)
-    check("small", LAYOUTS[layout](signed), head, basis, eps, rectify, POOL_D=16)
+    check("small", MAPS[layout](signed), head, basis, eps, rectify, POOL_D=16)
 
 
 def test_large_plan_takes_other_layouts(make, poisoned, check):
@@ -304,7 +292,7 @@ def test_every_element_of_the_map_is_read_exactly_once(make, monkeypatch, plan, 
     from triton.runtime import interpreter
 
     feature_map, head, basis = make(2, 32, side=4, form=form) if plan == "large" else make(5, side=3, form=form)
-    feature_map = LAYOUTS.get(layout, Tensor.contiguous)(feature_map)
+    feature_map = LAYOUTS[layout](feature_map)
     where = addresses(feature_map)
     read = []
     load = interpreter.InterpreterBuilder.create_masked_load
