@@ -136,12 +136,7 @@ def mahalanobis(scene: Scene) -> Method:
 
 
 MAKERS: dict[str, Callable[[Scene], Method]] = {
-    "energy": energy,
-    "gradnorm": gradnorm,
-    "react": react,
-    "dice": dice,
-    "knn": knn,
-    "mahalanobis": mahalanobis,
+    make.__name__: make for make in (energy, gradnorm, react, dice, knn, mahalanobis)
 }
 
 

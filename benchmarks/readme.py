@@ -71,10 +71,8 @@ def growth(row: Row, rows: Sequence[Row]) -> float | None:
 
 
 _POOL, _DUAL = {"subject": "pool_nap"}, {"subject": "project dual", "workload": "R50"}
-_MAIN, _FORWARD = (
-    {"subject": "score", "workload": "R50", "samples": 256},
-    {"layout": "channels_last", "provider": ALONE},
-)
+_MAIN = {"subject": "score", "workload": "R50", "samples": 256}
+_FORWARD = {"layout": "channels_last", "provider": ALONE}
 _NCHW = {"dtype": "bfloat16", "layout": "rows"}
 ON_A_CPU: Sequence[Target] = (
     ("pooling in fp32: at most 2 copies of the same bytes", 2, _POOL | {"dtype": "float32"}, copies),
@@ -190,11 +188,10 @@ def render(folder: Path = RESULTS) -> str:
     cpu, gpu = newest(False, folder), newest(True, folder)
     lines = list(sections(*cpu)) if cpu else ["Not measured yet: `make bench`."]
     lines += ["", "### Speed on a GPU", ""]
-    lines += (
-        [f"Measured by `bash benchmarks/gpu.sh` {made(gpu[0], gpu[1]['machine'])}:", *targets(gpu[1])]
-        if gpu
-        else [NO_GPU]
-    )
+    if gpu:
+        lines += [f"Measured by `bash benchmarks/gpu.sh` {made(gpu[0], gpu[1]['machine'])}:", *targets(gpu[1])]
+    else:
+        lines.append(NO_GPU)
     return BEGIN + "\n".join(lines) + "\n" + END
 
 

@@ -108,23 +108,18 @@ def evaluate(
     """
     sets = {id_name: id_data, **ood_data}
     heads = {} if id_data.labels is None else _heads(engine)
-    results = {
-        name: score_set(
-            engine,
-            data.loader(batch_size),
-            name,
-            heads=list(heads.values()) if name == id_name else (),
-            progress=progress,
-        )
-        for name, data in sets.items()
+    results = {}
+    for name, data in sets.items():
+        judged = list(heads.values()) if name == id_name else ()
+        results[name] = score_set(engine, data.loader(batch_size), name, heads=judged, progress=progress)
+    arrays = {
+        name: {detector: score.numpy() for detector, score in result.scores.items()} for name, result in results.items()
     }
     evaluation = Evaluation(
         title=title,
         id_name=id_name,
-        id_scores={name: score.numpy() for name, score in results[id_name].scores.items()},
-        ood_scores={
-            set_name: {name: score.numpy() for name, score in results[set_name].scores.items()} for set_name in ood_data
-        },
+        id_scores=arrays[id_name],
+        ood_scores={name: arrays[name] for name in ood_data},
         kinds=dict(kinds or {}),
         information={**(information or {}), **_facts(engine, sets)},
         example_images={name: images for name, data in sets.items() if (images := _examples(data)) is not None},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..fitted import aligned
 from ..runtime import Kernels
 from .cache import NO_LABEL, CacheRows, FeatureCache
 from .loader import with_progress
-from .signals import Signals, wide
+from .signals import Shared, Signals, wide
 
 __all__ = ["FitData", "signals_from_rows"]
 
@@ -35,7 +35,7 @@ def signals_from_rows(rows: CacheRows, head: ok.Head, kernels: Kernels) -> Signa
     return Signals(features, head, kernels, statistics=statistics)
 
 
-class FitData:
+class FitData(Shared):
     """ID samples in order of their fingerprints, so that fits do not depend on the order of the loader.
 
     Args:
@@ -52,13 +52,13 @@ class FitData:
     def __init__(
         self, cache: FeatureCache, head: ok.Head, kernels: Kernels, seed: int = 0, progress: bool = False
     ) -> None:
+        super().__init__()
         self.cache = cache
         self._progress = progress and len(cache) > _SHORT
         self.head = head
         self.kernels = kernels
         self.seed = seed
         self._order = torch.argsort(cache.rows.fingerprints, stable=True)
-        self._shared: dict[Hashable, Any] = {}
         self._check()
 
     def _check(self) -> None:
@@ -89,13 +89,6 @@ class FitData:
     def distinct(self) -> int:
         """Number of distinct samples."""
         return int(self.cache.rows.fingerprints.unique().numel())
-
-    def shared(self, key: Hashable, build: Callable[[], T]) -> T:
-        """The result of `build`, built once per key for all detectors."""
-        if key not in self._shared:
-            self._shared[key] = build()
-        value: T = self._shared[key]
-        return value
 
     def split(self, max_anchors: int) -> tuple[Tensor, Tensor]:
         """(anchors, others): indices of the samples that define a subspace, and of those its detectors are fitted on.

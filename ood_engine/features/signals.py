@@ -14,7 +14,7 @@ from ood_kernels.types import HasBasisTensors
 from ..errors import DetectorUnavailableError
 from ..runtime import Kernels, Masks
 
-__all__ = ["Energies", "Pruner", "Signals", "wide"]
+__all__ = ["Energies", "Pruner", "Shared", "Signals", "wide"]
 
 T = TypeVar("T")
 
@@ -36,7 +36,21 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-class Signals:
+class Shared:
+    """Results that several detectors ask for."""
+
+    def __init__(self) -> None:
+        self._shared: dict[Hashable, Any] = {}
+
+    def shared(self, key: Hashable, build: Callable[[], T]) -> T:
+        """The result of `build`, built once per key for all detectors."""
+        if key not in self._shared:
+            self._shared[key] = build()
+        value: T = self._shared[key]
+        return value
+
+
+class Signals(Shared):
     """Penultimate features, NAP, energies, softmax and gradient coordinates of one batch.
 
     Attributes:
@@ -65,6 +79,7 @@ class Signals:
         coordinates: dict[HasBasisTensors, Tensor] | None = None,
         pruner: Pruner | None = None,
     ) -> None:
+        super().__init__()
         self.features = features
         self.head = head
         self._kernels = kernels
@@ -73,7 +88,6 @@ class Signals:
         self.energies = energies
         self._coordinates = coordinates or {}
         self._pruner = pruner
-        self._shared: dict[Hashable, Any] = {}
         self.clamped: dict[str, Tensor] = {}
 
     def nap(self, eps: float) -> Tensor:
@@ -110,13 +124,6 @@ class Signals:
         if basis not in self._coordinates:
             self._coordinates[basis] = self._kernels.project_gradients(self.probabilities, self.features, basis)
         return self._coordinates[basis]
-
-    def shared(self, key: Hashable, build: Callable[[], T]) -> T:
-        """The result of `build`, built once per batch and key for all detectors."""
-        if key not in self._shared:
-            self._shared[key] = build()
-        value: T = self._shared[key]
-        return value
 
     def count_clamped(self, name: str, rows: Tensor) -> None:
         """Record how many rows a detector clamped, without device synchronisation."""

@@ -50,11 +50,7 @@ def test_mapped_equals_memory(tmp_path):
 
 def test_blocks_hold_the_rows_of_many_small_batches():
     batches = [make_rows(10, seed) for seed in range(300)]
-    writer = CacheWriter()
-    for rows in batches:
-        writer.append(rows)
-    cache = writer.finish()
-    for column, parts in zip(cache.rows, zip(*batches, strict=True), strict=True):
+    for column, parts in zip(written(batches).rows, zip(*batches, strict=True), strict=True):
         assert torch.equal(column, torch.cat(parts))
 
 

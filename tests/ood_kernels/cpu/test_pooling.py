@@ -187,14 +187,7 @@ def test_a_sample_alone_is_as_in_a_batch(layout, dtype, path):
         alone = pooling.pool_statistics(feature_map[i : i + 1])
         assert torch.equal(alone.maximum[0], batch.maximum[i])
         assert torch.allclose(alone.h[0], batch.h[i], rtol=1e-6, atol=1e-7 * float(feature_map[i].abs().max()))
-
-
-def test_compiled_means_do_not_depend_on_the_batch_at_all(compiled):
-    if not compiled:
-        pytest.skip("no C++ compiler")
-    for layout in ("nchw", "channels_last"):
-        feature_map = random_map((37, 96, 7, 7), layout=layout)
-        assert torch.equal(pooling.pool_statistics(feature_map[5:6]).h, pooling.pool_statistics(feature_map).h[5:6])
+        assert path == "eager" or torch.equal(alone.h[0], batch.h[i])
 
 
 @pytest.mark.pairwise(layout=LAYOUTS[:2], dtype=FLOATS, block=[40, 200, 700])

@@ -202,16 +202,6 @@ def test_is_recorded_on_tensors_without_memory():
     assert [launch.wide for launch in launches] == [False, True]
 
 
-def test_tiles_do_not_follow_from_the_batch():
-    found = []
-    for samples in (1, 7, 64, 1024):
-        shapes = ((samples, 512), (100, 512), (100,))
-        with forced({}) as choices:
-            masked_energy(*(torch.empty(shape, device="meta") for shape in shapes), None, None)
-        found.append(choices)
-    assert all(choices == found[0] for choices in found)
-
-
 @triton.jit
 def rows_kernel(
     partials_ptr, argmaxima_ptr, lse_ptr, argmax_ptr, samples, tiles, SLOT: tl.constexpr, BLOCK: tl.constexpr
