@@ -78,9 +78,8 @@ def whole_engine(size: Workload, count: int, names: tuple[str, ...] = oe.engine.
     maximum = features * torch.linspace(1, 4, count)[:, None]
     narrow = oe.FeatureCache.from_features(features, labels, maximum=maximum)
     # The same anchors, which are chosen by fingerprint.
-    wide = oe.FeatureCache.from_features(
-        features.double(), labels, maximum=maximum.double(), fingerprints=narrow.rows.fingerprints
-    )
+    of_anchors = {"maximum": maximum.double(), "fingerprints": narrow.rows.fingerprints}
+    wide = oe.FeatureCache.from_features(features.double(), labels, **of_anchors)
     feature_map = made.held_h[:, :, None, None].expand(-1, -1, 2, 2).contiguous()
 
     def fit(cache: oe.FeatureCache, dtype: torch.dtype) -> oe.Engine:
@@ -142,15 +141,10 @@ def from_images(count: int) -> Case:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             return process.submit(resident_growth, name, count).result()
 
-    providers = [
-        Provider(
-            name, partial(features_kept, name, count), graph=False, peak=partial(grown, name), note="resident growth"
-        )
-        for name in (OURS, PLAIN)
-    ]
-    return Case(
-        "fit from images", "photographs", {"samples": count}, providers, PLAIN, [features_kept(PLAIN, count).double()]
-    )
+    make = partial(Provider, graph=False, note="resident growth")
+    providers = [make(name, partial(features_kept, name, count), peak=partial(grown, name)) for name in (OURS, PLAIN)]
+    truth = [features_kept(PLAIN, count).double()]
+    return Case("fit from images", "photographs", {"samples": count}, providers, PLAIN, truth)
 
 
 def forms(size: Workload, samples: int) -> Case:

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,12 +147,9 @@ def test_the_cache_of_a_gpu_is_flushed_outside_the_events(monkeypatch):
         def elapsed_time(self, other):
             return float(other.index - self.index)
 
-    class Flush:
-        def add_(self, value):
-            order.append("flush")
-
+    flush = SimpleNamespace(add_=lambda value: order.append("flush"))
     monkeypatch.setattr(clocks, "DEVICE", torch.device("cuda"))
-    monkeypatch.setattr(clocks, "_flush_buffer", Flush)
+    monkeypatch.setattr(clocks, "_flush_buffer", lambda: flush)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert clocks.time_ms(lambda: order.append("call"), 2) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from .signals import Shared, Signals, wide
 
 __all__ = ["FitData", "signals_from_rows"]
 
-T = TypeVar("T")
 _SHORT = 65536
 
 

@@ -139,11 +139,9 @@ def test_dual_and_explicit_agree_in_fp32_at_imagenet_size():
     vectors = torch.stack([(p[samples:] * column[:, None]).T @ extended[samples:] for column in coefficients.T])
     dual = ok.DualTensors(p[samples:], h[samples:], coefficients, torch.zeros(components))
     explicit = ok.ExplicitTensors(vectors, torch.zeros(components))
-    one = ok.project_gradients(p[:samples], h[:samples], dual)
-    other = ok.project_gradients(p[:samples], h[:samples], explicit)
-    wide = ok.project_gradients(
-        p[:samples].double(), h[:samples].double(), ok.DualTensors(*(t.double() for t in dual[:4]))
-    )
+    one, other = (ok.project_gradients(p[:samples], h[:samples], basis) for basis in (dual, explicit))
+    wide_dual = ok.DualTensors(*(t.double() for t in dual[:4]))
+    wide = ok.project_gradients(p[:samples].double(), h[:samples].double(), wide_dual)
     assert (one - other).abs().max() <= 1e-5 * wide.abs().max()
     assert (one - wide).abs().max() <= 1e-5 * wide.abs().max()
 

@@ -283,9 +283,8 @@ def test_vim_is_energy_less_the_scaled_residual(make_engine, test_images):
     _, others = data.split(4096)
     signals = next(data.signals(others))
     logits = F.linear(signals.features, engine.head.weight, engine.head.bias).amax(1)
-    residual = engine.detectors["low_dim_gradient_residual"].basis.residual_norm(
-        signals.probabilities, signals.features
-    )
+    basis = engine.detectors["low_dim_gradient_residual"].basis
+    residual = basis.residual_norm(signals.probabilities, signals.features)
     assert abs(float(alpha) - float(logits.sum() / residual.sum())) < 1e-4 * float(alpha)
 
 

@@ -47,9 +47,8 @@ def test_the_calibration_error_of_the_unpruned_and_of_every_pruned_head_is_repor
     page = files[1].read_text(encoding="utf-8")
     for name, words in {"unpruned": "unpruned head", "opnp": "pruned by opnp", "opp": "pruned by opp"}.items():
         assert f"{words} {100 * expected[name]:.2f} %" in page
-    assert f"Expected calibration error of the head: unpruned {100 * expected['unpruned']:.2f}, opnp" in markdown_table(
-        evaluation
-    )
+    note = f"Expected calibration error of the head: unpruned {100 * expected['unpruned']:.2f}, opnp"
+    assert note in markdown_table(evaluation)
     assert evaluation.only(("energy", "opp")).ece.keys() == {"unpruned", "opp"}
 
 

@@ -174,12 +174,11 @@ def test_a_long_pass_shows_a_bar(model, id_batches, monkeypatch):
 
     monkeypatch.setattr("ood_engine.features.fit_data.with_progress", with_progress)
     count = len(engine.cache)
+    batches = -(-count // 100)
     for short, progress, expected in ((count, True, False), (count - 1, True, True), (count - 1, False, False)):
         monkeypatch.setattr("ood_engine.features.fit_data._SHORT", short)
-        assert len(list(FitData(engine.cache, engine.head, Kernels(), 0, progress).signals(size=100))) == -(
-            -count // 100
-        )
-        assert shown[-1] == ("reading features", expected, -(-count // 100))
+        assert len(list(FitData(engine.cache, engine.head, Kernels(), 0, progress).signals(size=100))) == batches
+        assert shown[-1] == ("reading features", expected, batches)
 
 
 def test_class_means_too_large_to_hold_are_written_over_anchors(model, id_batches, monkeypatch):

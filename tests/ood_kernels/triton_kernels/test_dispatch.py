@@ -88,18 +88,14 @@ def test_opcheck(scorer, feature_map):
     torch.library.opcheck(ops.score.default, (feature_map, 1.0, False, *head, *taken), test_utils=checks)
 
 
-def test_compiles_without_a_graph_break(scorer, feature_map):
+def test_compiles_without_a_graph_break_and_exports_with_a_dynamic_batch(scorer, feature_map):
     torch.compiler.reset()
     compiled = torch.compile(scorer, fullgraph=True, dynamic=True, backend="aot_eager")
-    for batch in (feature_map, feature_map[:2]):
-        assert_same(compiled(batch), scorer(batch))
-    torch.compiler.reset()
-
-
-def test_exports_with_a_dynamic_batch(scorer, feature_map):
     exported = torch.export.export(scorer, (feature_map,), dynamic_shapes=({0: torch.export.Dim("N")},)).module()
     for batch in (feature_map, feature_map[:2]):
+        assert_same(compiled(batch), scorer(batch))
         assert_same(exported(batch), scorer(batch))
+    torch.compiler.reset()
 
 
 def test_inference_mode_and_gradient_mode_change_nothing(scorer, feature_map):
