@@ -43,13 +43,15 @@ class Engines:
         feature_map = self.feature_map(images)
         self.size = size._replace(height=feature_map.shape[2], width=feature_map.shape[3])
         cached = self._features(feature_map.float().mean((0, 2, 3)).cpu())
-        self.default, self.all = (
-            oe.Engine(model, names, settings=subspace_settings(names, size)).fit_features(cached, images[:2])
-            for names in (oe.engine.DEFAULT_DETECTORS, oe.available_detectors())
-        )
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            # That fp32 scores differ a little is what they are compared with fp64 for.
+            # Labels are random too. That fp32 scores differ a little is what they are compared with fp64 for.
             warnings.simplefilter("ignore", oe.OodEngineWarning)
+            self.default, self.all = (
+                oe.Engine(model, names, settings=subspace_settings(names, size)).fit_features(
+                    cached, images[:2], force=True
+                )
+                for names in (oe.engine.DEFAULT_DETECTORS, oe.available_detectors())
+            )
             path = Path(folder) / "state.safetensors"
             self.all.save(path)
             self.exact = oe.Engine.load(path, copy.deepcopy(model).double())

@@ -70,7 +70,7 @@ def detector(name: str, scene: Scene) -> Callable[[], Tensor]:
     """Scores of an engine that has this detector alone, around the head alone."""
     model = nn.Sequential(nn.Flatten(), scene.linear()).eval()
     engine = oe.Engine(model, [name])
-    cache = oe.FeatureCache.from_features(scene.fit_features.cpu(), scene.labels.cpu())
+    cache = oe.FeatureCache.from_features(scene.fit_features.cpu())
     engine.fit_features(cache, scene.features[:8, :, None, None])
     return lambda: engine.score_features(None, scene.features)[name]
 

@@ -50,14 +50,18 @@ class Calibration(FittedModule):
             raise CalibrationError(
                 f"{bad} of {len(scores)} calibration scores of {name!r} are NaN or infinite: expected finite ID images"
             )
-        needed = math.ceil(1 / self.false_alarm_rate - 1 - 1e-9)
-        if len(scores) < needed:
-            raise CalibrationError(
-                f"{len(scores)} calibration samples for false_alarm_rate={self.false_alarm_rate}: expected at least {needed}; give"
-                " more fresh ID images or a higher rate"
-            )
+        self.check_count(len(scores))
         self.set_fitted(scores=scores.float().sort().values)
         return self
+
+    def check_count(self, count: int | None) -> None:
+        """Raise CalibrationError for fewer than 1/α - 1 samples, too few to flag any score; None: an unknown number."""
+        needed = math.ceil(1 / self.false_alarm_rate - 1 - 1e-9)
+        if count is not None and count < needed:
+            raise CalibrationError(
+                f"{count} calibration samples for false_alarm_rate={self.false_alarm_rate}: expected at least {needed}; give more"
+                " fresh ID images or a higher rate"
+            )
 
     @property
     def threshold(self) -> Tensor:

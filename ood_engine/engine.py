@@ -17,7 +17,6 @@ from . import state as states
 from .calibration import Calibration
 from .detectors import Detector, changed_settings, create_detector
 from .errors import (
-    CalibrationError,
     DetectorUnavailableError,
     InputError,
     NotFittedError,
@@ -25,12 +24,16 @@ from .errors import (
     StateDriftWarning,
     one_of,
 )
+from .evaluation.by_class import flagged_by_class
 from .evaluation.corruptions import CORRUPTIONS
 from .evaluation.tune import tune
 from .features.agreement import Agreement
 from .features.cache import CacheWriter, FeatureCache
 from .features.canary import Canary
-from .features.loader import Loader, image_batches
+from .features.held_out import HeldOut
+from .features.label_checks import class_names_of
+from .features.loader import Loader, image_batches, most_samples
+from .features.set_up import Labels, SetUp
 from .model.tap import Tap, TapPlan
 from .runtime import Runtime
 from .scorer import Scorer
@@ -63,6 +66,8 @@ class Engine:
         cache: feature cache of `fit`; None after `load`.
         unavailable: default detector → why this model does not support it.
         tuning: rows of the last `tune`: detector, settings, auroc.
+        fit_fingerprints: int64 [n] of the images of `fit`, see `features.cache.fingerprint`.
+        set_up: what `fit` found out about labels and predictions, and the objections overruled by force=True.
         information: user metadata kept in the state file; JSON values.
 
     Raises:
@@ -115,7 +120,9 @@ class Engine:
         self.unavailable: dict[str, str] = {}
         self.tuning: list[dict[str, Any]] = []
         self.information: dict[str, Any] = {}
-        self._fit_fingerprints = torch.empty(0, dtype=torch.int64)
+        self.set_up = SetUp()
+        self._class_names = class_names_of(model)
+        self.fit_fingerprints = torch.empty(0, dtype=torch.int64)
         self._canary: Canary | None = None
 
     @property
@@ -127,6 +134,11 @@ class Engine:
     def calibrations(self) -> dict[str, Calibration]:
         """Name → calibration; empty before `calibrate`."""
         return self.scorer.calibrations
+
+    @property
+    def flagged_by_class(self) -> list[dict[str, Any]]:
+        """Share of the calibration images flagged, by predicted class; see `ood_engine.evaluation.by_class`."""
+        return flagged_by_class(self.scorer)
 
     @property
     def head(self) -> ok.Head:
@@ -156,6 +168,8 @@ class Engine:
         self,
         loader: Loader,
         *,
+        labels: Labels = "given",
+        force: bool = False,
         progress: bool = False,
         cache_limit_bytes: int = 4 * 2**30,
         cache_directory: str | Path | None = None,
@@ -165,71 +179,68 @@ class Engine:
 
         Args:
             loader: yields images [n, C, H, W] or (images, labels), preprocessed as in training.
+            labels: classes for detectors that need labels: "given" by the loader, or "predicted" by the model.
+            force: go on where labels, class folders or logits show a wrong set-up; warns, and is recorded in the state.
             cache_limit_bytes: largest feature cache kept in memory; beyond it, memory-mapped files.
             cache_directory: parent of their folder, which is removed with the engine; None: the system's temporary directory.
             cache_dtype: dtype of the cached features; None keeps that of the kernels. torch.float16 halves their size, at a
                 relative rounding error of 5e-4.
 
         Raises:
-            InputError: no or too few images, images the model rejects, NaN or Inf, or labels out of range.
+            InputError: no or too few images, images the model rejects, NaN or Inf, labels out of range, or a wrong set-up: labels
+                that the model predicts by chance, class folders other than its classes, a multi-label or one-logit head. After
+                the last image the features are kept, for `refit(force=True)` or another engine's `fit_features(engine.cache, ...)`.
             TapError: head or map not found, or recomputed logits that differ from the model's.
             DetectorUnavailableError: a detector named explicitly that this model does not support.
         """
         with torch.inference_mode(False), torch.no_grad(), self._deciding(keeps_both=True):
             writer = CacheWriter(cache_limit_bytes, cache_directory, cache_dtype)
-            self.scorer.image_shape, shapes = None, set()
-            for number, (images, labels) in enumerate(image_batches(loader, "fitting", progress)):
+            shapes, set_up = set(), SetUp(labels, force)
+            for number, (images, given) in enumerate(image_batches(loader, "fitting", progress)):
                 if number == 0:
-                    self.scorer.tap.find(images)
-                    self.scorer.agreement = None
-                    self._leave_out_unavailable(images)
-                writer.append(self.scorer.extract_batch(images, labels, learn=True))
+                    self._start_fit(images, set_up)
+                    set_up.check_folders(loader, given, self._class_names, len(self.head.weight))
+                writer.append(self.scorer.extract_batch(images, given, learn=True))
                 shapes.add(tuple(images.shape[1:]))
-            self._fit_anew(self._decided(writer.finish()), progress)
-        self.scorer.image_shape = shapes.pop() if len(shapes) == 1 else None
+            self.scorer.image_shape = shapes.pop() if len(shapes) == 1 else None
+            self._fit_anew(self._decided(writer.finish()), progress, set_up)
         return self
 
-    def fit_features(self, cache: FeatureCache, images: Tensor, *, progress: bool = False) -> Engine:
+    def fit_features(
+        self,
+        cache: FeatureCache,
+        images: Tensor,
+        *,
+        labels: Labels = "given",
+        force: bool = False,
+        progress: bool = False,
+    ) -> Engine:
         """Fit every detector on precomputed features, such as those of a file. Returns the engine.
 
         Args:
             cache: ID features from this model, see `FeatureCache.from_features`.
             images: one batch [n, C, H, W], to find head and map.
+            labels, force: as in `fit`.
 
         Raises:
             InputError: a feature width other than the head's, too few samples, NaN or Inf; or as `fit`.
             TapError, DetectorUnavailableError: as `fit`.
         """
         with torch.inference_mode(False), torch.no_grad(), self._deciding(cache.rows.nap_mean.shape[1] > 0):
-            self.scorer.image_shape = None
-            self.scorer.tap.find(images)
-            self.scorer.agreement = None
-            self._leave_out_unavailable(images)
+            set_up = SetUp(labels, force)
+            self._start_fit(images, set_up)
             self.scorer.extract_batch(images, torch.zeros(len(images), dtype=torch.int64), learn=True)
-            width, needing = self.head.weight.shape[1], [name for name, one in self.detectors.items() if one.needs_map]
-            if cache.rows.features.shape[1] != width:
-                raise InputError(
-                    f"cache of {cache.rows.features.shape[1]} features per sample: expected {width}, the width of the head"
-                )
-            if needing and not cache.has_map:
-                raise InputError(
-                    f"{', '.join(needing)}: expected a cache with the maximum of each channel; pass maximum=..., or omit the"
-                    " detector"
-                )
             is_pooled = self.plan.proven and not self.plan.tail and not self.scorer.rectify
-            if needing and not is_pooled and cache.rows.nap_mean.shape[1] == 0:
-                raise InputError(
-                    f"{', '.join(needing)}: expected a cache with the mean of each channel of NAP's map, which the features of this"
-                    " model are not; make it by engine.extract(loader), or omit the detector"
-                )
-            self._fit_anew(self._decided(cache), progress)
-        self.scorer.image_shape = tuple(images.shape[1:])
+            set_up.check_cache(cache, self.head, self.detectors, is_pooled)
+            self.scorer.image_shape, self.scorer.positions = tuple(images.shape[1:]), None
+            self._fit_anew(self._decided(cache), progress, set_up)
         return self
 
-    def refit(self, **parameters: Any) -> Engine:
+    def refit(self, *, force: bool = False, **parameters: Any) -> Engine:
         """Refit from the cache with other settings, without running the model, and recalibrate. Returns the engine.
 
         Args:
+            force: as in `fit`, such as after one that was refused.
             **parameters: detector=dict of its settings, or setting=value for every detector that has it:
                 `refit(opnp={"weight_range": (0.2, 1.0)})`, `refit(eps=0.5)`.
 
@@ -245,7 +256,8 @@ class Engine:
         settings = changed_settings(self.detectors, parameters)
         with torch.inference_mode(False), torch.no_grad():
             refitted = {name: create_detector(name, **chosen) for name, chosen in settings.items()}
-            self.scorer.fit(self.cache, refitted, self.seed)
+            self.set_up.force |= force
+            self.scorer.fit(self.cache, refitted, self.seed, False, self.set_up)
         self.scorer.recalibrate()
         return self
 
@@ -264,22 +276,9 @@ class Engine:
             InputError: images the model rejects.
         """
         self.scorer.require_fitted()
-        if overlap not in ("refuse", "drop"):
-            raise InputError(f"overlap={overlap!r}: expected 'refuse' or 'drop'")
-        Calibration(false_alarm_rate)  # reject a rate out of range before running the model
-        cache = self.scorer.extract(loader, "calibrating", progress)
-        used = torch.isin(cache.rows.fingerprints, self._fit_fingerprints)
-        if used.any() and overlap == "refuse":
-            raise CalibrationError(
-                f"{int(used.sum())} of {len(cache)} calibration images were used in fit (the first at index"
-                f" {int(used.nonzero()[0])}): expected fresh ID images; hold some out, or pass overlap='drop'"
-            )
-        if used.all():
-            raise CalibrationError(
-                f"all {len(cache)} calibration images were used in fit: expected fresh ID images; hold some out"
-            )
-        if used.any():
-            cache = FeatureCache(cache.rows.select((~used).nonzero().flatten()))
+        rule, held_out = Calibration(false_alarm_rate), HeldOut(self.fit_fingerprints, overlap)
+        rule.check_count(most_samples(loader))
+        cache = held_out.kept(self.scorer.extract(loader, "calibrating", progress, held_out.check))
         self.scorer.calibrate(cache, false_alarm_rate)
         return self
 
@@ -398,11 +397,13 @@ class Engine:
             rectify=scorer.rectify,
             agreement=scorer.agreement or Agreement(),
             image_shape=scorer.image_shape,
+            positions=scorer.positions,
+            set_up=self.set_up.record,
             seed=self.seed,
             detectors=scorer.detectors,
             calibrations=scorer.calibrations,
             calibrated_under=scorer.calibrated_under,
-            fit_fingerprints=self._fit_fingerprints,
+            fit_fingerprints=self.fit_fingerprints,
             canary=Canary(rows, scorer.score_cache(FeatureCache(rows))),
             unavailable=self.unavailable,
             tuning=self.tuning,
@@ -433,7 +434,8 @@ class Engine:
         scorer.detectors, scorer.is_fitted = state.detectors, True
         scorer.calibrations, scorer.calibrated_under = state.calibrations, state.calibrated_under
         scorer.image_shape, scorer.agreement = state.image_shape, state.agreement
-        engine._fit_fingerprints, engine._canary = state.fit_fingerprints, state.canary
+        engine.fit_fingerprints, engine._canary = state.fit_fingerprints, state.canary
+        scorer.positions, engine.set_up = state.positions, SetUp.of_record(state.set_up)
         engine.unavailable, engine.tuning, engine.information = state.unavailable, state.tuning, state.information
         scorer.warn_of_arithmetic()
         now = scorer.score_cache(FeatureCache(state.canary.rows))
@@ -447,9 +449,13 @@ class Engine:
             )
         return engine
 
-    def _leave_out_unavailable(self, images: Tensor) -> None:
-        """Drop default detectors without the map they need; raise for detectors named explicitly."""
-        feature_map = self.scorer.run(images[:32]).feature_map
+    def _start_fit(self, images: Tensor, set_up: SetUp) -> None:
+        """Find head and map; drop default detectors without the map they need, and raise for detectors named explicitly."""
+        scorer = self.scorer
+        scorer.image_shape = scorer.agreement = scorer.positions = None
+        scorer.tap.find(images)
+        feature_map = scorer.run(images[:32]).feature_map
+        set_up.check_head(self.head, self.plan.head_reason, self.detectors)
         reason = self.plan.reason if feature_map is None else self.scorer.check_map(feature_map)
         lacking = [name for name, detector in self.detectors.items() if detector.needs_map]
         if reason is None or not lacking:
@@ -465,14 +471,13 @@ class Engine:
     def _deciding(self, keeps_both: bool) -> Iterator[None]:
         """While undecided, NAP is computed on the ReLU, which a map without negative values equals."""
         before = self.scorer.rectify
-        self.scorer.rectify, self.scorer.lowest = (
-            (self._rectify is True or (self._rectify == "auto" and keeps_both)),
-            0.0,
-        )
+        self.scorer.rectify = self._rectify is True or (self._rectify == "auto" and keeps_both)
+        self.scorer.lowest = 0.0
         try:
             yield
         except BaseException:
-            self.scorer.rectify = before
+            if self.scorer.is_fitted:  # else the cache of a refused fit is for what was decided
+                self.scorer.rectify = before
             raise
 
     def _decided(self, cache: FeatureCache) -> FeatureCache:
@@ -491,12 +496,17 @@ class Engine:
         scorer.rectify = False
         return cache if plan.tail or not plan.proven else cache.without_nap_mean()
 
-    def _fit_anew(self, cache: FeatureCache, progress: bool) -> None:
+    def _fit_anew(self, cache: FeatureCache, progress: bool, set_up: SetUp) -> None:
+        if not self.scorer.is_fitted:
+            self._keep(cache, set_up)  # even if the fit is refused
         detectors = {name: create_detector(name, **old.settings) for name, old in self.detectors.items()}
-        self.scorer.fit(cache, detectors, self.seed, progress)
-        self.cache, self._fit_fingerprints = cache, cache.rows.fingerprints.clone()
+        self.scorer.fit(cache, detectors, self.seed, progress, set_up)
+        self._keep(cache, set_up)
         # The weights may have changed since calibration, and the calibration features with them.
         self.scorer.calibrations, self.scorer.calibration_cache = {}, None
+
+    def _keep(self, cache: FeatureCache, set_up: SetUp) -> None:
+        self.cache, self.set_up, self.fit_fingerprints = cache, set_up, cache.rows.fingerprints.clone()
 
     def _require_calibrated(self) -> None:
         self.scorer.require_fitted()

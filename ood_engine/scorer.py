@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import cached_property
 
 import torch
@@ -20,6 +20,7 @@ from .features.agreement import Agreement
 from .features.cache import CacheRows, CacheWriter, FeatureCache, fingerprint
 from .features.fit_data import FitData, signals_from_rows
 from .features.loader import Loader, image_batches
+from .features.set_up import SetUp
 from .features.signals import Signals, wide
 from .graphs import LARGEST_BUCKET, Inputs, ScoringGraphs
 from .model.tap import Captured, Tap
@@ -51,6 +52,7 @@ class Scorer:
         lowest: lowest value of the map in the batches of `fit`, see `lowest_value`.
         calibrated_under: precision and backend of the calibration.
         agreement: differences from the model's own activations in `fit`, to which every later sample is held.
+        positions: (fewest, most) positions H·W of the feature maps of `fit`; None if unknown.
     """
 
     def __init__(self, tap: Tap, detectors: dict[str, Detector], runtime: Runtime, *, rectify: bool = False) -> None:
@@ -65,6 +67,8 @@ class Scorer:
         self.calibrated_under: dict[str, str | None] | None = None
         self.lowest = 0.0
         self.agreement: Agreement | None = None
+        self.positions: tuple[int, int] | None = None
+        self._told_positions: tuple[int, int] | None = None
 
     @property
     def runtime(self) -> Runtime:
@@ -139,20 +143,25 @@ class Scorer:
             " means nothing; pass rectify=True to score its ReLU"
         )
 
-    def extract(self, loader: Loader, what: str, progress: bool = False) -> FeatureCache:
-        """In-memory features of all images of a loader."""
+    def extract(
+        self, loader: Loader, what: str, progress: bool = False, check: Callable[[CacheRows], None] | None = None
+    ) -> FeatureCache:
+        """In-memory features of all images of a loader, whose batches `check` may refuse."""
         writer = CacheWriter()
         with torch.inference_mode(False), torch.no_grad():
             for images, labels in image_batches(loader, what, progress):
-                writer.append(self.extract_batch(images, labels))
+                rows = self.extract_batch(images, labels)
+                if check is not None:
+                    check(rows)
+                writer.append(rows)
         return writer.finish()
 
     def extract_batch(self, images: Tensor, labels: Tensor, *, learn: bool = False) -> CacheRows:
         """Cache rows of one batch; features of an image with NaN or Inf are NaN.
 
         Args:
-            learn: widen `agreement` by the differences of these samples, at most to the tolerance of verification, and lower
-                `lowest`.
+            learn: widen `agreement` by the differences of these samples, at most to the tolerance of verification, and `positions`,
+                and lower `lowest`.
 
         Raises:
             DetectorUnavailableError: a detector needs the map, which has negative values, without `rectify`.
@@ -168,6 +177,8 @@ class Scorer:
                 raise DetectorUnavailableError(reason)
             if learn:
                 self.lowest = min(self.lowest, lowest_value(captured.feature_map))
+                here, (least, most) = captured.feature_map[0, 0].numel(), self.positions or (2**62, 0)
+                self.positions = min(here, least), max(here, most)
             plan = self.tap.plan
             statistics = self.kernels.pool_statistics(captured.feature_map, self.rectify)
             maximum = statistics.maximum
@@ -266,6 +277,8 @@ class Scorer:
 
     def score_inputs(self, inputs: Inputs) -> Scores:
         """Scores from a feature map and head input, by CUDA graph replay if the runtime enables it, or in blocks of rows."""
+        if inputs.feature_map is not None and self.positions != self._told_positions:
+            self._tell_positions(*inputs.feature_map.shape[2:])
         valid = inputs.valid
         if len(valid) > _BLOCK:
             blocks = (inputs.rows(slice(start, start + _BLOCK)) for start in range(0, len(valid), _BLOCK))
@@ -273,6 +286,19 @@ class Scorer:
         if self.kernels.runtime.cuda_graph and valid.is_cuda and 0 < len(valid) <= LARGEST_BUCKET:
             return self._graphs(inputs, self._graph_key())
         return self._score_eagerly(inputs)
+
+    def _tell_positions(self, height: int, width: int) -> None:
+        least, most = self.positions or (0, height * width)
+        if not least <= height * width <= most:
+            self._told_positions = self.positions
+            names = ", ".join(name for name, detector in self.detectors.items() if detector.needs_map)
+            warnings.warn(
+                f"a feature map of {height} × {width} positions, where fit saw {least} to {most} of them: {names} depend on their"
+                " number, and thresholds hold for those of fit and calibration; resize such images, or fit and calibrate on such"
+                " sizes too (said once)",
+                OodEngineWarning,
+                stacklevel=4,
+            )
 
     def _graph_key(self) -> Hashable:
         """Everything that a captured graph reads besides its inputs; masks in place, since the kernels pack a copy."""
@@ -374,17 +400,22 @@ class Scorer:
             agrees = same_logits if agrees is None else agrees & same_logits
         return agrees
 
-    def fit(self, cache: FeatureCache, detectors: dict[str, Detector], seed: int, progress: bool = False) -> None:
+    def fit(
+        self, cache: FeatureCache, detectors: dict[str, Detector], seed: int, progress: bool, set_up: SetUp
+    ) -> None:
         """Fit detectors on cached ID features, and replace the current ones.
 
         Raises:
-            InputError: too few or non-finite samples, or labels out of range; the current detectors then stay.
+            InputError: too few or non-finite samples, labels out of range, or as `SetUp.check_labels`; the current detectors then
+                stay.
         """
-        data = FitData(cache, self.head, self.kernels, seed, progress)
+        data = FitData(cache, self.head, self.kernels, seed, progress, use_predicted=set_up.labels == "predicted")
+        set_up.check_labels(data, detectors)
         with full_precision(self.tap.device):
             for detector in detectors.values():
                 detector.to(self.tap.device)
                 detector.fit(data)
+        set_up.warn_of_labels(data)
         self.detectors, self.is_fitted = detectors, True
 
     def calibrate(self, cache: FeatureCache, false_alarm_rate: float) -> None:

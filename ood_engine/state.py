@@ -35,7 +35,7 @@ from .version import __version__
 
 __all__ = ["FORMAT", "HeadDigest", "State", "read", "read_header", "write"]
 
-FORMAT = 4
+FORMAT = 5
 _KEY = "ood_engine"
 _DIGEST_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -88,6 +88,8 @@ class State:
         rectify: whether NAP is computed on ReLU(map).
         agreement: largest differences from the model's own activations in `fit`.
         image_shape: (C, H, W) of the images of `fit`; None if they varied.
+        positions: (fewest, most) positions H·W of the feature maps of `fit`; None if unknown.
+        set_up: labels and overruled objections of `fit`, see `features.set_up`; JSON values.
         seed: seed of every random choice in fitting.
         detectors: name → fitted detector.
         calibrations: name → calibration; empty before `calibrate`.
@@ -104,6 +106,8 @@ class State:
     rectify: bool
     agreement: Agreement
     image_shape: tuple[int, ...] | None
+    positions: tuple[int, int] | None
+    set_up: dict[str, Any]
     seed: int
     detectors: dict[str, Detector]
     calibrations: dict[str, Calibration]
@@ -186,6 +190,7 @@ def read(path: Path) -> State:
         head=HeadDigest(**header["head"]),
         agreement=Agreement(**header["agreement"]),
         image_shape=tuple(header["image_shape"]) if header["image_shape"] else None,
+        positions=tuple(header["positions"]) if header["positions"] else None,
         detectors=detectors,
         calibrations=calibrations,
         fit_fingerprints=tensors["fit.fingerprints"],
@@ -194,7 +199,7 @@ def read(path: Path) -> State:
     )
 
 
-_AS_THEY_ARE = ("rectify", "seed", "calibrated_under", "unavailable", "tuning", "information")
+_AS_THEY_ARE = ("rectify", "seed", "set_up", "calibrated_under", "unavailable", "tuning", "information")
 
 
 def _tensors(state: State) -> dict[str, Tensor]:
@@ -231,6 +236,7 @@ def _header(state: State) -> dict[str, Any]:
         "torch": torch.__version__,
         "plan": asdict(state.plan),
         "image_shape": state.image_shape,
+        "positions": state.positions,
         "agreement": state.agreement._asdict(),
         "head": state.head._asdict(),
         "detectors": [{"name": name, "settings": detector.settings} for name, detector in state.detectors.items()],

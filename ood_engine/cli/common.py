@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ __all__ = [
     "Interrupted",
     "batch_size_option",
     "check_output",
+    "check_space",
     "echo_json",
     "echo_skipped",
     "engine_options",
@@ -164,6 +166,20 @@ def check_output(path: Path, *, folder: bool = False) -> None:
         raise InputError(f"{path}: is a folder; expected a file name for --output")
     if not os.access(directory, os.W_OK):
         raise InputError(f"{directory}: cannot be written; choose another --output")
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Check before the work that `needed` bytes fit beside the output at `path`, whose folder exists.
+
+    Raises:
+        InputError: less free space.
+    """
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise InputError(
+            f"{path.parent}: {free / 2**20:.1f} MiB are free, expected at least {needed / 2**20:.1f} MiB for {path.name}; free some"
+            " space, or choose another --output"
+        )
 
 
 def echo_json(document: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import torch
@@ -14,12 +14,14 @@ import torch
 from ..detectors import available_detectors, create_detector
 from ..engine import DEFAULT_DETECTORS, Engine
 from ..errors import InputError
+from ..features.label_checks import class_names_of
 from ..images.dataset import ImageDataset, open_dataset
 from ..images.preprocess import Preprocess
 from ..model.loading import load_model
 from .common import (
     batch_size_option,
     check_output,
+    check_space,
     echo_json,
     echo_skipped,
     image_options,
@@ -29,6 +31,7 @@ from .common import (
     run_options,
     seed_option,
 )
+from .fit_checks import check_calibration, keeping, least_bytes, number_by_name, print_classes, save_or_keep
 
 __all__ = ["fit"]
 
@@ -61,6 +64,15 @@ __all__ = ["fit"]
     "--set", "settings", multiple=True, metavar="DETECTOR.SETTING=VALUE", help="A detector's setting; repeatable."
 )
 @click.option("--tune", is_flag=True, help="Choose settings on pseudo-OOD data: corrupted calibration images.")
+@click.option(
+    "--labels",
+    default="given",
+    type=click.Choice(["given", "predicted"]),
+    help="Classes for detectors that need labels: those of the data, or those that the model predicts.",
+)
+@click.option(
+    "--force", is_flag=True, help="Go on where labels or class folders show a wrong set-up; the state says so."
+)
 @click.option("--head", help="Name of the head, if not found automatically.")
 @click.option("--feature-map", help="Module that outputs the feature map, if not found automatically.")
 @click.option(
@@ -93,6 +105,8 @@ def fit(
     detectors: str | None,
     settings: tuple[str, ...],
     tune: bool,
+    labels: Literal["given", "predicted"],
+    force: bool,
     head: str | None,
     feature_map: str | None,
     rectify: bool | None,
@@ -108,7 +122,9 @@ def fit(
     """Fit detectors to a model and its in-distribution images, and write a state file.
 
     The model runs once over the images. Thresholds are set on held-out ID images. Unreadable images are skipped and named. Class
-    folders are numbered in sorted order, which should match the order of the model's classes.
+    folders are numbered by the names of the model's classes (its class_names, classes or config.id2label), else in sorted order,
+    which should be that of the model's classes. Labels that the model predicts no more often than by chance, and other class
+    folders than the model's, are refused.
 
     \b
     Examples:
@@ -126,11 +142,16 @@ def fit(
     check_output(output)
     preprocess = make_preprocess(image_fields)
     dataset = open_dataset(data, preprocess)
+    network = load_model(model, weights).to(device)
+    number_by_name(dataset, class_names_of(network))
     fit_data, fresh = _split(
         dataset, calibration, 0.2 if calibration_share is None else calibration_share, preprocess, seed
     )
+    if fresh is not None:
+        check_calibration(data, calibration, len(fresh), false_alarm_rate)
+    check_space(output, least_bytes(len(fit_data)))
     engine = Engine(
-        load_model(model, weights).to(device),
+        network,
         _names(detectors),
         settings=_settings(settings),
         head=head,
@@ -141,20 +162,23 @@ def fit(
     loader = fit_data.loader(batch_size)
     engine.fit(
         loader,
+        labels=labels,
+        force=force,
         progress=True,
         cache_limit_bytes=cache_limit * 2**20,
         cache_directory=cache_directory,
         cache_dtype=None if cache_dtype == "float32" else getattr(torch, cache_dtype),
     )
     skipped = echo_skipped(loader.skipped, "fitting")
+    engine.information = {"preprocess": preprocess.to_dict(), "class_names": dataset.class_names}
     if fresh is not None:
         loader = fresh.loader(batch_size)
-        engine.calibrate(loader, false_alarm_rate, overlap="drop", progress=True)
-        skipped += echo_skipped(loader.skipped, "calibrating")
-        if tune:
-            engine.tune(loader, mean=preprocess.mean, std=preprocess.std, progress=True)
-    engine.information = {"preprocess": preprocess.to_dict(), "class_names": dataset.class_names}
-    engine.save(output)
+        with keeping(engine, output):
+            engine.calibrate(loader, false_alarm_rate, overlap="drop", progress=True)
+            skipped += echo_skipped(loader.skipped, "calibrating")
+            if tune:
+                engine.tune(loader, mean=preprocess.mean, std=preprocess.std, progress=True)
+    save_or_keep(engine, output)
     summary = _summary(engine, output, skipped, time.perf_counter() - started)
     if as_json:
         echo_json(summary)
@@ -211,21 +235,19 @@ def _value(text: str) -> Any:
 
 def _summary(engine: Engine, output: Path, skipped: list[dict[str, str]], seconds: float) -> dict[str, Any]:
     assert engine.cache is not None
-    rows, calibration = engine.cache.rows, engine.scorer.calibration_cache
-    labelled = rows.labels >= 0
-    agreement = None
-    if labelled.any():
-        predicted = [batch.probabilities.argmax(1).cpu() for batch in engine.scorer.cached_signals(engine.cache)]
-        agreement = float((torch.cat(predicted) == rows.labels)[labelled].float().mean())
+    calibration = engine.scorer.calibration_cache
     return {
         "state": str(output),
         "fit_images": len(engine.cache),
         "calibration_images": 0 if calibration is None else len(calibration),
         "skipped": skipped,
-        "label_agreement": agreement,
+        "label_agreement": engine.set_up.label_agreement,
+        "labels": engine.set_up.labels,
+        "overruled": engine.set_up.overruled,
         "plan": asdict(engine.plan),
         "detectors": {name: detector.settings for name, detector in engine.detectors.items()},
         "thresholds": {name: float(calibration.threshold) for name, calibration in engine.calibrations.items()},
+        "flagged_by_class": engine.flagged_by_class,
         "unavailable": engine.unavailable,
         "tuned": [row for row in engine.tuning if row["chosen"]],
         "seconds": round(seconds, 3),
@@ -244,6 +266,7 @@ def _print(summary: dict[str, Any]) -> None:
         click.echo(f"the model agrees with {100 * summary['label_agreement']:.1f} % of the labels")
     if summary["thresholds"]:
         click.echo(f"thresholds from {summary['calibration_images']} held-out images")
+        print_classes(summary["flagged_by_class"])
     for row in summary["tuned"]:
         settings = ", ".join(f"{key}={value}" for key, value in row["settings"].items())
         click.echo(f"tuned {row['detector']}: {settings} (AUROC {100 * row['auroc']:.2f} % on pseudo-OOD)")

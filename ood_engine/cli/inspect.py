@@ -72,7 +72,9 @@ def _facts(state: Path, header: dict[str, Any]) -> dict[str, str]:
         "reason": plan["reason"],
         "fitted on": f"{header['fit_samples']} images, seed {header['seed']}",
         "calibrated on": _calibration(header),
+        "labels": _labels(header["set_up"]),
     }
+    facts |= {f"overruled {number}": text for number, text in enumerate(header["set_up"]["overruled"], 1)}
     facts |= {f"no {name}": reason for name, reason in header["unavailable"].items()}
     return facts | {str(key): _short(value) for key, value in header["information"].items()}
 
@@ -87,6 +89,11 @@ def _calibration(header: dict[str, Any]) -> str:
     rates = ", ".join(f"{100 * rate:g} %" for rate in sorted(set(header["false_alarm_rates"].values())))
     count = header["calibration_samples"]
     return f"{'an unknown number of' if count is None else count} images, false-alarm rate {rates}"
+
+
+def _labels(set_up: dict[str, Any]) -> str:
+    share = set_up["label_agreement"]
+    return f"{set_up['labels']}, " + ("none checked" if share is None else f"{100 * share:.1f} % of them predicted")
 
 
 def _short(value: Any) -> str:

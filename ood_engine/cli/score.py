@@ -19,6 +19,7 @@ from .common import (
     Interrupted,
     batch_size_option,
     check_output,
+    check_space,
     echo_json,
     engine_options,
     image_options,
@@ -99,6 +100,7 @@ def score(
         check_output(table)
     engine, network, preprocess = load_engine(**options)
     dataset = open_images(data, preprocess)
+    check_space(table, _least_bytes(table, names_folder(output), len(dataset) * len(engine.detectors)))
     job = _job(network, options["state"], data, dataset)
     with ResultWriter(output, columns_of(engine), job=job, resume=resume, raw_csv=raw_csv) as writer:
         before, started = writer.rows_done, time.perf_counter()
@@ -123,6 +125,13 @@ def score(
             " written and has the reasons in its column error",
             code=1,
         )
+
+
+def _least_bytes(table: Path, is_folder: bool, scores: int) -> int:
+    """Bytes still to be written for so many scores alone, in parts and, unless these are the table, once more when merged."""
+    parts = table.with_name(table.name + ".parts")
+    done = sum(part.stat().st_size for part in parts.iterdir()) if parts.is_dir() else 0
+    return max(0, 8 * scores * (1 if is_folder else 2) - done)
 
 
 def _job(model: nn.Module, state: Path, data: str, dataset: ImageDataset) -> dict[str, Any]:

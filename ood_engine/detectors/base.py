@@ -34,11 +34,13 @@ class Detector(FittedModule):
         name: registered name.
         settings: all constructor arguments, sufficient to recreate it.
         needs_map: whether it requires the feature map.
+        assumes_one_class: whether it takes the logits or labels for those of exactly one class per image.
         prunes: whether it scores a head pruned by its `masks`.
         revision: number of changes of settings since creation.
     """
 
     needs_map: ClassVar[bool] = False
+    assumes_one_class: ClassVar[bool] = True
     prunes: ClassVar[bool] = False
 
     def __init__(self, *fitted: str) -> None:

@@ -45,8 +45,9 @@ class GradPCA(Detector):
     Example:
         >>> import torch
         >>> from ood_engine import Engine
-        >>> from ood_engine.demo import small_cnn
-        >>> engine = Engine(small_cnn(), ["grad_pca"]).fit([(torch.rand(64, 1, 8, 8), torch.arange(64) % 8)])
+        >>> from ood_engine.demo import SmallCNN
+        >>> images = torch.linspace(0, 4, 64)[:, None, None, None] * torch.rand(64, 1, 8, 8)
+        >>> engine = Engine(SmallCNN(4), ["grad_pca"]).fit([images], labels="predicted")
         >>> score = engine.score(torch.rand(2, 1, 8, 8))["grad_pca"]
         >>> bool((score >= 0).all() and (score <= 1).all())
         True

@@ -78,7 +78,7 @@ class LowDimGradient(Detector):
         >>> import torch
         >>> from ood_engine import Engine
         >>> from ood_engine.demo import small_cnn
-        >>> engine = Engine(small_cnn(), ["low_dim_gradient"]).fit([(torch.rand(64, 1, 8, 8), torch.arange(64) % 8)])
+        >>> engine = Engine(small_cnn(), ["low_dim_gradient"]).fit([torch.rand(64, 1, 8, 8)], labels="predicted")
         >>> engine.score(torch.rand(2, 1, 8, 8))["low_dim_gradient"].shape
         torch.Size([2])
     """

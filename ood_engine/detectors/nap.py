@@ -37,6 +37,7 @@ class NAP(Detector):
     """
 
     needs_map = True
+    assumes_one_class = False
 
     def __init__(self, *, eps: float = 1.0, **others: Any) -> None:
         super().__init__(**others)
@@ -54,6 +55,8 @@ class NAP(Detector):
 
 class Combined(NAP):
     """S = B^w · S_NAP^(1-w) with a base score B > 0; `others` are the settings of the base, if it is a detector itself."""
+
+    assumes_one_class = True
 
     def __init__(self, *, eps: float = 1.0, w: float = 0.5, **others: Any) -> None:
         super().__init__(eps=eps, **others)

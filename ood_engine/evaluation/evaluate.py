@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..engine import Engine
-from ..features.cache import NO_LABEL
+from ..errors import OodEngineWarning
+from ..features.cache import NO_LABEL, fingerprint
 from ..features.loader import image_batches
 from ..features.signals import wide
 from ..images.dataset import ImageDataset, ImageLoader
@@ -34,11 +36,13 @@ class SetResult:
         scores: scores of the readable images.
         accuracy: a fraction; None without labels.
         skipped: (name, error) of each unreadable image.
+        fitted: number of images that were used in `fit`.
     """
 
     scores: Scores
     accuracy: float | None
     skipped: list[tuple[str, str]]
+    fitted: int = 0
 
 
 def score_set(
@@ -58,19 +62,20 @@ def score_set(
         InputError: images that the model rejects.
     """
     engine.scorer.require_fitted()
-    parts, correct, labelled = [], 0, 0
+    parts, correct, labelled, fitted = [], 0, 0, 0
     with torch.no_grad():
         for images, labels in image_batches(loader, what, progress):
             captured = engine.scorer.run(images)
             parts.append(engine.scorer.score_captured(images, captured).cpu())
             for head in heads:
                 head.add(wide(captured.head_input), labels)
+            fitted += int(torch.isin(fingerprint(images).cpu(), engine.fit_fingerprints).sum())
             predicted = captured.logits.argmax(1).cpu()
             labelled += int((labels != NO_LABEL).sum())
             correct += int((predicted == labels).sum())
     result = Scores.concatenate(parts)
     result.report()
-    return SetResult(result, correct / labelled if labelled else None, loader.skipped)
+    return SetResult(result, correct / labelled if labelled else None, loader.skipped, fitted)
 
 
 def evaluate(
@@ -115,6 +120,14 @@ def evaluate(
     arrays = {
         name: {detector: score.numpy() for detector, score in result.scores.items()} for name, result in results.items()
     }
+    known, total = results[id_name].fitted, len(next(iter(results[id_name].scores.values())))
+    if known:
+        warnings.warn(
+            f"{known} of {total} ID images were used in fit, which makes ID data look better than it is: expected images held out"
+            " of fit and calibration",
+            OodEngineWarning,
+            stacklevel=2,
+        )
     evaluation = Evaluation(
         title=title,
         id_name=id_name,

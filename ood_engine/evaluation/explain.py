@@ -66,7 +66,7 @@ def explain(engine: Engine, image: Tensor, detector: str = "low_dim_gradient") -
         >>> import torch, ood_engine as oe
         >>> from ood_engine.demo import SmallCNN
         >>> images = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        >>> engine = oe.Engine(SmallCNN(4), ["low_dim_gradient"]).fit([(images, torch.arange(32) % 4)])
+        >>> engine = oe.Engine(SmallCNN(4), ["low_dim_gradient"]).fit([images], labels="predicted")
         >>> explanation = oe.explain(engine, images[0])
         >>> explanation.classes.shape, explanation.channels.shape, explanation.places.shape
         (torch.Size([4]), torch.Size([64]), torch.Size([8, 8]))

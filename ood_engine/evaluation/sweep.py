@@ -108,7 +108,7 @@ def sweep(
         >>> import torch, ood_engine as oe
         >>> from ood_engine.demo import SmallCNN
         >>> images = torch.rand(96, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        >>> engine = oe.Engine(SmallCNN(4), ["energy"]).fit([(images[:48], torch.arange(48) % 4)])
+        >>> engine = oe.Engine(SmallCNN(4), ["energy"]).fit([images[:48]])
         >>> id_cache, ood_cache = engine.extract([images[48:72]]), engine.extract([images[72:] ** 4])
         >>> caches = (engine.cache, id_cache, {"dark": ood_cache})
         >>> rows = sweep(engine.head, engine.scorer.kernels, *caches, bases=["dual"], components=[2, 8], heads=["knn", "residual"])

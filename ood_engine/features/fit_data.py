@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,16 +43,29 @@ class FitData(Shared):
         kernels: operators, the same as for scoring.
         seed: seed of every random choice in fitting.
         progress: show a progress bar for every pass over a cache of more than 65 536 samples.
+        use_predicted: take the predicted classes as labels.
+
+    Attributes:
+        are_labels_read: whether any detector asked for labels.
 
     Raises:
         InputError: non-finite samples, or labels out of the head's range.
     """
 
     def __init__(
-        self, cache: FeatureCache, head: ok.Head, kernels: Kernels, seed: int = 0, progress: bool = False
+        self,
+        cache: FeatureCache,
+        head: ok.Head,
+        kernels: Kernels,
+        seed: int = 0,
+        progress: bool = False,
+        *,
+        use_predicted: bool = False,
     ) -> None:
         super().__init__()
         self.cache = cache
+        self._use_predicted = use_predicted
+        self.are_labels_read = False
         self._progress = progress and len(cache) > _SHORT
         self.head = head
         self.kernels = kernels
@@ -123,20 +137,28 @@ class FitData(Shared):
             start += len(part)
         return collected
 
+    @cached_property
+    def predicted(self) -> Tensor:
+        """int64 [n] predicted classes in the order of the cache, on the CPU."""
+        order = torch.arange(len(self))
+        return torch.cat([signals.probabilities.argmax(1).cpu() for signals in self.signals(order)])
+
     def labels(self, index: Tensor) -> Tensor:
         """int64 labels of the samples at `index`, on the head's device; predicted classes for unlabelled samples."""
-        labels = self.cache.rows.labels[index].to(self.head.weight.device)
-        missing = labels == NO_LABEL
+        self.are_labels_read = True
+        labels = self.cache.rows.labels[index]
+        missing = torch.ones_like(labels, dtype=torch.bool) if self._use_predicted else labels == NO_LABEL
         if missing.any():
-            self.shared("missing labels", lambda: _warn_missing(int(missing.sum())))
-            predicted = torch.cat([signals.probabilities.argmax(1) for signals in self.signals(index)])
-            labels = torch.where(missing, predicted, labels)
-        return labels
+            if not self._use_predicted:
+                self.shared("missing labels", lambda: _warn_missing(int(missing.sum())))
+            labels = torch.where(missing, self.predicted[index], labels)
+        return labels.to(self.head.weight.device)
 
 
 def _warn_missing(count: int) -> None:
     warnings.warn(
-        f"{count} samples have no label, so their predicted classes are used; pass a loader of (images, labels) for true ones",
+        f"{count} samples have no label, so their predicted classes are used; pass labels='predicted' to choose these, or a"
+        " loader of (images, labels)",
         OodEngineWarning,
         stacklevel=2,
     )

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
 
 from ..errors import InputError
 from .cache import NO_LABEL
 
-__all__ = ["Loader", "image_batches", "with_progress"]
+__all__ = ["Loader", "image_batches", "most_samples", "with_progress"]
 
 Loader = Iterable[Any]
 """Yields images [n, C, H, W], (images, labels [n], ...), or a mapping with them; labels and further items are optional."""
@@ -73,11 +74,35 @@ def _checked_labels(labels: Any, count: int, number: int) -> Tensor:
             f"labels of batch {number}: expected whole numbers [{count}], one per image, got a {type(labels).__name__} that is no"
             " array of numbers"
         ) from error
+    if labels.ndim == 2 and len(labels) == count and labels.shape[1] > 1 and not labels.is_complex():
+        raise InputError(
+            f"labels of batch {number}: expected whole numbers [{count}], one per image, got {_per_class(labels)}"
+        )
     if labels.shape != (count,) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise InputError(
             f"labels of batch {number}: expected whole numbers [{count}], one per image, got {labels.dtype} {list(labels.shape)}"
         )
     return labels.to(torch.int64)
+
+
+def _per_class(labels: Tensor) -> str:
+    if bool(((labels.double().sum(1) - 1).abs() < 1e-3).all()):
+        return f"one-hot or soft labels {list(labels.shape)}; pass labels.argmax(1)"
+    return (
+        f"multi-hot labels {list(labels.shape)}, where most detectors assume exactly one class per image; choose those that do"
+        " not, Engine(model, ['nap']), with a loader of images alone"
+    )
+
+
+def most_samples(loader: Loader) -> int | None:
+    """An upper bound on the number of samples of a list of batches or a DataLoader; None for others, and for none at all."""
+    if isinstance(loader, (list, tuple)):
+        firsts = [batch[0] if isinstance(batch, (list, tuple)) and batch else batch for batch in loader]
+        return sum(map(len, firsts)) or None if all(isinstance(one, Tensor) and one.ndim for one in firsts) else None
+    # Without a batch size it has a batch sampler of its own; a collate_fn of its own may make several images of one.
+    if not isinstance(loader, DataLoader) or loader.batch_size is None or loader.collate_fn is not default_collate:
+        return None
+    return len(loader.sampler) if isinstance(loader.sampler, Sized) else None
 
 
 def with_progress(

@@ -110,6 +110,12 @@ def id_batches() -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.fixture(scope="session")
+def unlabelled_batches(id_batches) -> list[Tensor]:
+    """The same images alone, for models that predict other classes."""
+    return [images for images, _ in id_batches]
+
+
+@pytest.fixture(scope="session")
 def fresh_batches() -> list[tuple[Tensor, Tensor]]:
     """What engines are calibrated on: 100 other images."""
     return split(*make_images(100, seed=2))

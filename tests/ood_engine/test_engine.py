@@ -139,7 +139,7 @@ def test_calibrate_refuses_samples_of_the_fit(make_engine, id_batches, fresh_bat
     engine = make_engine(("energy", "low_dim_gradient"))
     before = engine.calibrations["energy"].threshold
     mixed = [*fresh_batches, id_batches[0][0][:7]]
-    message = r"7 of 107 calibration images were used in fit \(the first at index 100\): expected fresh ID images"
+    message = r"calibration image 100 was used in fit: expected fresh ID images; hold some out, or pass overlap='drop'"
     with pytest.raises(CalibrationError, match=message):
         engine.calibrate(mixed)
     assert engine.calibrations["energy"].threshold == before
@@ -211,9 +211,9 @@ def test_score_loader_reports_bad_rows(engine, test_images):
     assert all(p[7].isnan() for p in engine.p_values(bad).values())
 
 
-def test_a_model_without_a_map_gets_what_needs_only_features(id_batches, test_images):
+def test_a_model_without_a_map_gets_what_needs_only_features(unlabelled_batches, test_images):
     with pytest.warns(OodEngineWarning, match="nap_energy not available for this model: no module of the model has"):
-        engine = oe.Engine(mlp()).fit(id_batches)
+        engine = oe.Engine(mlp()).fit(unlabelled_batches, labels="predicted")
     assert tuple(engine.detectors) == ("opnp", "low_dim_gradient")
     assert "H·W > 1" in engine.unavailable["nap_energy"]
     for name in sorted(PUBLISHED):
@@ -222,9 +222,9 @@ def test_a_model_without_a_map_gets_what_needs_only_features(id_batches, test_im
             with pytest.raises(
                 DetectorUnavailableError, match=rf"^{name} not available for this model: .*leave the detector"
             ):
-                single.fit(id_batches)
+                single.fit(unlabelled_batches, labels="predicted")
             continue
-        scores = single.fit(id_batches).score(test_images)
+        scores = single.fit(unlabelled_batches, labels="predicted").score(test_images)
         assert scores[name].isfinite().all()
         features = single.scorer.run(test_images).head_input
         assert torch.equal(single.score_features(None, features)[name], scores[name])
@@ -232,23 +232,25 @@ def test_a_model_without_a_map_gets_what_needs_only_features(id_batches, test_im
     assert not single.cache.has_map
 
 
-def test_signed_maps_are_refused_with_the_way_out(make_model, id_batches):
+def test_signed_maps_are_refused_with_the_way_out(make_model, unlabelled_batches):
     model = make_model(nn.GELU)
     with pytest.raises(
         DetectorUnavailableError, match=r"nap not available .*negative values \(down to .*pass rectify=True"
     ):
-        oe.Engine(model, ["nap", "energy"], rectify=False).fit(id_batches)
+        oe.Engine(model, ["nap", "energy"], rectify=False).fit(unlabelled_batches)
     with pytest.warns(OodEngineWarning, match="nap_energy not available for this model: the feature map"):
-        assert "nap_energy" not in oe.Engine(model, rectify=False).fit(id_batches).detectors
+        engine = oe.Engine(model, rectify=False).fit(unlabelled_batches, labels="predicted")
+    assert "nap_energy" not in engine.detectors
 
 
 @pytest.mark.parametrize("options", [{"rectify": True}, {"feature_map": "body"}])
+@pytest.mark.filterwarnings("ignore:overruled by force")  # the model is untrained
 def test_maps_rectified_or_named_by_hand_are_scored(
     options, make_model, unproven_model, id_batches, fresh_batches, test_images, assert_same_scores
 ):
     is_proven = "rectify" in options
     model = make_model(nn.GELU) if is_proven else unproven_model
-    engine = oe.Engine(model, oe.available_detectors(), **options).fit(id_batches)
+    engine = oe.Engine(model, oe.available_detectors(), **options).fit(id_batches, force=True)
     assert engine.plan.proven == is_proven
     scores, captured = engine.score(test_images), engine.scorer.run(test_images)
     assert (captured.feature_map.min() < 0) == is_proven
@@ -261,10 +263,10 @@ def test_maps_rectified_or_named_by_hand_are_scored(
     assert_same_scores(engine.scorer.score_cache(engine.extract(fresh_batches)), engine.score_loader(fresh_batches))
 
 
-def test_a_map_that_is_not_verified_needs_a_name_and_its_features(unproven_model, id_batches, test_images):
+def test_a_map_that_is_not_verified_needs_a_name_and_its_features(unproven_model, unlabelled_batches, test_images):
     with pytest.raises(DetectorUnavailableError, match=r"nap not available .*; or name the map by feature_map=\.\.\."):
-        oe.Engine(unproven_model, ["nap"]).fit(id_batches)
-    engine = oe.Engine(unproven_model, ["nap"], feature_map="body").fit(id_batches)
+        oe.Engine(unproven_model, ["nap"]).fit(unlabelled_batches, labels="predicted")
+    engine = oe.Engine(unproven_model, ["nap"], feature_map="body").fit(unlabelled_batches, labels="predicted")
     assert "unverified" in engine.plan.reason
     message = r"expected \[N, 12, H, W\] of a verified map; otherwise pass features \[N, 12\]"
     with pytest.raises(InputError, match=message):
@@ -278,9 +280,10 @@ def test_score_features_equals_score(engine, test_images, assert_same_scores):
     assert_same_scores(engine.score_features(channels_last), engine.score(test_images))
 
 
+@pytest.mark.filterwarnings("ignore:overruled by force")  # the model is untrained
 def test_the_model_is_untouched(make_model, id_batches, test_images):
     model = make_model().train()
-    oe.Engine(model, oe.available_detectors()).fit(id_batches).score(test_images)
+    oe.Engine(model, oe.available_detectors()).fit(id_batches, force=True).score(test_images)
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -342,5 +345,5 @@ def test_the_map_is_not_read_where_no_detector_needs_it(
 def test_an_engine_shows_what_users_call():
     shown = {name for name in dir(oe.Engine) if not name.startswith("_")}
     verbs = "fit fit_features refit tune calibrate score score_features score_loader predict p_values save load extract"
-    properties = "detectors calibrations head plan image_shape runtime"
+    properties = "detectors calibrations flagged_by_class head plan image_shape runtime"
     assert shown == {*verbs.split(), *properties.split()}

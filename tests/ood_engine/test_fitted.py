@@ -106,7 +106,7 @@ def test_fitted_and_loaded_tensors_lie_alike(engine, model, state):
                 for key, buffer in module.named_buffers():
                     assert lies_row_major_and_aligned(buffer), (name, key)
     assert all(lies_row_major_and_aligned(column) for column in loaded._canary.rows)
-    assert lies_row_major_and_aligned(loaded._fit_fingerprints)
+    assert lies_row_major_and_aligned(loaded.fit_fingerprints)
 
 
 def test_what_is_fitted_is_not_copied_where_it_lies_well():

@@ -179,7 +179,8 @@ def fitted():
     engine = oe.Engine(model, names)
     images = torch.rand(160, 1, 8, 8)
     labels = torch.arange(160) % 4
-    return engine.fit([(images, labels)]), torch.rand(6, 1, 8, 8)
+    with pytest.warns(oe.OodEngineWarning, match="overruled by force: the model predicts"):  # it is untrained
+        return engine.fit([(images, labels)], force=True), torch.rand(6, 1, 8, 8)
 
 
 def test_scoring_never_waits_for_the_device(fitted):

@@ -33,7 +33,7 @@ def own(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     model = SmallCNN(seed=3).eval()
     images = torch.rand((64, 1, 8, 12), generator=torch.Generator().manual_seed(0))
-    engine = oe.Engine(model, DETECTORS).fit([(images, torch.arange(64) % 8)])
+    engine = oe.Engine(model, DETECTORS).fit([images], labels="predicted")
     engine.save(folder / "state.safetensors")
     engine.scorer.image_shape = None
     engine.save(folder / "sizes.safetensors")

@@ -13,12 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import ood_engine as oe
 from ood_engine.cli import score as score_module
 from ood_engine.cli.application import COMMANDS, application
-from ood_engine.demo import SmallCNN
 from ood_engine.evaluation.tune import tune
 from ood_engine.model.loading import load_model
 from ood_engine.scorer import Scorer
@@ -227,7 +226,7 @@ def test_an_output_with_a_slash_is_a_folder_of_parts_written_by_number_or_by_the
 def test_other_weights_below_the_same_head_do_not_continue_a_run(place, call, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(score_module.ResultWriter, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert call(place.score(tmp_path / "t.parquet"))[0] == 130
-    state = SmallCNN(seed=3).state_dict()
+    state = load_file(place["net.safetensors"])
     save_file(state | {"body.1.weight": state["body.1.weight"] * 1.0001}, tmp_path / "other.safetensors")
     other = ["--resume", "--weights", str(tmp_path / "other.safetensors")]
     refused(place.score(tmp_path / "t.parquet", *other), "'model' was")

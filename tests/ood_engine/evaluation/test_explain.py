@@ -79,8 +79,8 @@ def test_places_of_an_energy_are_the_logits_of_each_position_weighted_by_probabi
     assert explanation.offset == pytest.approx(-float((p * p.log()).sum()), rel=1e-5)
 
 
-def test_a_rectified_map_is_explained_as_it_is_scored(make_model, id_batches, test_images):
-    engine = oe.Engine(make_model(torch.nn.SiLU), ("nap",), rectify=True).fit(id_batches)
+def test_a_rectified_map_is_explained_as_it_is_scored(make_model, unlabelled_batches, test_images):
+    engine = oe.Engine(make_model(torch.nn.SiLU), ("nap",), rectify=True).fit(unlabelled_batches)
     score = float(engine.score(test_images[:1])["nap"])
     assert oe.explain(engine, test_images[0], "nap").score == pytest.approx(score, rel=1e-5)
 

@@ -147,7 +147,7 @@ def conv_net(dims):
 def test_a_convolution_on_one_position_is_a_head(dims):
     torch.manual_seed(0)
     model, x = conv_net(dims), torch.randn(40, 3, *[8] * dims)
-    engine = oe.Engine(model, ["energy", "low_dim_gradient"]).fit([(x, torch.arange(40) % CLASSES)])
+    engine = oe.Engine(model, ["energy", "low_dim_gradient"]).fit([x], labels="predicted")
     assert (engine.plan.head, engine.plan.feature_map, engine.plan.proven) == ("3", "1", True)
     assert engine.head.weight.shape == (CLASSES, WIDTH)
     with torch.no_grad():
