@@ -252,7 +252,7 @@ class Engine:
             raise NotFittedError(
                 "refit needs the feature cache of fit(loader), which state files do not contain: call fit(loader)"
             )
-        self.scorer.require_fitted()
+        self.scorer.tap.require_unchanged()
         settings = changed_settings(self.detectors, parameters)
         with torch.inference_mode(False), torch.no_grad():
             refitted = {name: create_detector(name, **chosen) for name, chosen in settings.items()}

@@ -151,6 +151,8 @@ def _number_classes(id_data: ImageDataset, fitted: list[str] | None, classes: in
             number = torch.tensor([fitted.index(name) for name in names])
             id_data.labels = number[id_data.labels]
             return
+    elif names and len(names) != classes:
+        problem = f"{len(names)} class folders for a model of {classes} classes, whose names the state does not have"
     elif int(id_data.labels.max()) < classes and int(id_data.labels.min()) >= 0:
         return
     else:

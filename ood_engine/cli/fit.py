@@ -170,7 +170,11 @@ def fit(
         cache_dtype=None if cache_dtype == "float32" else getattr(torch, cache_dtype),
     )
     skipped = echo_skipped(loader.skipped, "fitting")
-    engine.information = {"preprocess": preprocess.to_dict(), "class_names": dataset.class_names}
+    # Folders that are not the model's classes have another numbering.
+    names = (
+        dataset.class_names if len(dataset.class_names or ()) == len(engine.head.weight) else class_names_of(network)
+    )
+    engine.information = {"preprocess": preprocess.to_dict(), "class_names": names}
     if fresh is not None:
         loader = fresh.loader(batch_size)
         with keeping(engine, output):

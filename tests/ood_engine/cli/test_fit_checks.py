@@ -61,6 +61,10 @@ def test_a_missing_class_folder_is_refused_unless_labels_are_predicted_or_classe
     arguments = place.fit(state, data=data)
     refused(arguments, "7 class folders, such as 'a', for a head of 8 classes", "--labels predicted")
     assert answer([*arguments, "--labels", "predicted"])["labels"] == "predicted"
+    assert read_header(state)["information"]["class_names"] is None
+    code, out, err = call(place.evaluate(tmp_path / "unnamed", data=data, state=str(state)))
+    assert (code, "accuracy" in out) == (0, False)
+    assert "warning: no accuracy: 7 class folders for a model of 8 classes, whose names the state does not have" in err
     (tmp_path / "named.py").write_text(
         "from ood_engine.demo import SmallCNN\n"
         "def make():\n    model = SmallCNN()\n    model.class_names = list('hgfedcba')\n    return model\n"

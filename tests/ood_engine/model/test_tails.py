@@ -26,7 +26,9 @@ class Net(nn.Module):
 
 @pytest.fixture
 def engine(id_batches, fresh_batches):
-    return oe.Engine(Net(), oe.available_detectors()).fit(id_batches).calibrate(fresh_batches, 0.1)
+    with pytest.warns(oe.OodEngineWarning, match="overruled by force: the model predicts"):  # it is untrained
+        engine = oe.Engine(Net(), oe.available_detectors()).fit(id_batches, force=True)
+    return engine.calibrate(fresh_batches, 0.1)
 
 
 def test_nap_reads_the_map_and_the_other_detectors_the_head_input(engine, test_images, fresh_batches, tmp_path):
@@ -65,7 +67,7 @@ def test_the_mean_of_the_map_is_not_taken_for_the_features(engine, id_batches):
             self.project, self.act, self.fc = nn.LayerNorm([9, 1, 1]), nn.Identity(), nn.Linear(9, 5)
 
     images = id_batches[0][0]
-    rows = oe.Engine(Normed(), ["nap"]).fit(id_batches).cache.rows
+    rows = oe.Engine(Normed(), ["nap"]).fit([images]).cache.rows
     cache = FeatureCache.from_features(rows.features, maximum=rows.maximum)
     with pytest.raises(InputError, match="expected a cache with the mean of each channel of NAP's map"):
         oe.Engine(Normed(), ["nap"]).fit_features(cache, images)
