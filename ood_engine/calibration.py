@@ -28,7 +28,7 @@ class Calibration(FittedModule):
     Example:
         >>> calibration = Calibration(0.25).fit(torch.arange(1.0, 8.0), "energy")
         >>> calibration.p_values(torch.tensor([1.0, 4.0]))
-        tensor([0.2500, 0.6250])
+        tensor([0.2500, 0.6250], dtype=torch.float64)
         >>> calibration.is_out_of_distribution(torch.tensor([1.0, 4.0]))
         tensor([ True, False])
     """
@@ -45,13 +45,27 @@ class Calibration(FittedModule):
         Raises:
             CalibrationError: NaN or infinite scores, or n < 1/α - 1, too few to flag any score.
         """
+        self.set_fitted(scores=scores.float().sort().values)
+        return self.check(name)
+
+    def check(self, name: str) -> Calibration:
+        """Refuse scores of detector `name` from which no decision follows. Returns self.
+
+        Raises:
+            CalibrationError: not fp32 [n] in ascending order, or as `fit`.
+        """
+        scores = self.fitted("scores")
         bad = int((~torch.isfinite(scores)).sum())
         if bad:
             raise CalibrationError(
                 f"{bad} of {len(scores)} calibration scores of {name!r} are NaN or infinite: expected finite ID images"
             )
         self.check_count(len(scores))
-        self.set_fitted(scores=scores.float().sort().values)
+        if scores.dtype != torch.float32 or scores.ndim != 1 or (scores[1:] < scores[:-1]).any():
+            raise CalibrationError(
+                f"calibration scores of {name!r}: expected float32 [n] in ascending order, got {scores.dtype}"
+                f" {list(scores.shape)}; calibrate again"
+            )
         return self
 
     def check_count(self, count: int | None) -> None:
@@ -71,10 +85,13 @@ class Calibration(FittedModule):
         return scores[math.floor(self.false_alarm_rate * (len(scores) + 1) + 1e-9) - 1]
 
     def p_values(self, scores: Tensor) -> Tensor:
-        """Conformal p-values fp32 [N], NaN for a NaN score; small = unlike the calibration data."""
+        """Conformal p-values fp64 [N], NaN for a NaN score; small = unlike the calibration data.
+
+        In fp32 a p-value equal to α rounds to above it for some n, and contradicts the decision.
+        """
         calibration = self.fitted("scores").to(scores.device)
         at_most = torch.searchsorted(calibration, scores.float().contiguous(), right=True)
-        p_values = (1 + at_most) / (len(calibration) + 1)
+        p_values = (1 + at_most).double() / (len(calibration) + 1)
         return torch.where(torch.isnan(scores), torch.nan, p_values)
 
     def is_out_of_distribution(self, scores: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,6 @@ from .errors import (
     InputError,
     NotFittedError,
     OodEngineWarning,
-    StateDriftWarning,
     one_of,
 )
 from .evaluation.by_class import flagged_by_class
@@ -34,7 +34,9 @@ from .features.held_out import HeldOut
 from .features.label_checks import class_names_of
 from .features.loader import Loader, image_batches, most_samples
 from .features.set_up import Labels, SetUp
+from .identity import ModelDigest, SyntheticInputs
 from .model.tap import Tap, TapPlan
+from .restore import head_size, restore
 from .runtime import Runtime
 from .scorer import Scorer
 from .scores import Scores
@@ -42,6 +44,21 @@ from .scores import Scores
 __all__ = ["DEFAULT_DETECTORS", "Engine"]
 
 DEFAULT_DETECTORS = ("nap_energy", "opnp", "low_dim_gradient")
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _untraced(method: _Method) -> _Method:
+    """Leave a method out of what torch.compile traces: hooks, locks and thread-local storage are not for it."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(method)(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    return cast(_Method, call)
 
 
 class Engine:
@@ -122,8 +139,14 @@ class Engine:
         self.information: dict[str, Any] = {}
         self.set_up = SetUp()
         self._class_names = class_names_of(model)
-        self.fit_fingerprints = torch.empty(0, dtype=torch.int64)
+        self.fit_fingerprints = torch.empty(0, dtype=torch.int64, device="cpu")
         self._canary: Canary | None = None
+        self._synthetic_inputs: SyntheticInputs | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but a cache in files of this process: a pickled engine brings its model along, see `save` for less."""
+        mapped = self.cache is not None and self.cache.directory is not None
+        return {**vars(self), "cache": None} if mapped else vars(self)
 
     @property
     def detectors(self) -> dict[str, Detector]:
@@ -229,7 +252,7 @@ class Engine:
         with torch.inference_mode(False), torch.no_grad(), self._deciding(cache.rows.nap_mean.shape[1] > 0):
             set_up = SetUp(labels, force)
             self._start_fit(images, set_up)
-            self.scorer.extract_batch(images, torch.zeros(len(images), dtype=torch.int64), learn=True)
+            self.scorer.extract_batch(images, torch.zeros(len(images), dtype=torch.int64, device="cpu"), learn=True)
             is_pooled = self.plan.proven and not self.plan.tail and not self.scorer.rectify
             set_up.check_cache(cache, self.head, self.detectors, is_pooled)
             self.scorer.image_shape, self.scorer.positions = tuple(images.shape[1:]), None
@@ -325,6 +348,7 @@ class Engine:
         self.scorer.require_fitted()
         return self.scorer.extract(loader, "extracting", progress)
 
+    @_untraced
     def score(self, images: Tensor) -> Scores:
         """Scores of one batch of images [N, C, H, W]: detector → float32 [N], higher = more in-distribution.
 
@@ -338,6 +362,7 @@ class Engine:
         with torch.no_grad():
             return self.scorer.score(images)
 
+    @_untraced
     def score_features(self, feature_map: Tensor | None, features: Tensor | None = None) -> Scores:
         """Scores from precomputed activations, without running the model.
 
@@ -373,7 +398,7 @@ class Engine:
         }
 
     def p_values(self, images: Tensor) -> dict[str, Tensor]:
-        """Detector → conformal p-values float32 [N]; NaN for an input without a finite score."""
+        """Detector → conformal p-values float64 [N]; NaN for an input without a finite score."""
         self._require_calibrated()
         return {name: self.calibrations[name].p_values(score) for name, score in self.score(images).items()}
 
@@ -390,10 +415,12 @@ class Engine:
         if self.cache is not None:
             rows = Canary.choose(self.cache)
         assert rows is not None
-        scorer = self.scorer
+        scorer, inputs = self.scorer, self._synthetic_inputs
+        assert inputs is not None
         state = states.State(
             plan=self.plan,
-            head=states.HeadDigest.of(self.head),
+            head=head_size(scorer),
+            model=ModelDigest.of(scorer.tap.tensors()),
             rectify=scorer.rectify,
             agreement=scorer.agreement or Agreement(),
             image_shape=scorer.image_shape,
@@ -404,7 +431,7 @@ class Engine:
             calibrations=scorer.calibrations,
             calibrated_under=scorer.calibrated_under,
             fit_fingerprints=self.fit_fingerprints,
-            canary=Canary(rows, scorer.score_cache(FeatureCache(rows))),
+            canary=Canary(rows, scorer.score_cache(FeatureCache(rows)), inputs, self.score(inputs.images()).cpu()),
             unavailable=self.unavailable,
             tuning=self.tuning,
             information=self.information,
@@ -412,41 +439,27 @@ class Engine:
         states.write(state, Path(path))
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module, *, runtime: Runtime | None = None) -> Engine:
+    def load(cls, path: str | Path, model: nn.Module, *, runtime: Runtime | None = None, force: bool = False) -> Engine:
         """An engine from a state file and the model it was fitted to; warns if `runtime` differs from that of the calibration.
 
+        The model is known by a digest of all its parameters and buffers, also cast to another dtype. Of a model whose tensors
+        differ, such as a quantised or merged one, the scores on synthetic inputs decide: they may move by a quarter of their spread
+        on ID samples, and a warning says by how much they did.
+
+        Args:
+            force: warn where another model, or scores that changed, would be refused.
+
         Raises:
-            StateError: a damaged file, another format version, or a state fitted to another head.
-            TapError: layers that differ from those of the fit.
+            StateError: a damaged file, another format version, fields out of range, a state fitted to another model, or one that
+                does not reproduce its own scores.
+            TapError: a model without a linear head, or with non-finite weights.
         """
         state = states.read(Path(path))
-        engine = cls(
-            model,
-            tuple(state.detectors),
-            rectify=state.rectify,
-            seed=state.seed,
-            runtime=runtime,
-        )
-        scorer = engine.scorer
-        scorer.tap.adopt(state.plan)
-        state.head.check(states.HeadDigest.of(scorer.head), Path(path))
-        state.to(scorer.tap.device)
-        scorer.detectors, scorer.is_fitted = state.detectors, True
-        scorer.calibrations, scorer.calibrated_under = state.calibrations, state.calibrated_under
-        scorer.image_shape, scorer.agreement = state.image_shape, state.agreement
+        engine = cls(model, tuple(state.detectors), rectify=state.rectify, seed=state.seed, runtime=runtime)
+        restore(engine.scorer, state, Path(path), force=force)
         engine.fit_fingerprints, engine._canary = state.fit_fingerprints, state.canary
-        scorer.positions, engine.set_up = state.positions, SetUp.of_record(state.set_up)
+        engine._synthetic_inputs, engine.set_up = state.canary.inputs, SetUp.of_record(state.set_up)
         engine.unavailable, engine.tuning, engine.information = state.unavailable, state.tuning, state.information
-        scorer.warn_of_arithmetic()
-        now = scorer.score_cache(FeatureCache(state.canary.rows))
-        drift = state.canary.drift(now, {name: one.cpu() for name, one in state.calibrations.items()})
-        if drift:
-            warnings.warn(
-                f"the loaded state drifts on this machine ({scorer.tap.device}, {scorer.head.weight.dtype}): {'; '.join(drift)};"
-                " fit again here, or load on the device and in the dtype of the fit",
-                StateDriftWarning,
-                stacklevel=2,
-            )
         return engine
 
     def _start_fit(self, images: Tensor, set_up: SetUp) -> None:
@@ -454,6 +467,7 @@ class Engine:
         scorer = self.scorer
         scorer.image_shape = scorer.agreement = scorer.positions = None
         scorer.tap.find(images)
+        self._synthetic_inputs = SyntheticInputs.like(images)
         feature_map = scorer.run(images[:32]).feature_map
         set_up.check_head(self.head, self.plan.head_reason, self.detectors)
         reason = self.plan.reason if feature_map is None else self.scorer.check_map(feature_map)

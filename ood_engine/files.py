@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from .errors import OodEngineError, one_line
 
+if sys.platform != "win32":
+    import fcntl
+
 __all__ = ["TEMPORARY", "atomic_file", "write_atomically"]
 
 TEMPORARY = ".tmp"
-"""Ending of an unfinished file, which a killed process leaves behind."""
+"""Ending of an unfinished file; those of killed processes are removed by the next that writes the same path."""
+_HEX = "[0-9a-f]" * 8
 
 
 @contextlib.contextmanager
@@ -35,9 +41,15 @@ def atomic_file(path: Path, folder: Path | None = None, *, exclusive: bool = Fal
     """
     folder = path.parent if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
-    # Of two exclusive writers the later finds either the unfinished file, whose name they share, or the finished one.
-    temporary = folder / f".{path.name}{'' if exclusive else '.' + secrets.token_hex(4)}{TEMPORARY}"
-    file = temporary.open("xb")
+    file: BinaryIO
+    if exclusive:
+        # Of two exclusive writers the later finds either the unfinished file, whose name they share, or the finished one.
+        temporary = folder / f".{path.name}{TEMPORARY}"
+        file = temporary.open("xb")
+    else:
+        _remove_unowned(folder, path.name)
+        file = _new_file(folder, path.name)
+        temporary = Path(file.name)
     try:
         with file:
             yield file
@@ -68,6 +80,33 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
             " space; choose another path"
         ) from error
     return target
+
+
+def _new_file(folder: Path, name: str) -> BinaryIO:
+    """A new file, locked for as long as its process lives and writes."""
+    while True:
+        file = (folder / f".{name}.{secrets.token_hex(4)}{TEMPORARY}").open("xb")
+        with contextlib.suppress(OSError):
+            _lock(file)
+        # Another process may have removed it before it was locked.
+        if sys.platform == "win32" or os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()
+
+
+def _remove_unowned(folder: Path, name: str) -> None:
+    """Remove unfinished files that no process holds, where the file system has locks."""
+    if sys.platform == "win32":
+        return
+    for leftover in folder.glob(f".{glob.escape(name)}.{_HEX}{TEMPORARY}"):
+        with contextlib.suppress(OSError), leftover.open("rb") as file:
+            _lock(file, wait=False)
+            leftover.unlink()
+
+
+def _lock(file: BinaryIO, *, wait: bool = True) -> None:
+    if sys.platform != "win32":
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -45,7 +45,7 @@ class FittedModule(nn.Module):
         super().__init__()
         self._fitted_names = fitted
         # Tracks the device of a module without other buffers.
-        self.register_buffer("_place", torch.empty(0), persistent=False)
+        self.register_buffer("_place", torch.empty(0, device="cpu"), persistent=False)
         for name in (*fitted, *self._optional_names):
             self.register_buffer(name, None)
 

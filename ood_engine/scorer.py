@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from ood_kernels.types import HasBasisTensors
 
 from .calibration import Calibration
 from .detectors import Detector
-from .errors import DetectorUnavailableError, InputError, NotFittedError, OodEngineWarning, TapError
+from .errors import DetectorUnavailableError, InputError, NotFittedError, OodEngineWarning, TapError, one_line
 from .features.agreement import Agreement
 from .features.cache import CacheRows, CacheWriter, FeatureCache, fingerprint
 from .features.fit_data import FitData, signals_from_rows
@@ -69,6 +70,10 @@ class Scorer:
         self.agreement: Agreement | None = None
         self.positions: tuple[int, int] | None = None
         self._told_positions: tuple[int, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without captured graphs, which belong to one process and its tensors."""
+        return {name: value for name, value in vars(self).items() if name != "_graphs"}
 
     @property
     def runtime(self) -> Runtime:
@@ -406,15 +411,21 @@ class Scorer:
         """Fit detectors on cached ID features, and replace the current ones.
 
         Raises:
-            InputError: too few or non-finite samples, labels out of range, or as `SetUp.check_labels`; the current detectors then
-                stay.
+            InputError: too few, non-finite or too large samples, labels out of range, or as `SetUp.check_labels`; the current
+                detectors then stay.
         """
         data = FitData(cache, self.head, self.kernels, seed, progress, use_predicted=set_up.labels == "predicted")
         set_up.check_labels(data, detectors)
         with full_precision(self.tap.device):
-            for detector in detectors.values():
+            for name, detector in detectors.items():
                 detector.to(self.tap.device)
-                detector.fit(data)
+                try:
+                    detector.fit(data)
+                except torch.linalg.LinAlgError as error:
+                    raise InputError(
+                        f"{name}: the ID features cannot be decomposed ({one_line(error)}): expected moderate values, got up to"
+                        f" {float(cache.rows.features.abs().max()):.3g}; normalise the features, or leave the detector out"
+                    ) from error
         set_up.warn_of_labels(data)
         self.detectors, self.is_fitted = detectors, True
 

@@ -35,7 +35,11 @@ class Scores(dict[str, Tensor]):
     ) -> None:
         super().__init__(scores)
         self.clamped = clamped or {}
-        bad = torch.stack([torch.isnan(score) for score in scores.values()]).any(0) if scores else torch.zeros(0)
+        bad = (
+            torch.stack([torch.isnan(score) for score in scores.values()]).any(0)
+            if scores
+            else torch.zeros(0, device="cpu")
+        )
         self.mismatched_rows = bad.new_zeros((), dtype=torch.int64) if mismatched_rows is None else mismatched_rows
         self.bad_rows = bad.sum() - self.mismatched_rows
 

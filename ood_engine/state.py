@@ -1,8 +1,11 @@
 """State files: safetensors with a JSON header, without pickle.
 
-The header holds the format and package versions, the tap plan, a digest of the head, every detector's settings and a digest of
+The header holds the format and package versions, the tap plan, digests of the model, every detector's settings and a digest of
 all tensors; the tensors are the detectors' buffers, the calibration scores, the fingerprints of the fit samples and the canary.
 Tensors shared by several detectors are stored once.
+
+The digests prove integrity, not authenticity: they find damage, and anyone can compute them for another state. Load states only
+from whom you would take a model. What a state says is checked by `schema` all the same, and loading runs no code of the file.
 """
 
 from __future__ import annotations
@@ -12,70 +15,32 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-import ood_kernels as ok
-
 from .calibration import Calibration
 from .detectors import Detector, create_detector
-from .errors import OodEngineError, StateError
+from .errors import InputError, OodEngineError, StateError, one_line
 from .features.agreement import Agreement
 from .features.cache import CacheRows
 from .features.canary import Canary
 from .files import atomic_file
 from .fitted import aligned
+from .identity import HeadSize, ModelDigest, SyntheticInputs
 from .model.discovery import TapPlan
+from .schema import check_header, check_tensors, described, refuse_constant
 from .subspace import Basis
 from .version import __version__
 
-__all__ = ["FORMAT", "HeadDigest", "State", "read", "read_header", "write"]
+__all__ = ["FORMAT", "State", "read", "read_header", "write"]
 
 FORMAT = 5
 _KEY = "ood_engine"
-_DIGEST_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-class HeadDigest(NamedTuple):
-    """Identity of a head: its sizes, and the SHA-256 of its values in every dtype the model may be cast to."""
-
-    classes: int
-    features: int
-    bias: bool
-    dtype: str
-    digests: dict[str, str]
-
-    @classmethod
-    def of(cls, head: ok.Head) -> HeadDigest:
-        """The digest of a head."""
-        digests = {}
-        for dtype in _DIGEST_DTYPES:
-            digest = hashlib.sha256(repr(tuple(head.weight.shape)).encode())
-            for tensor in (head.weight, head.bias):
-                if tensor is not None:
-                    digest.update(_bytes(tensor.to(dtype)))
-            digests[_name(dtype)] = digest.hexdigest()
-        classes, features = head.weight.shape
-        return cls(classes, features, head.bias is not None, _name(head.weight.dtype), digests)
-
-    def check(self, other: HeadDigest, path: Path) -> None:
-        """Raise StateError unless `other`, the head of the given model, is the same."""
-        if self[:3] != other[:3]:
-            raise StateError(
-                f"{path}: fitted to a head of {self._words()}, this model's has {other._words()}; load the model of the fit,"
-                " or fit again"
-            )
-        if self.digests[other.dtype] != other.digests[other.dtype]:
-            raise StateError(
-                f"{path}: fitted to another head: shapes agree, weights do not; load the checkpoint of the fit, or fit again"
-            )
-
-    def _words(self) -> str:
-        return f"{self.classes} classes × {self.features} features {'with' if self.bias else 'without'} bias"
+_WAY_OUT = "; copy the file again from where it was saved, or fit again"
 
 
 @dataclass
@@ -84,7 +49,8 @@ class State:
 
     Attributes:
         plan: the head and feature map found.
-        head: digest of the head.
+        head: sizes of the head.
+        model: digest of all parameters and buffers of the model.
         rectify: whether NAP is computed on ReLU(map).
         agreement: largest differences from the model's own activations in `fit`.
         image_shape: (C, H, W) of the images of `fit`; None if they varied.
@@ -95,14 +61,15 @@ class State:
         calibrations: name → calibration; empty before `calibrate`.
         calibrated_under: precision and backend of the calibration; None before it.
         fit_fingerprints: int64 [n] fingerprints of the samples of `fit`.
-        canary: ID samples with their scores.
+        canary: ID samples and synthetic inputs with their scores.
         unavailable: default detector → why this model does not support it.
         tuning: rows of the last tuning.
         information: user metadata; JSON values.
     """
 
     plan: TapPlan
-    head: HeadDigest
+    head: HeadSize
+    model: ModelDigest
     rectify: bool
     agreement: Agreement
     image_shape: tuple[int, ...] | None
@@ -134,11 +101,21 @@ def write(state: State, path: Path) -> None:
     """Write a state file atomically.
 
     Raises:
+        InputError: metadata that JSON cannot hold.
         OodEngineError: a full disk, or a path that cannot be written.
     """
     tensors, aliases = _share(_tensors(state))
-    header = _header(state) | {"aliases": aliases, "tensors_digest": _tensors_digest(tensors)}
-    text = json.dumps(header, sort_keys=True)
+    header = _header(state) | {
+        "aliases": aliases,
+        "tensors": described(tensors),
+        "tensors_digest": _tensors_digest(tensors),
+    }
+    try:
+        text = json.dumps(header, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: not written ({one_line(error)}): expected JSON values in engine.information, without NaN or infinities"
+        ) from error
     metadata = {_KEY: text, "digest": hashlib.sha256(text.encode()).hexdigest()}
     try:
         # The writer of safetensors creates files readable by their owner alone.
@@ -167,6 +144,18 @@ def read(path: Path) -> State:
         StateError: as `read_header`.
     """
     header, tensors = _open(path, with_tensors=True)
+    try:
+        check_tensors(header, tensors)
+        return _state(header, tensors)
+    except StateError as error:
+        raise StateError(f"{path}: {error}{_WAY_OUT}") from error
+    except Exception as error:  # whatever another writer's values raise in constructors and checks
+        raise StateError(
+            f"{path}: its fields contradict one another ({one_line(error, with_type=True)}){_WAY_OUT}"
+        ) from error
+
+
+def _state(header: dict[str, Any], tensors: dict[str, Tensor]) -> State:
     tensors = {key: aligned(tensor) for key, tensor in tensors.items()}
     tensors |= {key: tensors[original] for key, original in header["aliases"].items()}
     detectors = {}
@@ -181,13 +170,23 @@ def read(path: Path) -> State:
     for name, rate in header["false_alarm_rates"].items():
         calibrations[name] = Calibration(rate)
         calibrations[name].load_state_dict(_below(tensors, f"calibrations.{name}."), assign=True)
+        calibrations[name].check(name)
+        if float(calibrations[name].threshold) != header["thresholds"][name]:
+            raise StateError(
+                f"the threshold of {name!r} is {float(calibrations[name].threshold)} by its calibration scores and"
+                f" {header['thresholds'][name]} in the header: expected the same"
+            )
+    inputs = header["synthetic_inputs"]
     canary = Canary(
         CacheRows(*(tensors[f"canary.rows.{field}"] for field in CacheRows._fields)),
         _below(tensors, "canary.scores."),
+        SyntheticInputs(**{**inputs, "shape": tuple(inputs["shape"])}),
+        _below(tensors, "canary.synthetic."),
     )
     return State(
         plan=TapPlan(**header["plan"]),
-        head=HeadDigest(**header["head"]),
+        head=HeadSize(**header["head"]),
+        model=ModelDigest(**header["model"]),
         agreement=Agreement(**header["agreement"]),
         image_shape=tuple(header["image_shape"]) if header["image_shape"] else None,
         positions=tuple(header["positions"]) if header["positions"] else None,
@@ -206,6 +205,7 @@ def _tensors(state: State) -> dict[str, Tensor]:
     canary = state.canary
     tensors = {f"canary.rows.{field}": column for field, column in zip(CacheRows._fields, canary.rows, strict=True)}
     tensors |= {f"canary.scores.{name}": score for name, score in canary.scores.items()}
+    tensors |= {f"canary.synthetic.{name}": score for name, score in canary.synthetic.items()}
     tensors["fit.fingerprints"] = state.fit_fingerprints
     for group, modules in (("detectors", state.detectors), ("calibrations", state.calibrations)):
         for name, module in modules.items():
@@ -239,6 +239,8 @@ def _header(state: State) -> dict[str, Any]:
         "positions": state.positions,
         "agreement": state.agreement._asdict(),
         "head": state.head._asdict(),
+        "model": state.model._asdict(),
+        "synthetic_inputs": state.canary.inputs._asdict(),
         "detectors": [{"name": name, "settings": detector.settings} for name, detector in state.detectors.items()],
         "subspaces": [_subspace(detectors) for detectors in _by_basis(state.detectors.values())],
         "false_alarm_rates": {name: calibration.false_alarm_rate for name, calibration in calibrations.items()},
@@ -289,15 +291,23 @@ def _open(path: Path, *, with_tensors: bool) -> tuple[dict[str, Any], dict[str, 
         raise StateError(f"{path}: a safetensors file, but not an ood-engine state; pass a file written by engine.save")
     if hashlib.sha256(text.encode()).hexdigest() != metadata.get("digest"):
         raise StateError(f"{path}: its header was altered since it was written; copy it again or fit again")
-    header: dict[str, Any] = json.loads(text)
-    if header.get("format") != FORMAT:
+    try:
+        header = json.loads(text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise StateError(f"{path}: its header is no JSON ({one_line(error)}){_WAY_OUT}") from error
+    found = header if isinstance(header, dict) else {}
+    if type(found.get("format")) is not int or found["format"] != FORMAT:
         raise StateError(
-            f"{path}: format version {header.get('format')}, written by ood-engine {header.get('package')}: expected version"
+            f"{path}: format version {found.get('format')}, written by ood-engine {found.get('package')}: expected version"
             f" {FORMAT}; fit again with this version, or install the one that wrote it"
         )
-    if with_tensors and _tensors_digest(tensors) != header["tensors_digest"]:
+    try:
+        check_header(found)
+    except StateError as error:
+        raise StateError(f"{path}: {error}{_WAY_OUT}") from error
+    if with_tensors and _tensors_digest(tensors) != found["tensors_digest"]:
         raise StateError(f"{path}: its tensors were altered since it was written; copy it again or fit again")
-    return header, tensors
+    return found, tensors
 
 
 def _tensors_digest(tensors: dict[str, Tensor]) -> str:
@@ -310,10 +320,6 @@ def _tensors_digest(tensors: dict[str, Tensor]) -> str:
 
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

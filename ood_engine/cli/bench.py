@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..features.loader import with_progress
 from ..files import write_atomically
 from ..model.loading import load_model
-from .common import check_output, echo_json, path_option, print_table, run_options, weights_option
+from .common import check_output, echo_json, force_option, path_option, print_table, run_options, weights_option
 from .timing import interleave, peak_mib, summary_ms
 
 __all__ = ["bench"]
@@ -38,6 +38,7 @@ BUILT_IN_IMAGES, BUILT_IN_SHAPE = 512, (1, 32, 32)
 )
 @weights_option
 @path_option("--state", help="State file of this model, from `ood-engine fit`.")
+@force_option
 @click.option("--quick", is_flag=True, help="A tenth of the time, with fewer rounds.")
 @path_option("--output", default=Path("bench-output"), help="Output folder for bench.json.")
 @run_options
@@ -45,6 +46,7 @@ def bench(
     model: str | None,
     weights: Path | None,
     state: Path | None,
+    force: bool,
     quick: bool,
     output: Path,
     device: torch.device,
@@ -69,7 +71,7 @@ def bench(
     if model is None or state is None:
         network, engine = _built_in(device)
     else:
-        network, engine = _from_files(model, weights, state, device)
+        network, engine = _from_files(model, weights, state, device, force)
     document = {
         "machine": _machine(device),
         "model": model or BUILT_IN,
@@ -85,9 +87,11 @@ def bench(
         click.echo(f"wrote {path}")
 
 
-def _from_files(spec: str, weights: Path | None, state: Path, device: torch.device) -> tuple[nn.Module, Engine]:
+def _from_files(
+    spec: str, weights: Path | None, state: Path, device: torch.device, force: bool
+) -> tuple[nn.Module, Engine]:
     network = load_model(spec, weights).to(device)
-    engine = Engine.load(state, network)
+    engine = Engine.load(state, network, force=force)
     if engine.image_shape is None:
         raise InputError(f"{state}: fitted on images of several sizes: expected one; run `ood-engine fit` with --size")
     return network, engine
@@ -95,7 +99,7 @@ def _from_files(spec: str, weights: Path | None, state: Path, device: torch.devi
 
 def _built_in(device: torch.device) -> tuple[nn.Module, Engine]:
     network = SmallCNN().eval().to(device)
-    images = torch.rand((BUILT_IN_IMAGES, *BUILT_IN_SHAPE), generator=torch.Generator().manual_seed(0))
+    images = torch.rand((BUILT_IN_IMAGES, *BUILT_IN_SHAPE), device="cpu", generator=torch.Generator().manual_seed(0))
     return network, Engine(network).fit(images.split(64), labels="predicted")
 
 
@@ -112,9 +116,9 @@ def _measure(network: nn.Module, engine: Engine, seconds: float, least_rounds: i
 
 
 def _row(network: nn.Module, engine: Engine, batch: int, seconds: float, least_rounds: int) -> dict[str, Any]:
-    weight = next(network.parameters())
+    weight = next(network.parameters(), engine.head.weight)
     assert engine.image_shape is not None
-    images = torch.rand((batch, *engine.image_shape), generator=torch.Generator().manual_seed(batch))
+    images = torch.rand((batch, *engine.image_shape), device="cpu", generator=torch.Generator().manual_seed(batch))
     images = images.to(weight.device, weight.dtype)
 
     def forward() -> Tensor:

@@ -26,6 +26,7 @@ __all__ = [
     "echo_json",
     "echo_skipped",
     "engine_options",
+    "force_option",
     "image_options",
     "json_option",
     "load_engine",
@@ -96,9 +97,13 @@ model_options = together(
     click.option("--model", required=True, metavar="SPEC", help=f"{_MODEL}; factory() returns the model."),
     weights_option,
 )
+force_option = click.option(
+    "--force", is_flag=True, help="Warn where the state of another model, or scores that changed, would be refused."
+)
 engine_options = together(
     path_option("--state", required=True, help="State file from `ood-engine fit`."),
     model_options,
+    force_option,
 )
 seed_option = click.option("--seed", default=0, type=click.IntRange(0, 2**31 - 1), help="Seed of all random draws.")
 batch_size_option = click.option("--batch-size", default=64, type=click.IntRange(1), help="Images per forward pass.")
@@ -137,11 +142,11 @@ def make_preprocess(given: Mapping[str, Any], stored: Mapping[str, Any] | None =
 
 
 def load_engine(
-    state: Path, model: str, weights: Path | None, device: torch.device, **image_fields: Any
+    state: Path, model: str, weights: Path | None, device: torch.device, force: bool, **image_fields: Any
 ) -> tuple[Engine, nn.Module, Preprocess]:
     """Load the engine of a state file, its model, and the preprocessing it was fitted with."""
     network = load_model(model, weights).to(device)
-    engine = Engine.load(state, network)
+    engine = Engine.load(state, network, force=force)
     stored = engine.information.get("preprocess")
     if stored is None and all(value is None for value in image_fields.values()):
         click.echo(

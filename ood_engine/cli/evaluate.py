@@ -148,7 +148,7 @@ def _number_classes(id_data: ImageDataset, fitted: list[str] | None, classes: in
         if unknown:
             problem = f"the class folder {unknown[0]!r} was absent when the state was fitted"
         else:
-            number = torch.tensor([fitted.index(name) for name in names])
+            number = torch.tensor([fitted.index(name) for name in names], device="cpu")
             id_data.labels = number[id_data.labels]
             return
     elif names and len(names) != classes:

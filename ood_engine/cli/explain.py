@@ -84,7 +84,10 @@ def _index(names: list[str], image: str) -> int:
 
 def _visible(image: Tensor, preprocess: Preprocess) -> Tensor:
     """The image with its normalisation undone."""
-    mean, std = (torch.tensor(value).reshape(-1, 1, 1) for value in (preprocess.mean, preprocess.std))
+    mean, std = (
+        torch.tensor(value, dtype=torch.float32, device="cpu").reshape(-1, 1, 1)
+        for value in (preprocess.mean, preprocess.std)
+    )
     pixels = image * std + mean
     return pixels if pixels.shape[0] in (1, 3) else pixels.mean(0, keepdim=True)
 

@@ -204,7 +204,7 @@ def _split(
             f"--calibration-share {share:g} of {len(dataset)} images holds out {held_out}: expected at least one held out, and one"
             " to fit; give more images, or --calibration"
         )
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(dataset), device="cpu", generator=torch.Generator().manual_seed(seed)).tolist()
     return dataset.subset(sorted(order[held_out:])), dataset.subset(sorted(order[:held_out]))
 
 

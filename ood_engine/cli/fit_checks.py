@@ -26,7 +26,7 @@ def number_by_name(dataset: ImageDataset, names: list[str] | None) -> None:
     """Renumber the class folders to the model's classes, if the model names all of them."""
     folders = dataset.class_names
     if dataset.labels is not None and folders and names and set(folders) <= set(names) and folders != names:
-        dataset.labels = torch.tensor([names.index(folder) for folder in folders])[dataset.labels]
+        dataset.labels = torch.tensor([names.index(folder) for folder in folders], device="cpu")[dataset.labels]
         dataset.class_names = names
 
 

@@ -66,8 +66,8 @@ def _facts(state: Path, header: dict[str, Any]) -> dict[str, str]:
         "file": f"{state} ({_size(state.stat().st_size)}, format {header['format']})",
         "written by": f"ood-engine {header['package']}, torch {header['torch']}",
         "head": f"{plan['head']}: {head['classes']} classes × {head['features']} features,"
-        f" {'with' if head['bias'] else 'without'} bias, {head['dtype']}, digest {head['digests'][head['dtype']][:12]}"
-        + ("" if plan["head_proven"] else f"; {plan['head_reason']}"),
+        f" {'with' if head['bias'] else 'without'} bias" + ("" if plan["head_proven"] else f"; {plan['head_reason']}"),
+        "model": f"{header['model']['dtype']}, digest {header['model']['own'][:12]}",
         "feature map": map_words + (", rectified" if header["rectify"] else ""),
         "reason": plan["reason"],
         "fitted on": f"{header['fit_samples']} images, seed {header['seed']}",

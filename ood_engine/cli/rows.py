@@ -76,8 +76,9 @@ def rows_of(engine: Engine, batch: Batch) -> Rows:
 def _score(engine: Engine, batch: Batch) -> _Scored:
     classes = engine.head.weight.shape[0]
     if batch.images is None:
-        nothing = Scores({name: torch.empty(0) for name in engine.detectors})
-        return _Scored(nothing, torch.empty(0, classes), torch.empty(0, dtype=torch.bool))
+        nothing = torch.empty(0, device="cpu")
+        scores = Scores(dict.fromkeys(engine.detectors, nothing))
+        return _Scored(scores, torch.empty((0, classes), device="cpu"), nothing.bool())
     engine.scorer.require_fitted()
     with torch.no_grad():
         captured = engine.scorer.run(batch.images)

@@ -51,8 +51,8 @@ def interleave(
 
 def summary_ms(rounds_ms: Sequence[float]) -> dict[str, float]:
     """Median, minimum, and 5th and 95th percentiles."""
-    times = torch.tensor(rounds_ms, dtype=torch.float64)
-    quantiles = times.quantile(torch.tensor([0.5, 0.0, 0.05, 0.95], dtype=torch.float64))
+    times = torch.tensor(rounds_ms, dtype=torch.float64, device="cpu")
+    quantiles = times.quantile(torch.tensor([0.5, 0.0, 0.05, 0.95], dtype=torch.float64, device="cpu"))
     return dict(zip(("median_ms", "min_ms", "p5_ms", "p95_ms"), quantiles.tolist(), strict=True))
 
 

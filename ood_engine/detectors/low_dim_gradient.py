@@ -142,7 +142,7 @@ class LowDimGradient(Detector):
 
     def _virtual_logit_scale(self, data: FitData, index: Tensor) -> Tensor:
         """α of ViM: the sum of the largest logits over that of the residuals."""
-        logits, residuals = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        logits, residuals = (torch.zeros((), dtype=torch.float64, device="cpu") for _ in range(2))
         for signals in data.signals(index):
             logits = logits + (signals.lse + signals.probabilities.amax(1).log()).double().sum().cpu()
             residuals = residuals + self._residual(signals).sum().cpu()

@@ -44,5 +44,5 @@ class HeadConfidence:
     @property
     def ece(self) -> float | None:
         """Expected calibration error over 15 bins, a fraction; None if no sample was added."""
-        confidence = torch.cat(self._confidence) if self._confidence else torch.empty(0)
+        confidence = torch.cat(self._confidence) if self._confidence else torch.empty(0, device="cpu")
         return ece_from_confidence(confidence, torch.cat(self._is_right)) if len(confidence) else None

@@ -184,6 +184,9 @@ def _examples(data: ImageDataset) -> np.ndarray | None:
     images: list[Tensor] = [sample.image for index in positions if (sample := data[int(index)]).image is not None]
     if not images:
         return None
-    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (data.preprocess.mean, data.preprocess.std))
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device="cpu").reshape(-1, 1, 1)
+        for values in (data.preprocess.mean, data.preprocess.std)
+    )
     pixels: Any = (torch.stack(images) * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     return np.asarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)

@@ -104,7 +104,7 @@ def explain(engine: Engine, image: Tensor, detector: str = "low_dim_gradient") -
         detector,
         float(found.parts.sum() + found.offset),
         float(found.offset),
-        found.parts.sum(1).cpu() if has_classes else torch.empty(0, dtype=torch.float64),
+        found.parts.sum(1).cpu() if has_classes else torch.empty(0, dtype=torch.float64, device="cpu"),
         by_channel[:-1].cpu(),
         float(by_channel[-1]),
         None if places is None else places.cpu(),

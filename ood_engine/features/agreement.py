@@ -17,7 +17,7 @@ OutputForm = Literal["logits", "softmax", "log_softmax"]
 _MARGIN = 8.0
 _LEAST = 1e-4
 _LEAST_IN_HALF = 2e-2
-_HALF = (torch.float16, torch.bfloat16)
+_HALF = frozenset((torch.float16, torch.bfloat16))
 _EXACT = ("ieee", "tf32x3")
 
 
@@ -84,5 +84,5 @@ class Agreement(NamedTuple):
 
     def allowed(self, *dtypes: torch.dtype, precision: str = "ieee") -> Agreement:
         """Tolerances for activations and weights of these dtypes and operators of this precision."""
-        least = _LEAST_IN_HALF if precision not in _EXACT or any(one in _HALF for one in dtypes) else _LEAST
+        least = _LEAST_IN_HALF if precision not in _EXACT or not _HALF.isdisjoint(dtypes) else _LEAST
         return self._replace(features=max(_MARGIN * self.features, least), logits=max(_MARGIN * self.logits, least))

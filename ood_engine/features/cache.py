@@ -73,6 +73,10 @@ class FeatureCache:
     def __len__(self) -> int:
         return self.rows.features.shape[0]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FeatureCache:
+        # A finished cache never changes, and may be larger than memory.
+        return self
+
     @classmethod
     def from_features(
         cls,
@@ -118,8 +122,8 @@ class FeatureCache:
             raise InputError(
                 f"fingerprints: expected int64 [{count}], got {fingerprints.dtype} {list(fingerprints.shape)}"
             )
-        nothing = torch.empty((count, 0), dtype=features.dtype)
-        labels = torch.full((count,), NO_LABEL) if labels is None else labels.to(torch.int64)
+        nothing = torch.empty((count, 0), dtype=features.dtype, device="cpu")
+        labels = torch.full((count,), NO_LABEL, device="cpu") if labels is None else labels.to(torch.int64)
         rows = CacheRows(features, fingerprints, labels, nothing if maximum is None else maximum, nothing)
         return cls(rows, None if directory is None else Path(directory))
 
@@ -221,7 +225,7 @@ class CacheWriter:
     def _kept(self, column: Tensor) -> Tensor:
         if self._dtype is None or not column.is_floating_point():
             return column
-        largest = column.abs().nan_to_num(0, 0).max() if column.numel() else torch.zeros(())
+        largest = column.abs().nan_to_num(0, 0).max() if column.numel() else torch.zeros((), device="cpu")
         if largest > torch.finfo(self._dtype).max:
             raise InputError(
                 f"features up to {float(largest):.3g} do not fit {self._dtype}: expected at most"

@@ -128,7 +128,7 @@ class FitData(Shared):
         return self.shared(("collected", key), lambda: self._collect(index, of))
 
     def _collect(self, index: Tensor, of: Callable[[Signals], Tensor]) -> Tensor:
-        collected, start = torch.empty(0), 0
+        collected, start = torch.empty(0, device="cpu"), 0
         for signals in self.signals(index):
             part = of(signals)
             if start == 0:
@@ -140,7 +140,7 @@ class FitData(Shared):
     @cached_property
     def predicted(self) -> Tensor:
         """int64 [n] predicted classes in the order of the cache, on the CPU."""
-        order = torch.arange(len(self))
+        order = torch.arange(len(self), device="cpu")
         return torch.cat([signals.probabilities.argmax(1).cpu() for signals in self.signals(order)])
 
     def labels(self, index: Tensor) -> Tensor:

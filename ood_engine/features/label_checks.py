@@ -49,7 +49,7 @@ def _binomial_tail(least: int, count: int, rate: float) -> float:
     """P(X ≥ least) for X ~ Binomial(count, rate)."""
     if least == 0 or rate == 0:
         return float(least == 0)
-    successes = torch.arange(least, count + 1, dtype=torch.float64)
+    successes = torch.arange(least, count + 1, dtype=torch.float64, device="cpu")
     failures = count - successes
     choices = math.lgamma(count + 1) - torch.lgamma(successes + 1) - torch.lgamma(failures + 1)
     return float((choices + successes * math.log(rate) + failures * math.log1p(-rate)).logsumexp(0).exp())

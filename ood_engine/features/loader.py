@@ -66,9 +66,9 @@ def _only(batch: Mapping[Any, Any], names: tuple[str, ...], what: str, number: i
 
 def _checked_labels(labels: Any, count: int, number: int) -> Tensor:
     if labels is None:
-        return torch.full((count,), NO_LABEL, dtype=torch.int64)
+        return torch.full((count,), NO_LABEL, dtype=torch.int64, device="cpu")
     try:
-        labels = torch.as_tensor(labels).detach().cpu()
+        labels = (labels if isinstance(labels, Tensor) else torch.as_tensor(labels, device="cpu")).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"labels of batch {number}: expected whole numbers [{count}], one per image, got a {type(labels).__name__} that is no"

@@ -69,7 +69,7 @@ def folder_source(root: Path) -> ImageSource:
         empty = next(name for name, paths in below.items() if not paths)
         raise DataError(f"{root / printable(empty)}: the class folder holds no image; add images to it, or remove it")
     return files_source([path for name in filled for path in below[name]], root, left_out)._replace(
-        labels=torch.tensor([label for label, name in enumerate(filled) for _ in below[name]]),
+        labels=torch.tensor([label for label, name in enumerate(filled) for _ in below[name]], device="cpu"),
         class_names=[printable(name) for name in filled],
     )
 

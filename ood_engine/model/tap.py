@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -69,6 +69,19 @@ class Tap:
         self._caught = threading.local()
         self._copy_model()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The model and its plan: a copy or another process makes its own twin, of the model that was fitted."""
+        self.require_unchanged(thorough=True)
+        return {name: vars(self)[name] for name in ("_model", "_wanted_head", "_wanted_map", "_plan")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        plan = state.pop("_plan")
+        vars(self).update(state)
+        self._caught = threading.local()
+        self._copy_model()
+        if plan is not None:
+            self._capture(plan)
+
     def _copy_model(self) -> None:
         """Twin of the model as it is now, since modules may have been replaced, with the layers named by hand."""
         self._handles: list[Any] = []
@@ -113,6 +126,11 @@ class Tap:
         if self._plan is None:
             raise NotFittedError("head and feature map are not known yet: call fit(loader) first")
         return self._plan
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All parameters and buffers of the model."""
+        yield from self._twin.parameters()
+        yield from self._twin.buffers()
 
     @property
     def device(self) -> torch.device:
@@ -164,7 +182,7 @@ class Tap:
         plan, logits = discover(names, lambda: self._run(images), len(images), head, feature_map)
         self._capture(plan)
         # In another order and number, so that whatever depends on the batch differs.
-        order = torch.arange(max(1, len(images) - 1)).flip(0)
+        order = torch.arange(max(1, len(images) - 1), device="cpu").flip(0)
         images, logits = images[order.to(images.device)], logits[order.to(logits.device)]
         captured = self(images)
         require_steady(logits, captured.logits, lambda: self(images).logits, self.modules)

@@ -24,8 +24,8 @@ def test_flagged_exactly_where_the_p_value_is_at_most_alpha(calibration, scores,
     fitted = Calibration(percent / 100).fit(torch.tensor(calibration), "x")
     expected = [Fraction(1 + sum(c <= s for c in calibration), len(calibration) + 1) for s in scores]
     p_values = fitted.p_values(torch.tensor(scores))
-    assert p_values.dtype == torch.float32
-    assert torch.allclose(p_values, torch.tensor([float(p) for p in expected]), rtol=1e-6)
+    assert p_values.dtype == torch.float64
+    assert p_values.tolist() == [float(p) for p in expected]
     assert fitted.is_out_of_distribution(torch.tensor(scores)).tolist() == [p <= alpha for p in expected]
 
 
@@ -74,3 +74,28 @@ def test_does_not_keep_the_callers_tensor():
 def test_not_fitted():
     with pytest.raises(NotFittedError, match="Calibration is not fitted"):
         Calibration().p_values(torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        torch.arange(40.0).flip(0),
+        torch.arange(40.0).view(20, 2),
+        torch.arange(40.0).double(),
+        torch.full((40,), torch.nan),
+    ],
+)
+def test_scores_that_no_fit_leaves_are_refused(scores):
+    calibration = Calibration(0.1)
+    calibration.set_fitted(scores=scores)
+    with pytest.raises(CalibrationError, match=r"'energy'.*: expected"):
+        calibration.check("energy")
+
+
+@pytest.mark.parametrize(("rate", "count"), [(0.05, 199), (0.1, 99), (0.3, 9), (0.07, 99), (1 / 3, 8)])
+def test_p_values_never_contradict_the_decision_at_the_threshold(rate, count):
+    calibration = Calibration(rate).fit(torch.arange(float(count)), "energy")
+    scores = torch.cat([calibration.fitted("scores"), calibration.fitted("scores") - 0.5])
+    p_values = calibration.p_values(scores)
+    assert p_values.dtype == torch.float64
+    assert torch.equal(p_values <= rate, calibration.is_out_of_distribution(scores))

@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -53,6 +55,30 @@ def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
     write_atomically(path, b"content")
     assert done == ["sync", "replace", "sync"]
     assert (path.read_bytes(), older.read_bytes()) == (b"content", b"older")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file locks")
+def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path):
+    path, other = tmp_path / "f[1]", tmp_path / "f[1].x"
+    program = "import sys; from ood_engine.files import atomic_file\n"
+    program += "with atomic_file(__import__('pathlib').Path(sys.argv[1])): print('open', flush=True); sys.stdin.read()"
+    for target, is_killed in ((path, True), (path, False), (other, True)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert process.stdout.readline() == b"open\n"
+        if is_killed:
+            process.kill()
+            process.communicate()
+        else:
+            alive = process
+    assert len(os.listdir(tmp_path)) == 2  # the second writer removed what the first had left
+    write_atomically(path, b"content")
+    assert len(os.listdir(tmp_path)) == 3
+    alive.communicate(timeout=60)
+    assert alive.returncode == 0
+    assert path.read_bytes() == b""
+    assert len(os.listdir(tmp_path)) == 2
 
 
 def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 if sys.platform != "win32":
     import fcntl
@@ -35,6 +35,8 @@ _CPU_FIELDS = {
     *("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features"),
     *("cpu", "isa", "uarch"),
 }
+_SCRATCH = "compiling-"
+_lock_files: list[TextIO] = []
 _log = logging.getLogger("ood_kernels")
 
 
@@ -69,7 +71,9 @@ def _library(source: Path) -> ctypes.CDLL:
     stem = f"{source.stem}-{_key(source, command)}"
     library = _cached(folder, stem)
     if library is None:
-        with _locked(folder):
+        with _locked(folder) as is_alone:
+            if is_alone:
+                _remove_remains(folder)
             library = _cached(folder, stem) or _compiled(source, command, folder, stem)
     return library
 
@@ -126,13 +130,35 @@ def _cached(folder: Path, stem: str) -> ctypes.CDLL | None:
 
 def _compiled(source: Path, command: Sequence[str], folder: Path, stem: str) -> ctypes.CDLL:
     """Compile into a temporary folder inside the cache, then rename atomically."""
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    # No TemporaryDirectory, which a child forked meanwhile would remove at its own exit.
+    scratch = tempfile.mkdtemp(prefix=_SCRATCH, dir=folder)
+    try:
         made = Path(scratch) / "library.so"
         arguments = [*command, *_OPTIONS, "-o", str(made), str(source)]
         subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=60)
         file = folder / f"{stem}-{_digest(made)}.so"
+        _sync(made)
         os.replace(made, file)
+        _sync(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return ctypes.CDLL(str(file))
+
+
+def _remove_remains(folder: Path) -> None:
+    """Remove what killed compilations left, while no other runs."""
+    for scratch in folder.glob(f"{_SCRATCH}*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Write a file or folder through to the disk, where system and file system can."""
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _digest(file: Path) -> str:
@@ -140,12 +166,31 @@ def _digest(file: Path) -> str:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Exclusive file lock, so that concurrent processes compile once; a no-op on file systems without locks."""
+def _locked(folder: Path) -> Iterator[bool]:
+    """Exclusive file lock, so that concurrent processes compile once; False on file systems without locks."""
     with (folder / "lock").open("a") as file:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        is_alone = False
+        _lock_files.append(file)
+        try:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+                is_alone = True
+            yield is_alone
+        finally:
+            _lock_files.remove(file)
+            with suppress(OSError):
+                # Closing alone would leave it locked by children forked meanwhile.
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _close_inherited() -> None:
+    """Close the lock files of threads that a forked child does not have."""
+    while _lock_files:
+        _lock_files.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)
 
 
 def _reason(error: Exception) -> str:

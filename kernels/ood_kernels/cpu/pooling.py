@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,6 +31,16 @@ _BLOCK_ELEMENTS_A_THREAD = 2**17
 _LARGEST_BLOCK_ELEMENTS = 2**23
 
 _load_lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _load_lock
+    _load_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # A thread that compiles does not exist in a forked child, where its lock would stay locked for ever.
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def pool_statistics(feature_map: Tensor, rectify: bool = False) -> PoolStatistics:

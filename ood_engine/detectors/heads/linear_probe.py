@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ _BATCH = 128
 _MOST_QUANTILE_VALUES = 2**27
 _BLOCK_ROWS = 8192
 _REACT_QUANTILE = 0.9
+_HERE: Any = {"dtype": torch.float32, "device": "cpu"}
 
 
 class LinearProbe(VectorHead):
@@ -73,7 +76,7 @@ class LinearProbe(VectorHead):
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             # `torch.manual_seed` would also seed the generators of other devices, which are not restored.
             torch.default_generator.manual_seed(seed)
-            norm, linear = nn.BatchNorm1d(x.shape[1]), nn.Linear(x.shape[1], classes)
+            norm, linear = nn.BatchNorm1d(x.shape[1], **_HERE), nn.Linear(x.shape[1], classes, **_HERE)
             accuracy = _train(nn.Sequential(norm, linear), x, labels, self.epochs)
         # In evaluation mode the norm is affine, and folds into the linear layer.
         assert norm.running_var is not None
@@ -86,7 +89,7 @@ class LinearProbe(VectorHead):
             bias=linear.bias + linear.weight @ norm.bias - weight @ norm.running_mean,
             lower=lower,
             upper=upper,
-            accuracy=torch.tensor(accuracy),
+            accuracy=torch.tensor(accuracy, **_HERE),
         )
 
     def _bounds(self, x: Tensor, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +120,7 @@ def _train(probe: nn.Sequential, x: Tensor, labels: Tensor, epochs: int) -> floa
     optimiser = torch.optim.SGD(probe.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     for _ in range(epochs):
         probe.train()
-        for index in torch.randperm(len(x)).split(_BATCH):
+        for index in torch.randperm(len(x), device="cpu").split(_BATCH):
             if len(index) == 1:  # a batch norm cannot be trained on one sample
                 continue
             optimiser.zero_grad()

@@ -223,13 +223,16 @@ def test_an_output_with_a_slash_is_a_folder_of_parts_written_by_number_or_by_the
         assert read(folder) == read(tmp_path / "whole.parquet")
 
 
-def test_other_weights_below_the_same_head_do_not_continue_a_run(place, call, refused, tmp_path, monkeypatch):
+def test_other_weights_below_the_same_head_do_not_continue_a_run(place, call, tmp_path, monkeypatch):
     monkeypatch.setattr(score_module.ResultWriter, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert call(place.score(tmp_path / "t.parquet"))[0] == 130
     state = load_file(place["net.safetensors"])
     save_file(state | {"body.1.weight": state["body.1.weight"] * 1.0001}, tmp_path / "other.safetensors")
     other = ["--resume", "--weights", str(tmp_path / "other.safetensors")]
-    refused(place.score(tmp_path / "t.parquet", *other), "'model' was")
+    code, _, errors = call(place.score(tmp_path / "t.parquet", *other))
+    assert code == 2
+    assert "fitted to another model" in errors
+    assert "'model' was" in errors
 
 
 @pytest.mark.parametrize(
@@ -405,3 +408,11 @@ def test_explain_uses_the_names_of_class_folders(place, call, answer, tmp_path):
     assert {row["name"] for row in document["classes"]} == set(names)
     assert document["predicted_name"] == names[document["predicted"]]
     assert names[document["predicted"]] in call(use)[1]
+
+
+def test_a_state_of_another_model_needs_force(place, tmp_path, refused, call):
+    command = ["score", "--state", place.state, "--model", place.spec, "--data", place["noise.npy"]]
+    command += ["--output", str(tmp_path / "x.csv")]
+    refused(command, "fitted to another model", "--force) goes on anyway")
+    code, _, err = call([*command, "--force"])
+    assert (code, "fitted to another model" in err) == (0, True)

@@ -96,7 +96,7 @@ def test_what_cannot_calibrate_is_refused_before_the_model_runs(place, refused, 
 def test_a_full_disk_is_known_before_the_model_runs(place, refused, tmp_path, monkeypatch, command):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(1000))
-    monkeypatch.setattr(Engine, "load", classmethod(lambda cls, path, model: _loaded(place)))
+    monkeypatch.setattr(Engine, "load", classmethod(lambda cls, path, model, **_: _loaded(place)))
     refused(
         getattr(place, command)(tmp_path / "out.parquet"),
         "0.0 MiB are free, expected at least",

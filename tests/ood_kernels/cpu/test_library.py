@@ -139,8 +139,54 @@ def test_a_process_killed_while_it_compiles_leaves_nothing_that_is_loaded(source
     os.killpg(process.pid, 9)
     process.communicate()
     assert libraries(cache) == []
+    assert len(list(cache.iterdir())) == 2  # the lock and the folder it compiled in
     compiler()
     assert answer(source) == 42
+    assert sorted(cache.iterdir()) == sorted([cache / "lock", *libraries(cache)])
+
+
+FORKED = """
+import os, sys, threading, time
+import torch
+from ood_kernels.cpu import pooling
+starts, kill = sys.argv[1], sys.argv[2] == "kill"
+thread = threading.Thread(target=pooling.is_compiled)
+thread.start()
+while not os.path.exists(starts):
+    time.sleep(0.01)
+child = os.fork()
+if child == 0:
+    os.environ["CXX"] = "c++"  # the parent's compiler takes its time
+    print("child", pooling.is_compiled(), flush=True)
+    sys.exit()
+if kill:
+    os._exit(0)
+thread.join()
+print("parent", pooling.is_compiled(), flush=True)
+os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize("ending", ["wait", "kill"])
+def test_a_child_forked_while_a_thread_compiles_does_not_hang(ending, compiler, tmp_path):
+    compiler(seconds=1)
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, str(tmp_path / "starts"), ending]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        out, _ = process.communicate(timeout=12)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+    assert sorted(out.split()) == sorted(["child", "True"] + ["parent", "True"] * (ending == "wait"))
+
+
+def test_a_library_is_on_the_disk_before_its_name(source, monkeypatch, cache):
+    done, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append("sync"), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
+    assert answer(source) == 42
+    assert done == ["sync", "replace", "sync"]
 
 
 def test_source_compiler_and_cpu_each_have_a_library_of_their_own(
