@@ -123,7 +123,7 @@ def _print(document: dict[str, Any]) -> None:
     console = Console()
     console.print(
         f"{document['image']}: {document['detector']} {document['score']:.5g} (predicted class"
-        f" {document['predicted_name'] or document['predicted']}; {document['offset']:.5g} of neither classes nor channels)",
+        f" {document['predicted_name'] or document['predicted']}, offset {document['offset']:.5g})",
         highlight=False,
         markup=False,
     )

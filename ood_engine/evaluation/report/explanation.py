@@ -55,7 +55,7 @@ def explanation_png(
     name = (lambda index: str(index)) if classes is None else (lambda index: shortened(classes[index], 14))
     _bars(panels[-2], "classes", [(name(index), value) for index, value in largest(explanation.classes, count)])
     _bars(panels[-1], "channels", [(str(index), value) for index, value in largest(explanation.channels, count)])
-    title = f"{explanation.detector}: {explanation.score:.4g}, of which {explanation.offset:.4g} of neither classes nor channels"
+    title = f"{explanation.detector}: {explanation.score:.4g}, offset {explanation.offset:.4g}"
     verbatim(figure.suptitle(title, fontsize=9, color=SOFT_INK))
     figure.supxlabel(
         "contribution to the score: red towards out-of-distribution, blue towards in-distribution", fontsize=8
