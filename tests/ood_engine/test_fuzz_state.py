@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
 import ood_engine as oe
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from fuzz_state import run
+from tests.fuzz_state import run
 
 
 @pytest.fixture(scope="module")
