@@ -11,7 +11,8 @@ __all__ = ["Seal"]
 
 _GOLDEN = -7046029254386353131  # 2^64 / golden ratio as a signed 64-bit integer
 _CHUNK = 2**20
-_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+# Not int64 for 8 bytes: two changed signs, of weight 2^63 each, would cancel.
+_INTEGERS = {8: torch.int32, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 class Seal:

@@ -76,6 +76,23 @@ def remove_bias(model):
 SURGERY = [replace_head, replace_block, train, update_statistics, prune_head, normalise_head, load_other, assign_other]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_changed_signs_and_exchanged_weights_are_noticed(dtype):
+    tensor = torch.ones((4096,), dtype=dtype)
+    tensor[0] = 2
+    model = nn.Module()
+    model.register_buffer("weight", tensor)
+    seal = Seal(model, {"": model})
+    tensor.neg_()
+    assert seal.change() == "weight"
+    tensor.neg_()
+    assert seal.change() is None
+    for place in (1, 2048, 4095):
+        tensor[[0, place]] = tensor[[place, 0]]
+        assert seal.change() == "weight"
+        tensor[[0, place]] = tensor[[place, 0]]
+
+
 @pytest.mark.parametrize("change", [*SURGERY, remove_bias])
 def test_a_change_before_fit_is_fitted(change):
     model = Net()
