@@ -469,7 +469,7 @@ class Engine:
         scorer.tap.find(images)
         self._synthetic_inputs = SyntheticInputs.like(images)
         feature_map = scorer.run(images[:32]).feature_map
-        set_up.check_head(self.head, self.plan.head_reason, self.detectors)
+        set_up.check_head(self.head, self.plan.sigmoid, self.detectors)
         reason = self.plan.reason if feature_map is None else self.scorer.check_map(feature_map)
         lacking = [name for name, detector in self.detectors.items() if detector.needs_map]
         if reason is None or not lacking:

@@ -102,6 +102,7 @@ _FIELDS: dict[str, _Rule] = {
         head_proven=_FLAG,
         head_reason=_TEXT,
         output=_TEXT,
+        sigmoid=_FLAG,
     ),
     "image_shape": _or_null(_SHAPE),
     "positions": _or_null(

@@ -171,9 +171,8 @@ def fit(
     )
     skipped = echo_skipped(loader.skipped, "fitting")
     # Folders that are not the model's classes have another numbering.
-    names = (
-        dataset.class_names if len(dataset.class_names or ()) == len(engine.head.weight) else class_names_of(network)
-    )
+    is_named = engine.set_up.are_numbers_known and len(dataset.class_names or ()) == len(engine.head.weight)
+    names = dataset.class_names if is_named else class_names_of(network)
     engine.information = {"preprocess": preprocess.to_dict(), "class_names": names}
     if fresh is not None:
         loader = fresh.loader(batch_size)

@@ -49,7 +49,7 @@ class FitData(Shared):
         are_labels_read: whether any detector asked for labels.
 
     Raises:
-        InputError: non-finite samples, or labels out of the head's range.
+        InputError: non-finite samples, or labels out of the head's range, unless they are not read.
     """
 
     def __init__(
@@ -87,11 +87,12 @@ class FitData(Shared):
             start += rows.features.shape[0]
         labels = self.cache.rows.labels
         wrong = ((labels < 0) & (labels != NO_LABEL)) | (labels >= classes)
-        if wrong.any():
+        if wrong.any() and not self._use_predicted:
             first = int(wrong.nonzero()[0])
             raise InputError(
                 f"label {int(labels[first])} of sample {first} is out of range: expected 0 to {classes - 1}, as the head has"
-                f" {classes} classes; map the labels to those of the model"
+                f" {classes} classes; map the labels to those of the model, or fit without them by labels='predicted'"
+                " (--labels predicted)"
             )
 
     def __len__(self) -> int:

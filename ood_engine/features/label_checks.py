@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 __all__ = [
     "class_names_of",
     "folder_problem",
     "folders_of",
     "is_chance",
-    "looks_multi_label",
+    "multi_label_rows",
     "renumbering",
 ]
 
@@ -23,6 +24,9 @@ _FEWEST_PER_CLASS = 5
 _DECIDED = math.log(9)  # a sigmoid outside (0.1, 0.9)
 _RELATIVE = 0.2
 _SHARE_DECIDED = 0.95
+_SHARE = 0.1
+_SHARE_UNDECIDED = 0.2
+_PERMUTATIONS = 199
 
 
 def is_chance(labels: Tensor, predicted: Tensor) -> tuple[bool, float]:
@@ -30,6 +34,8 @@ def is_chance(labels: Tensor, predicted: Tensor) -> tuple[bool, float]:
 
     Chance is r = Σ_c q_c q̂_c, the agreement of independent labels and predictions with these class frequencies. It is not rejected
     if P(X ≥ k) > 1 % for X ~ Binomial(n, r) and k agreements, unless not even n agreements would reject it; 1 % is our default.
+    Where most samples are of one class the binomial hides what is right of the others, so that random permutations of the labels
+    must agree as often, too. Labels of a single class that most predictions share decide nothing.
 
     Example:
         >>> labels = torch.arange(40) % 4
@@ -40,9 +46,10 @@ def is_chance(labels: Tensor, predicted: Tensor) -> tuple[bool, float]:
     classes = int(max(labels.max(), predicted.max())) + 1
     shares = [torch.bincount(one, minlength=classes).double() / count for one in (labels, predicted)]
     rate = float(shares[0] @ shares[1])
-    is_undecidable = rate**count > _SIGNIFICANCE
     agreed = int((labels == predicted).sum())
-    return not is_undecidable and _binomial_tail(agreed, count, rate) > _SIGNIFICANCE, rate
+    is_undecidable = rate**count > _SIGNIFICANCE or (bool((labels == labels[0]).all()) and 2 * agreed > count)
+    is_frequent = not is_undecidable and _binomial_tail(agreed, count, rate) > _SIGNIFICANCE
+    return is_frequent and _agrees_permuted(labels, predicted), rate
 
 
 def _binomial_tail(least: int, count: int, rate: float) -> float:
@@ -53,6 +60,18 @@ def _binomial_tail(least: int, count: int, rate: float) -> float:
     failures = count - successes
     choices = math.lgamma(count + 1) - torch.lgamma(successes + 1) - torch.lgamma(failures + 1)
     return float((choices + successes * math.log(rate) + failures * math.log1p(-rate)).logsumexp(0).exp())
+
+
+def _agrees_permuted(labels: Tensor, predicted: Tensor) -> bool:
+    """Whether P(X ≥ k) > 1 % for k agreements, and X those of randomly permuted labels, estimated with a seed of its own."""
+    generator = torch.Generator().manual_seed(0)
+    least, reached = int((labels == predicted).sum()), 0
+    for _ in range(_PERMUTATIONS):
+        permuted = labels[torch.randperm(len(labels), generator=generator, device="cpu")]
+        reached += int((permuted == predicted).sum()) >= least
+        if 1 + reached > _SIGNIFICANCE * (1 + _PERMUTATIONS):
+            return True
+    return False
 
 
 def renumbering(labels: Tensor, predicted: Tensor) -> dict[int, int]:
@@ -72,18 +91,34 @@ def renumbering(labels: Tensor, predicted: Tensor) -> dict[int, int]:
     return dict(zip(a[moved].tolist(), b[moved].tolist(), strict=True))
 
 
-def looks_multi_label(logits: Tensor) -> Tensor:
-    """Bool [n]: logits [n, C] whose sigmoids are decided on no class, or on several, which a softmax would let compete.
+def multi_label_rows(logits: Tensor, *, have_class: bool = False) -> int:
+    """How many rows of logits [n, C] say 'no class' or 'several classes', as sigmoids; 0 unless they are a multi-label model's.
 
-    A row is decided if 95 % of its logits exceed log 9 (a sigmoid outside (0.1, 0.9)) and a fifth of the row's largest, in
-    magnitude; cross-entropy leaves most of them near their mean. Of its classes none may be present, or from 2 to C/2: logits that
-    are positive for most classes are shifted. The numbers are ours.
+    A row is decided if its largest logit and 95 % of all exceed, in magnitude, log 9 (a sigmoid outside (0.1, 0.9)) and a fifth of
+    the row's largest; cross-entropy leaves most of them near their mean. Of its classes none may be present, or from 2 to C/2:
+    logits that are positive for most classes are shifted. A softmax is blind to a shift, which spreads its rows over the threshold
+    or leaves none above it. So over 10 % of the rows must say so, over 10 % have a class, and the undecided be at most 20 %, or
+    fewer than those of several classes. The numbers are ours.
+
+    Args:
+        logits: of ID samples.
+        have_class: each sample is known to have a class, so that 'no class' only means a small logit.
     """
+    if logits.shape[1] == 1:
+        return 0
     size = logits.abs()
-    least = (_RELATIVE * size.amax(1, keepdim=True)).clamp(min=_DECIDED)
-    is_decided = (size > least).double().mean(1) >= _SHARE_DECIDED
+    is_large = size > (_RELATIVE * size.amax(1, keepdim=True)).clamp(min=_DECIDED)
+    top = logits.argmax(1, keepdim=True)
+    is_decided = (is_large.double().mean(1) >= _SHARE_DECIDED) & is_large.gather(1, top)[:, 0]
     present = (logits > 0).sum(1)
-    return is_decided & (present != 1) & (2 * present <= logits.shape[1]) & (logits.shape[1] > 1)
+    kinds = (present == 0, present == 1, (present > 1) & (2 * present <= logits.shape[1]))
+    none, one, several = (int((is_decided & kind).sum()) for kind in kinds)
+    found = several + (0 if have_class else none)
+    undecided = len(logits) - int(is_decided.sum())
+    is_multi_label = min(found, one + several) > _SHARE * len(logits) and (
+        undecided <= max(_SHARE_UNDECIDED * len(logits), several)
+    )
+    return found if is_multi_label else 0
 
 
 def class_names_of(model: Any) -> list[str] | None:
@@ -101,7 +136,7 @@ def class_names_of(model: Any) -> list[str] | None:
 def folders_of(loader: Any) -> list[str] | None:
     """The class folders from which a loader numbers its labels; None if it has none, or numbers them otherwise."""
     dataset: Any = getattr(loader, "dataset", None)
-    while hasattr(dataset, "dataset"):
+    while isinstance(dataset, Subset):  # other wrappers may map the labels
         dataset = dataset.dataset
     if getattr(dataset, "target_transform", None) is not None:
         return None

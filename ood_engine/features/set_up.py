@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from .label_checks import (
     folder_problem,
     folders_of,
     is_chance,
-    looks_multi_label,
+    multi_label_rows,
     renumbering,
 )
 
@@ -29,16 +28,13 @@ __all__ = ["Labels", "SetUp"]
 Labels = Literal["given", "predicted"]
 """Classes for detectors that need labels: those of the loader, or those that the model predicts."""
 
-_SIGMOID = re.compile(r"\bthe sigmoids? of '")
-_SHARE_MULTI_LABEL = 0.1
 _EXPECTED_AGREEMENT = 0.9
 _POOR_AGREEMENT = 0.5
 _NAMED = 3
 _SUSPECTS = "check mean and std, image size, channel order, the weights, and the numbering of the classes"
-_MULTI_LABEL = (
-    "most detectors assume exactly one class per image; choose those that do not, Engine(model, ['nap']), with a loader of images"
-    " alone"
-)
+_WITHOUT_LABELS = "fit without them by labels='predicted' (--labels predicted)"
+_ONLY_NAP = "detectors=['nap'] (--detectors nap), without labels or with labels='predicted' (--labels predicted)"
+_MULTI_LABEL = f"most detectors assume exactly one class per image; choose those that do not, {_ONLY_NAP}"
 
 
 class Needs(Protocol):
@@ -57,6 +53,7 @@ class SetUp:
         force: overrule objections, which then are warnings.
         label_agreement: share of the given labels that the model predicts; None without labels, or before `check_labels`.
         overruled: the objections overruled.
+        are_numbers_known: whether the given labels are numbered as the model's classes, as far as folders and predictions tell.
 
     Raises:
         InputError: unknown `labels`.
@@ -66,7 +63,8 @@ class SetUp:
     force: bool = False
     label_agreement: float | None = None
     overruled: list[str] = field(default_factory=list)
-    _has_known_numbers: bool = True
+    are_numbers_known: bool = True
+    _are_labels_checked: bool = True
 
     def __post_init__(self) -> None:
         if self.labels not in ("given", "predicted"):
@@ -106,12 +104,12 @@ class SetUp:
                 " model are not; make it by engine.extract(loader), or omit the detector"
             )
 
-    def check_head(self, head: ok.Head, reason: str, detectors: Mapping[str, Needs]) -> None:
+    def check_head(self, head: ok.Head, sigmoid: bool, detectors: Mapping[str, Needs]) -> None:
         """Object to a head whose outputs are no logits of exclusive classes, if any detector takes them for such.
 
         Args:
             head: the unpruned head.
-            reason: what the model makes of its output, see `TapPlan.head_reason`.
+            sigmoid: whether the model returns sigmoids of its output, see `TapPlan.sigmoid`.
             detectors: name → detector.
 
         Raises:
@@ -124,10 +122,9 @@ class SetUp:
             raise InputError(
                 f"the head has one logit z, whose softmax is 1 for every image, so {', '.join(assuming)} mean nothing: expected one"
                 " logit per class; replace it by the nn.Linear of two classes with weight [[0], [w]] and bias [0, b], whose softmax"
-                " is the sigmoid of z, or choose detectors that do not read it, Engine(model, ['nap']), with a loader of images"
-                " alone"
+                f" is the sigmoid of z, or choose detectors that do not read it, {_ONLY_NAP}"
             )
-        if _SIGMOID.search(reason):
+        if sigmoid:
             self._object(f"the outputs are sigmoids, which do not sum to 1: {_MULTI_LABEL}")
 
     def check_folders(self, loader: Any, given: Tensor, names: Sequence[str] | None, classes: int) -> None:
@@ -146,12 +143,14 @@ class SetUp:
         problem = folders and folder_problem(folders, names, classes)
         if not problem or not (given != NO_LABEL).any():
             return
+        self.are_numbers_known = False
         if self.labels == "predicted":
-            self._has_known_numbers = False
+            self._are_labels_checked = False
         else:
             self._object(
                 f"{problem}: expected one folder per class of the model; add or rename folders, or number the labels by the model's"
-                " classes, or fit without them by labels='predicted' (--labels predicted)"
+                f" classes, or {_WITHOUT_LABELS}",
+                is_forcible=len(folders or ()) <= classes,
             )
 
     def check_labels(self, data: FitData, detectors: Mapping[str, Needs]) -> None:
@@ -167,17 +166,23 @@ class SetUp:
     def _check_agreement(self, data: FitData) -> None:
         labels = data.cache.rows.labels
         labelled = labels != NO_LABEL
-        if not labelled.any() or not self._has_known_numbers:
+        if not labelled.any() or not self._are_labels_checked:
             return
         labels, predicted = labels[labelled], data.predicted[labelled]
+        if not 0 <= int(labels.min()) <= int(labels.max()) < data.head.weight.shape[0]:
+            return  # of other classes, and not read
         self.label_agreement = float((labels == predicted).double().mean())
         by_chance, chance = is_chance(labels, predicted)
         hint = _hint(labels, predicted)
+        self.are_numbers_known &= not hint
         said = f"the model predicts {100 * self.label_agreement:.1f} % of {len(labels)} labels"
+        suspects = _SUSPECTS + (f", or {_WITHOUT_LABELS}" if hint else "")
+        if hint and self.labels == "predicted":
+            return  # the images are right, and their labels not read
         if by_chance:
-            self._object(f"{said}, no more than by chance ({100 * chance:.1f} %){hint}: expected far more; {_SUSPECTS}")
+            self._object(f"{said}, no more than by chance ({100 * chance:.1f} %){hint}: expected far more; {suspects}")
         elif self.labels == "given" and (hint or self.label_agreement < _POOR_AGREEMENT):
-            warnings.warn(f"{said}{hint}; {_SUSPECTS}", OodEngineWarning, stacklevel=5)
+            warnings.warn(f"{said}{hint}; {suspects}", OodEngineWarning, stacklevel=5)
 
     def warn_of_labels(self, data: FitData) -> None:
         """Warn if detectors were fitted on labels of which fewer than 90 % are predicted."""
@@ -193,17 +198,19 @@ class SetUp:
             )
 
     def _check_multi_label(self, data: FitData) -> None:
-        rows = looks_multi_label(_logits(data.head, next(data.signals()).features))
-        count = int(rows.sum())
-        if count > _SHARE_MULTI_LABEL * len(rows):
+        logits = _logits(data.head, next(data.signals()).features)
+        have_class = self.label_agreement is not None and self.label_agreement >= _POOR_AGREEMENT
+        count = multi_label_rows(logits, have_class=have_class)
+        if count:
             self._object(
-                f"the logits of {count} of {len(rows)} images say 'no class' or 'several classes', as of a multi-label model, or"
+                f"the logits of {count} of {len(logits)} images say 'no class' or 'several classes', as of a multi-label model, or"
                 f" of images not prepared as in its training: {_MULTI_LABEL}"
             )
 
-    def _object(self, objection: str) -> None:
+    def _object(self, objection: str, *, is_forcible: bool = True) -> None:
         if not self.force:
-            raise InputError(f"{objection}; or go on by force=True (--force), which the state records")
+            way_out = "; or go on by force=True (--force), which the state records" if is_forcible else ""
+            raise InputError(f"{objection}{way_out}")
         if objection not in self.overruled:
             self.overruled.append(objection)
             warnings.warn(f"overruled by force: {objection}", OodEngineWarning, stacklevel=5)
@@ -223,6 +230,8 @@ def _hint(labels: Tensor, predicted: Tensor) -> str:
     for label, number in moved.items():
         renumbered[labels == label] = number
     share = float((renumbered == predicted).double().mean())
+    if is_chance(renumbered, predicted)[0]:
+        return ""
     few = ", ".join(f"{label} → {number}" for label, number in list(moved.items())[:_NAMED])
     more = f" and {len(moved) - _NAMED} more" if len(moved) > _NAMED else ""
     return f", but {100 * share:.1f} % of them once renumbered (label → class: {few}{more})"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TapError
-from .outputs import agrees_with_logits, describe, explain, relative_difference, tensors_of
+from .outputs import agrees_with_logits, combination, describe, explain, relative_difference, tensors_of
 from .plan import TapPlan
 from .record import Candidate, Head, Passage, Recorder
 
@@ -66,9 +66,11 @@ def _find_head(recorder: Recorder, output: Any, samples: int, wanted: str | None
         raise TapError(_no_head(recorder, samples, wanted))
     tensors = {path: one for path, one in tensors_of(output).items() if _may_be_logits(one)}
     if not tensors and wanted is None:
+        by_position = any(sum(size > 1 for size in one.shape[1:]) > 1 for one in tensors_of(output).values())
         raise TapError(
-            f"the model's output: expected logits [N, C], alone or in a tuple, dict or object, got {describe(output)}; return them,"
-            f" or name the layer that makes them by head={heads[-1].name!r}"
+            f"the model's output: expected logits [N, C], alone or in a tuple, dict or object, got {describe(output)}; return one"
+            " row of them per image"
+            + ("" if by_position else f", or name the layer that makes them by head={heads[-1].name!r}")
         )
     # A key of this name is the model's own word for it.
     named = {path: one for path, one in tensors.items() if path.rpartition("/")[2] == "logits"}
@@ -90,12 +92,14 @@ def _find_head(recorder: Recorder, output: Any, samples: int, wanted: str | None
         if wanted is not None or all(_is_known(recorder, one) for one in others):
             where = f" at {path!r}" if path else ""
             reason = f"verified: the model's output{where} is that of {head.name!r}, or its softmax"
-            return _plan(head, path, reason), head, tensors[path]
+            sigmoid = _is_squashed(head, recorder.heads, others)
+            return _plan(head, path, reason, sigmoid=sigmoid), head, tensors[path]
     seen = _seen(recorder.heads, heads[-1], tensors, made)
     if wanted is None:
         raise TapError(_ask(heads, seen))
     head = heads[-1]
-    return _plan(head, "", f"named by hand, unverified: {seen}", proven=False), head, head.output
+    sigmoid = _is_squashed(head, recorder.heads, list(tensors.values()))
+    return _plan(head, "", f"named by hand, unverified: {seen}", proven=False, sigmoid=sigmoid), head, head.output
 
 
 def _may_be_logits(tensor: Tensor) -> bool:
@@ -123,6 +127,13 @@ def _is_known(recorder: Recorder, tensor: Tensor) -> bool:
     """Whether a further output is no candidate for the logits: the input of a head, or a vector on the way to it."""
     vectors = [head.received for head in recorder.heads] + [one.before for one in recorder.passages]
     return any(relative_difference(tensor, vector) == 0 for vector in vectors)
+
+
+def _is_squashed(head: Head, heads: list[Head], tensors: list[Tensor]) -> bool:
+    """Whether any of the model's outputs are sigmoids of this head, alone or mixed with those of others."""
+    outputs = [(one.name, one.output) for one in heads]
+    found = [combination(one, outputs) for one in tensors]
+    return any(one is not None and one[0] == "sigmoid" and head.name in one[1] for one in found)
 
 
 def _seen(heads: list[Head], last: Head, tensors: dict[str, Tensor], made: dict[str, Head]) -> str:
@@ -219,8 +230,16 @@ def _by_hand(plan: TapPlan, head: Head, candidates: list[Candidate]) -> TapPlan:
     )
 
 
-def _plan(head: Head, output: str, reason: str, *, proven: bool = True) -> TapPlan:
-    return TapPlan(head.name, None, head_call=head.call, head_proven=proven, head_reason=reason, output=output)
+def _plan(head: Head, output: str, reason: str, *, proven: bool = True, sigmoid: bool) -> TapPlan:
+    return TapPlan(
+        head.name,
+        None,
+        head_call=head.call,
+        head_proven=proven,
+        head_reason=reason,
+        output=output,
+        sigmoid=sigmoid,
+    )
 
 
 def _with_map(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "agrees_with_logits",
+    "combination",
     "describe",
     "explain",
     "relative_difference",
@@ -94,8 +95,8 @@ def agrees_with_logits(logits: Tensor, output: Tensor, *dtypes: torch.dtype) -> 
     return any(relative_difference(form, output) <= tolerance for form in forms)
 
 
-def explain(output: Tensor, heads: Sequence[tuple[str, Tensor]]) -> str | None:
-    """How the model's output [N, C] follows from those of linear layers, such as "a mixture of 'head' and 'head_dist'".
+def combination(output: Tensor, heads: Sequence[tuple[str, Tensor]]) -> tuple[str, dict[str, float]] | None:
+    """How the model's output [N, C] follows from those of linear layers: a form of `_FORMS`, and the weight of each layer.
 
     Tries linear combinations of their outputs, softmaxes and sigmoids by least squares; None if there is none.
     """
@@ -110,12 +111,21 @@ def explain(output: Tensor, heads: Sequence[tuple[str, Tensor]]) -> str | None:
         weights = torch.linalg.lstsq(columns, wanted.cpu()[:, None], driver="gelsd").solution
         if relative_difference((columns @ weights)[:, 0], wanted.cpu()) > tolerance_of(output.dtype):
             continue
-        used = [(name, float(weight)) for name, weight in zip(names, weights[:, 0], strict=True) if abs(weight) > 1e-3]
-        plural = {"output": "", "softmax": "the softmaxes of ", "sigmoid": "the sigmoids of "}[form]
-        if len(used) > 1:
-            quoted = [repr(name) for name, _ in used]
-            return f"a mixture of {plural}{', '.join(quoted[:-1])} and {quoted[-1]}"
+        used = {name: float(weight) for name, weight in zip(names, weights[:, 0], strict=True) if abs(weight) > 1e-3}
         if used:
-            name, weight = used[0]
-            return f"{'' if abs(weight - 1) < 1e-3 else f'{weight:.3g} times '}the {form} of {name!r}"
+            return form, used
     return None
+
+
+def explain(output: Tensor, heads: Sequence[tuple[str, Tensor]]) -> str | None:
+    """The `combination` in words, such as "a mixture of 'head' and 'head_dist'"."""
+    found = combination(output, heads)
+    if found is None:
+        return None
+    form, used = found
+    if len(used) > 1:
+        plural = {"output": "", "softmax": "the softmaxes of ", "sigmoid": "the sigmoids of "}[form]
+        quoted = [repr(name) for name in used]
+        return f"a mixture of {plural}{', '.join(quoted[:-1])} and {quoted[-1]}"
+    ((name, weight),) = used.items()
+    return f"{'' if abs(weight - 1) < 1e-3 else f'{weight:.3g} times '}the {form} of {name!r}"

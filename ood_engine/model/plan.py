@@ -29,6 +29,7 @@ class TapPlan:
         head_proven: whether the head is verified: the model returns its output, or the softmax of it.
         head_reason: how the head was verified, or why it is unverified.
         output: where the model's output holds the logits, see `outputs.tensors_of`; meaningless for an unverified head.
+        sigmoid: whether the model returns sigmoids of this head, alone or mixed with those of others.
     """
 
     head: str
@@ -43,6 +44,7 @@ class TapPlan:
     head_proven: bool = True
     head_reason: str = ""
     output: str = ""
+    sigmoid: bool = False
 
     def __post_init__(self) -> None:
         # JSON has lists only.

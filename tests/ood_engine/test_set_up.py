@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from torch.utils.data.sampler import BatchSampler, SequentialSampler
 
 import ood_engine as oe
@@ -96,6 +96,12 @@ def test_permuted_classes_are_named_and_renumbered_as_said_they_fit(model, id_ba
     said = {int(a): int(b) for a, b in re.findall(r"(\d) → (\d)", message)}
     assert said.items() <= {number: place for place, number in enumerate(numbers)}.items()
     assert (" and 2 more" in message) == (len(said) == 3)
+    unlabelled = oe.Engine(model, NAMES).fit([x for x, _ in batches], labels="predicted")
+    advised = oe.Engine(model, NAMES).fit(batches, labels="predicted")
+    assert "or fit without them by labels='predicted'" in message
+    assert not advised.set_up.are_numbers_known
+    x = batches[0][0]
+    assert torch.equal(advised.score(x)["low_dim_gradient"], unlabelled.score(x)["low_dim_gradient"])
     inverse = [numbers.index(number) for number in range(5)]
     assert oe.Engine(model, ["energy"]).fit(renumbered(batches, inverse)).set_up.label_agreement > 0.9
 
@@ -150,6 +156,43 @@ def test_class_folders_other_than_the_head_are_refused_at_once(
         assert oe.Engine(model, ["energy"]).fit(same).set_up.overruled == []
     with pytest.warns(OodEngineWarning, match=f"overruled by force: {message}"):
         oe.Engine(model, ["energy"]).fit(Foldered(id_batches, folders), force=True)
+
+
+def test_a_wrapped_dataset_may_number_its_labels_anew(model, id_batches):
+    """Such as one of 5 superclasses of a dataset with 20 classes."""
+    images, labels = (torch.cat(parts) for parts in zip(*id_batches, strict=True))
+    base = TensorDataset(images, labels)
+    base.classes = list("abcdefghijklmnopqrst")
+
+    class Super(Dataset):
+        dataset = base
+
+        def __len__(self):
+            return len(base)
+
+        def __getitem__(self, index):
+            return base[index]
+
+    assert oe.Engine(model, ["energy"]).fit(DataLoader(Super(), 64)).set_up.label_agreement > 0.9
+    with pytest.raises(InputError, match="20 class folders, such as 'a', for a head of 5 classes"):
+        oe.Engine(model, ["energy"]).fit(DataLoader(Subset(base, range(100)), 64))
+
+
+def test_labels_of_more_classes_than_the_head_are_as_none_where_predicted_ones_are_read(
+    model, id_batches, test_images, tmp_path
+):
+    """The way out of the message for a folder too many, whose labels no force fits."""
+    batches = [(x, y + 1) for x, y in id_batches]
+    with pytest.raises(InputError, match=r"6 class folders.*labels='predicted' \(--labels predicted\)$"):
+        oe.Engine(model, NAMES).fit(Foldered(batches, "abcdef"))
+    with pytest.raises(InputError, match=r"label 5 .* fit without them by labels='predicted' \(--labels predicted\)$"):
+        oe.Engine(model, NAMES).fit(batches, force=True)
+    unlabelled = oe.Engine(model, NAMES).fit([x for x, _ in batches], labels="predicted").score(test_images)
+    for loader in (batches, Foldered(batches, "abcdef")):
+        oe.Engine(model, NAMES).fit(loader, labels="predicted").save(tmp_path / "state")
+        engine = oe.Engine.load(tmp_path / "state", model)
+        assert (engine.set_up.label_agreement, engine.set_up.overruled) == (None, [])
+        assert all(torch.equal(score, unlabelled[name]) for name, score in engine.score(test_images).items())
 
 
 # heads that are not for one class of several
@@ -229,6 +272,8 @@ def test_one_logit_is_refused_and_its_two_class_head_scores(make_model, images):
         with pytest.raises(InputError, match=r"the head has one logit z, .*so energy mean nothing: .*\[\[0\], \[w\]\]"):
             oe.Engine(model, ["energy"]).fit([x], force=force)
     assert oe.Engine(model, ["nap"]).fit([x]).score(x)["nap"].isfinite().all()
+    labelled = Foldered([(x, torch.arange(len(x)) % 2)], "ab")
+    assert oe.Engine(model, ["nap"]).fit(labelled, labels="predicted").score(x)["nap"].isfinite().all()
     z = model(x)
     model[-1] = nn.Linear(12, 2)
     with torch.no_grad():

@@ -77,6 +77,16 @@ def test_a_missing_class_folder_is_refused_unless_labels_are_predicted_or_classe
     assert evaluated["accuracy"] > 0.9
 
 
+def test_folders_in_another_order_than_the_classes_name_none_of_them(place, refused, folders, answer, tmp_path):
+    state = tmp_path / "s.safetensors"
+    arguments = place.fit(state, data=folders("hgfedcba"))
+    refused(arguments, "no more than by chance", "of them once renumbered (label → class: ", "--labels predicted")
+    answer([*arguments, "--labels", "predicted"])
+    assert read_header(state)["information"]["class_names"] is None
+    answer([*place.fit(state, data=folders("abcdefgh")), "--labels", "predicted"])
+    assert read_header(state)["information"]["class_names"] == list("abcdefgh")
+
+
 @pytest.mark.usefixtures("no_forward")
 @pytest.mark.parametrize(
     ("more", "words"),

@@ -14,7 +14,7 @@ from ood_engine.features.label_checks import (
     class_names_of,
     folder_problem,
     is_chance,
-    looks_multi_label,
+    multi_label_rows,
     renumbering,
 )
 
@@ -54,6 +54,25 @@ def test_too_few_labels_or_classes_decide_nothing(labels):
     assert not is_chance(torch.tensor(labels), torch.tensor(labels))[0]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_rare_classes_are_not_by_chance_where_most_samples_are_of_one(seed):
+    """A fifth of the rare samples is found, and almost every frequent one."""
+    labels = torch.zeros(1000, dtype=torch.int64)
+    labels[:50] = torch.arange(50) % 9 + 1
+    predicted = labels * (torch.rand(1000, generator=generator(seed)) < 0.2)
+    predicted[50:60] = 3
+    assert not is_chance(labels, predicted)[0]
+    assert is_chance(labels, predicted[torch.randperm(1000, generator=generator(seed))])[0]
+
+
+def test_images_of_one_class_that_the_model_knows_are_not_by_chance():
+    labels = torch.full((500,), 3)
+    known, unknown = labels.clone(), torch.randint(10, (500,), generator=generator())
+    known[:20] = unknown[:20]
+    assert not is_chance(labels, known)[0]
+    assert is_chance(labels, unknown)[0]  # such as labels that are all 0
+
+
 def test_renumbering_finds_swaps_and_shifts_and_nothing_in_noise():
     labels = torch.randint(10, (2000,), generator=generator())
     noisy = torch.where(torch.rand(2000, generator=generator(1)) < 0.2, labels.flip(0), labels)
@@ -87,12 +106,32 @@ def test_logits_of_multi_label_heads_and_of_others(classes):
     binary = F.binary_cross_entropy_with_logits
     of_one = F.one_hot(one, classes).float() @ mixing + noise
     multi = trained(binary, several, several @ mixing + noise, classes)
-    assert looks_multi_label(multi).float().mean() > 0.3
-    assert looks_multi_label(trained(F.cross_entropy, one, of_one, classes)).float().mean() < 0.02
-    assert looks_multi_label(trained(binary, F.one_hot(one, classes).float(), of_one, classes)).float().mean() < 0.02
+    assert multi_label_rows(multi) > 120
+    assert multi_label_rows(trained(F.cross_entropy, one, of_one, classes)) == 0
+    assert multi_label_rows(trained(binary, F.one_hot(one, classes).float(), of_one, classes)) == 0
     for scale, shift in ((1, 0), (3, 5), (100, 0), (1e4, 0), (0, 0)):
-        assert looks_multi_label(scale * torch.randn(400, classes) + shift).float().mean() < 0.1, (scale, shift)
-    assert not looks_multi_label(torch.full((5, 1), -9.0)).any()
+        assert multi_label_rows(scale * torch.randn(400, classes) + shift) == 0, (scale, shift)
+    assert multi_label_rows(torch.full((5, 1), -9.0)) == 0
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 100])
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_a_softmax_may_be_shifted(classes, spread):
+    """Of sure and of unsure models, by as much as the logarithm of a frequency in the initial bias, and more."""
+    one = torch.arange(400) % classes
+    margin = 3 * spread * torch.rand((400, 1), generator=generator())
+    logits = F.one_hot(one, classes) * margin + 0.3 * spread * torch.randn((400, classes), generator=generator(1))
+    found = {shift: multi_label_rows(logits + shift) for shift in range(-15, 6)}
+    assert not any(found.values()), found
+
+
+def test_no_class_means_nothing_where_each_sample_has_one():
+    present = F.one_hot(torch.arange(400) % 5, 5).double()
+    sigmoids = 12 * present - 6
+    sigmoids[::5] = -6
+    assert (multi_label_rows(sigmoids), multi_label_rows(sigmoids, have_class=True)) == (80, 0)
+    several = 12 * (present + present.flip(0)).clamp(max=1) - 6
+    assert multi_label_rows(several, have_class=True) == multi_label_rows(several) >= 240
 
 
 @pytest.mark.parametrize(

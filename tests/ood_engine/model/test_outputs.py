@@ -124,6 +124,38 @@ def test_a_head_named_by_hand_is_taken_at_its_word_and_labelled(form):
         torch.testing.assert_close(tap(x).logits, model.fc(model.conv(x).mean((2, 3))))
 
 
+SQUASHED = {
+    "alone": (lambda m, h: m.fc(h).sigmoid(), True),
+    "beside its logits": (lambda m, h: (m.fc(h), m.fc(h).sigmoid()), True),
+    "in an ensemble": (lambda m, h: (m.fc(h).sigmoid() + m.dist(h).sigmoid()) / 2, True),
+    "boxes beside it": (lambda m, h: {"boxes": m.box(h).sigmoid(), "class": m.fc(h)}, False),
+    "boxes beside its temperature": (lambda m, h: {"boxes": m.box(h).sigmoid(), "class": m.fc(h) / 2}, False),
+    "none": (lambda m, h: (m.fc(h) + m.dist(h)) / 2, False),
+}
+
+
+@pytest.mark.parametrize("form", SQUASHED)
+def test_sigmoids_are_those_of_the_head(form):
+    returns, expected = SQUASHED[form]
+    model, x = Net(returns), images(64)
+    assert Tap(model, head="fc").find(x).sigmoid == expected
+    if expected:
+        with pytest.raises(
+            oe.errors.InputError, match=r"the outputs are sigmoids, .* choose .* detectors=\['nap'\] \("
+        ):
+            oe.Engine(model, ["energy"], head="fc").fit([x])
+        oe.Engine(model, head="fc", detectors=["nap"], rectify=True).fit([x])
+    else:
+        oe.Engine(model, ["energy"], head="fc").fit([x])
+
+
+def test_logits_of_every_position_are_no_layer_to_name():
+    with pytest.raises(TapError, match=r"got torch.float32 \[8, 3, 4\]; return one row of them per image$"):
+        Tap(Net(lambda m, h: (m.embed(h), m.fc(h))[1][:, None].expand(-1, 3, -1))).find(images())
+    with pytest.raises(TapError, match=r"one row of them per image, or name the layer that makes them by head='fc'"):
+        Tap(Net(lambda m, h: m.fc(h)[:, :, None, None])).find(images())
+
+
 def test_an_engine_scores_by_an_unverified_head_and_keeps_it(tmp_path):
     model, x = Net(MIXED["temperature"][0]), images(64)
     engine = oe.Engine(model, ["energy"], head="fc").fit([x])
