@@ -117,7 +117,13 @@ def _no_head(recorder: Recorder, samples: int, wanted: str | None) -> str:
     expected = f"expected the nn.Linear or 1×1 convolution that makes the logits, called on [{samples}, D], not on every position"
     if wanted is None:
         came = "; ".join(f"{name!r} on {shape}" for name, shape in list(recorder.received.items())[-4:])
-        return f"no layer was called on one vector per image ({came or 'no linear layer was called'}): {expected}"
+        way_out = (
+            "if nothing but a mean follows the layer of the logits, take the mean of its input instead, which gives the same logits"
+            if came
+            else "call it as a module, self.fc(h), not by its weight"
+        )
+        came = came or "no linear layer was called"
+        return f"no layer was called on one vector per image ({came}): {expected}; {way_out}"
     came = f"was called on {recorder.received[wanted]}" if wanted in recorder.received else "was not called"
     others = ", ".join(repr(name) for name in dict.fromkeys(head.name for head in recorder.heads))
     return f"head={wanted!r} {came}: {expected}; those that were are {others or 'none'}"

@@ -149,6 +149,36 @@ def test_sigmoids_are_those_of_the_head(form):
         oe.Engine(model, ["energy"], head="fc").fit([x])
 
 
+class Averaging(nn.Module):
+    """Averages the logits of all positions, or makes them of the average."""
+
+    def __init__(self, *, first):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.conv, self.fc = first, nn.Conv2d(3, WIDTH, 3), nn.Conv2d(WIDTH, CLASSES, 1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return (self.fc(x.mean((2, 3), keepdim=True)) if self.first else self.fc(x)).mean((2, 3))
+
+
+def test_logits_averaged_over_positions_are_those_of_the_average_as_said():
+    x = images()
+    with pytest.raises(TapError, match=r"'fc' on .* take the mean of its input instead, which gives the same logits"):
+        Tap(Averaging(first=False)).find(x)
+    with torch.no_grad():
+        torch.testing.assert_close(Averaging(first=True)(x), Averaging(first=False)(x))
+    plan = Tap(Averaging(first=True)).find(x)
+    assert (plan.head, plan.feature_map, plan.proven, plan.head_proven) == ("fc", "conv", True, True)
+
+
+def test_a_head_used_by_its_weight_is_called_as_said():
+    by_weight = Net(lambda m, h: F.linear(h, m.fc.weight, m.fc.bias))
+    with pytest.raises(TapError, match=r"no linear layer was called\): .* call it as a module"):
+        Tap(by_weight).find(images())
+    assert Tap(Net(lambda m, h: m.fc(h))).find(images()).head == "fc"
+
+
 def test_logits_of_every_position_are_no_layer_to_name():
     with pytest.raises(TapError, match=r"got torch.float32 \[8, 3, 4\]; return one row of them per image$"):
         Tap(Net(lambda m, h: (m.embed(h), m.fc(h))[1][:, None].expand(-1, 3, -1))).find(images())
