@@ -61,9 +61,12 @@ def tensors_of(output: Any, path: str = "") -> dict[str, Tensor]:
 
 def tensor_at(output: Any, path: str) -> Any:
     """The part of a model's output at a path of `tensors_of`; None if there is none."""
-    for key in path.split("/") if path else ():
-        output = next((value for name, value in _items(output) if str(name) == key), None)
-    return output
+    if not path:
+        return output
+    # Keys may hold a slash themselves.
+    rests = ((value, f"{path}/".removeprefix(f"{name}/")) for name, value in _items(output))
+    parts = (tensor_at(value, rest[:-1]) for value, rest in rests if len(rest) <= len(path))
+    return next((part for part in parts if part is not None), None)
 
 
 def describe(output: Any) -> str:

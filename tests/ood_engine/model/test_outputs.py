@@ -94,6 +94,14 @@ def test_the_head_named_by_the_message_is_verified_at_its_place_in_the_output(re
         assert torch.equal(tap(x).logits, model(x)[1])
 
 
+def test_keys_of_the_output_may_hold_a_slash():
+    model, x = Net(lambda m, h: {"a": {"b": m.box(h)[:, 0]}, "a/b": {"c/d": [m.fc(h)]}, "": 0}), images(40)
+    tap = Tap(model)
+    assert tap.find(x).output == "a/b/c/d/0"
+    with torch.no_grad():
+        assert torch.equal(tap(x).logits, model(x)["a/b"]["c/d"][0])
+
+
 MIXED = {
     "temperature": (lambda m, h: m.fc(h) / 2, "0.5 times the output of 'fc'"),
     "sigmoid": (lambda m, h: m.fc(h).sigmoid(), "the sigmoid of 'fc'"),
