@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, StateError
 from ..features.fit_data import FitData
 from ..features.signals import Signals
 from ..runtime import Masks
@@ -118,11 +118,22 @@ class OPNP(Detector):
         super().configure(**settings)
 
     def _update_masks(self) -> None:
+        self.set_fitted(**self._masks_by_rank())
+
+    def _masks_by_rank(self) -> dict[str, Tensor]:
         weight_range, neuron_range = self._ranges
-        self.set_fitted(
-            weight_mask=keep_mask(self.fitted("weight_ranks"), weight_range),
-            neuron_mask=keep_mask(self.fitted("neuron_ranks"), neuron_range),
-        )
+        return {
+            "weight_mask": keep_mask(self.fitted("weight_ranks"), weight_range),
+            "neuron_mask": keep_mask(self.fitted("neuron_ranks"), neuron_range),
+        }
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        # A mask of one wrong bit moves scores by less than a canary tolerates.
+        if self.is_fitted and not all(
+            torch.equal(self.fitted(name), mask) for name, mask in self._masks_by_rank().items()
+        ):
+            raise StateError("the masks of its pruned head are not those of its ranks and ranges")
 
 
 @register("opp")

@@ -25,6 +25,7 @@ from ood_engine.identity import SyntheticInputs
 from ood_engine.runtime import Kernels
 from ood_engine.scorer import Scorer
 from ood_engine.state import FORMAT, read_header
+from tests.fuzz_state import sign
 
 
 def rewrite(source: Path, target: Path, change_tensors=None, change_header=None, digest: bool = True) -> Path:
@@ -223,6 +224,21 @@ def test_an_altered_header_is_not_even_read(state, tmp_path):
     path = update(seed=7, digest=False)(state, tmp_path / "x.safetensors")
     with pytest.raises(StateError, match="its header was altered since it was written"):
         read_header(path)
+
+
+@pytest.mark.parametrize("mask", ["weight_mask", "neuron_mask"])
+def test_masks_are_those_of_their_ranks(mask, model, id_batches, tmp_path):
+    """One bit of a mask moves scores by less than the canary tolerates."""
+    path = tmp_path / "x.safetensors"
+    oe.Engine(model, ["opnp"]).fit(id_batches).save(path)
+    tensors = load_file(path)
+    tensors[f"detectors.opnp.{mask}"].view(-1)[0] ^= True
+    with safe_open(path, framework="pt") as file:
+        sign(tensors, json.loads(file.metadata()["ood_engine"]), path)
+    with pytest.raises(
+        StateError, match=r"x.safetensors: the masks .* are not those of its ranks .*; copy the file again"
+    ):
+        oe.Engine.load(path, model)
 
 
 def test_a_pickle_is_not_loaded(tmp_path, model):
