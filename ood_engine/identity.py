@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["HeadSize", "ModelDigest", "SyntheticInputs"]
+__all__ = ["HeadSize", "ModelDigest", "SyntheticInputs", "strided"]
 
 _CHUNK = 2**21
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -57,7 +57,7 @@ class ModelDigest(NamedTuple):
             present |= {own} & set(_DTYPES)
             for name, digest in digests.items():
                 digest.update(f"{own if name == 'own' else name} {tuple(tensor.shape)}".encode())
-            for chunk in tensor.detach().flatten().split(_CHUNK):
+            for chunk in (chunk for part in strided(tensor) for chunk in part.flatten().split(_CHUNK)):
                 on_host = chunk.cpu()
                 for name, digest in digests.items():
                     rounds = name in _DTYPES and on_host.is_floating_point()
@@ -108,6 +108,19 @@ class SyntheticInputs(NamedTuple):
             hashed = (((index // 4**row) + 97 * row + 1) * 2654435761) % 2**32
             rows.append(self.low + (self.high - self.low) * hashed.double() / 2**32)
         return torch.stack(rows).float().view(_SYNTHETIC, *self.shape)
+
+
+def strided(tensor: Tensor) -> list[Tensor]:
+    """The tensors that hold the values of a tensor, without gradient: of a sparse one its indices and values, of another itself."""
+    tensor = tensor.detach()
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return [tensor.indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor.resolve_conj().resolve_neg()]
 
 
 def _bytes(tensor: Tensor) -> memoryview:

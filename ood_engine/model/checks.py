@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import InputError, TapError
+from ..identity import strided
 from .outputs import relative_difference, tolerance_of
 
 __all__ = ["require_batch", "require_finite_weights", "require_steady"]
@@ -34,10 +35,13 @@ def require_finite_weights(model: nn.Module) -> None:
             )
         if not tensor.is_floating_point():
             continue
-        bad = ~torch.isfinite(tensor)
+        values = strided(tensor)[-1]
+        if values.element_size() == 1:  # of 8 bits torch knows little but their conversion
+            values = values.float()
+        bad = ~torch.isfinite(values)
         if name in buffers:
             # Attention masks contain -inf.
-            bad &= ~torch.isneginf(tensor)
+            bad &= ~torch.isneginf(values)
         if bad.any():
             raise TapError(
                 f"the model's {name!r} has {int(bad.sum())} NaN or infinite values of {tensor.numel()}: expected finite"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -123,6 +124,32 @@ def test_no_image_of_a_user_is_kept(default_state, id_batches):
     from safetensors.torch import load_file
 
     assert all(tensor.ndim < 4 for tensor in load_file(default_state).values())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* support is in beta state:UserWarning")
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda ones: ones.to_sparse(),
+        lambda ones: ones.to_sparse_csr(),
+        lambda ones: ones.to_sparse_csc(),
+        lambda ones: (ones * (1 + 2j)).conj(),
+        lambda ones: (ones * (1 + 2j)).conj().imag,
+        lambda ones: ones.to(torch.float8_e4m3fn),
+        lambda ones: ones.to(torch.float8_e8m0fnu),
+    ],
+    ids=["coo", "csr", "csc", "conjugate", "negative", "float8", "float8 exponents"],
+)
+def test_buffers_of_any_layout_and_dtype_are_known(of, make_model, id_batches, tmp_path):
+    model, path = make_model(), tmp_path / "state.safetensors"
+    model.register_buffer("extra", of(torch.ones(3, 3)))
+    oe.Engine(model, ["energy"]).fit([images for images, _ in id_batches]).save(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OodEngineWarning)
+        oe.Engine.load(path, model)
+    model.extra = of(torch.full((3, 3), 2.0))
+    with pytest.warns(OodEngineWarning, match="fitted to another model"):
+        oe.Engine.load(path, model)
 
 
 def test_buffers_of_a_model_are_in_its_state(make_model, id_batches, tmp_path):
