@@ -73,7 +73,9 @@ def _compare(scorer: Scorer, state: State, path: Path, force: bool) -> None:
     place = f"({scorer.tap.device}, torch.{digest.dtype})"
     if not state.model.matches(digest):
         problem = f"{path}: fitted to another model: sizes agree, weights or buffers do not"
-        if moved > SYNTHETIC_TOLERANCE:
+        if not canary.is_decisive:
+            words = "no synthetic input has a score by which to compare them"
+        if moved > SYNTHETIC_TOLERANCE or not canary.is_decisive:
             _refuse(f"{problem}, and {words}; load the checkpoint of the fit, or fit again; {_FORCE}", force)
         else:
             _warn(f"{problem}, but {words} (quantised or merged since?); fit again to be sure", OodEngineWarning)

@@ -32,6 +32,11 @@ class Canary:
     inputs: SyntheticInputs
     synthetic: Mapping[str, Tensor]
 
+    @property
+    def is_decisive(self) -> bool:
+        """Whether a synthetic input has a score: where none has, as none agrees with the model's own, any backbone moves none."""
+        return any(bool(torch.isfinite(scores).any()) for scores in self.synthetic.values())
+
     @staticmethod
     def choose(cache: FeatureCache) -> CacheRows:
         """The samples with the largest fingerprints; the anchors of a basis have the smallest."""

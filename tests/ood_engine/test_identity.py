@@ -12,6 +12,7 @@ from torch import nn
 import ood_engine as oe
 from ood_engine.errors import OodEngineWarning, StateDriftWarning, StateError
 from ood_engine.identity import ModelDigest, SyntheticInputs
+from ood_engine.scorer import Scorer
 
 
 def digest(model: nn.Module) -> ModelDigest:
@@ -107,6 +108,20 @@ def test_another_backbone_is_refused_unless_forced(change, default_state, model)
         oe.Engine.load(default_state, other)
     with pytest.warns(StateDriftWarning, match=message):
         assert oe.Engine.load(default_state, other, force=True).calibrations
+
+
+def test_without_scores_of_synthetic_inputs_no_other_model_is_taken(model, id_batches, tmp_path, monkeypatch):
+    path, other = tmp_path / "state.safetensors", copy.deepcopy(model)
+    engine = oe.Engine(model, ["energy"]).fit(id_batches)
+    monkeypatch.setattr(Scorer, "_agrees", lambda _, signals, __: torch.zeros(len(signals.features), dtype=torch.bool))
+    engine.save(path)
+    oe.Engine.load(path, model)
+    other_stem(other)
+    message = "fitted to another model: .*, and no synthetic input has a score by which to compare them; load"
+    with pytest.raises(StateError, match=message):
+        oe.Engine.load(path, other)
+    with pytest.warns(StateDriftWarning, match=message):
+        oe.Engine.load(path, other, force=True)
 
 
 @pytest.mark.parametrize("change", [rounded, a_single_bit])
