@@ -17,8 +17,10 @@ from .errors import OodEngineError, one_line
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["TEMPORARY", "atomic_file", "write_atomically"]
+__all__ = ["RUN_BY_SPREADSHEETS", "TEMPORARY", "atomic_file", "write_atomically"]
 
+RUN_BY_SPREADSHEETS = r"\A([=+\-@\t\r\n＝＋－＠])"
+"""The first character of a CSV cell that spreadsheets take for a formula, or skip before one."""
 TEMPORARY = ".tmp"
 """Ending of an unfinished file; those of killed processes are removed by the next that writes the same path."""
 _HEX = "[0-9a-f]" * 8

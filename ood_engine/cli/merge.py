@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from typing import Any, BinaryIO
 
 from ..errors import OodEngineError
+from ..files import RUN_BY_SPREADSHEETS
 
 __all__ = ["ROWS_PER_GROUP", "import_pyarrow", "merge"]
 
 ROWS_PER_GROUP = 16384
-RUN_BY_SPREADSHEETS = r"\A([=+\-@\t\r\n＝＋－＠])"
-"""The first character of a cell that spreadsheets take for a formula, or skip before one."""
 
 
 def import_pyarrow() -> Any:

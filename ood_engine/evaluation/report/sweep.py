@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...files import write_atomically
+from ...files import RUN_BY_SPREADSHEETS, write_atomically
 from ..sweep import COLUMNS
 from .drawing import BOLD, GRID, LINE_COLOURS, SOFT_INK, legend, new_panels, png, verbatim
 from .evaluation import printable
@@ -63,7 +64,7 @@ def write_sweep_json(rows: Sequence[Row], facts: Mapping[str, Any], path: Path, 
 
 
 def write_sweep_table(rows: Sequence[Row], path: Path) -> Path:
-    """Write the rows as CSV; missing values are empty.
+    """Write the rows as CSV; missing values are empty, and an apostrophe is before text that a spreadsheet would run.
 
     Raises:
         OodEngineError: the path cannot be written.
@@ -71,8 +72,12 @@ def write_sweep_table(rows: Sequence[Row], path: Path) -> Path:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
-    return write_atomically(path, text.getvalue().encode())
+    writer.writerows({name: _escaped(value) for name, value in row.items()} for row in rows)
+    return write_atomically(path, text.getvalue().encode(errors="backslashreplace"))
+
+
+def _escaped(value: Any) -> Any:
+    return re.sub(RUN_BY_SPREADSHEETS, r"'\1", value) if isinstance(value, str) else value
 
 
 def write_sweep_figures(rows: Sequence[Row], folder: Path) -> list[Path]:

@@ -32,6 +32,15 @@ def test_the_command_writes_table_and_pictures(command, answer, tmp_path):
         assert str(folder / name) in document["files"]
 
 
+@pytest.mark.parametrize(("name", "cell"), [("@SUM(A1)", "'@SUM(A1)"), ("n\udcff", "n\\udcff")])
+def test_the_table_runs_nothing_and_has_any_name(place, call, tmp_path, name, cell):
+    options = ["--sweep", "--fit", place["fit.npz"], "--components", "3", "--bases", "dual", "--heads", "knn"]
+    assert call(place.evaluate(tmp_path / "out", *options, ood=f"{name}={place['noise.npy']}"))[0] == 0
+    with open(tmp_path / "out" / "sweep.csv", newline="", encoding="utf-8") as file:
+        assert [row["ood_set"] for row in csv.DictReader(file)] == [cell]
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"][0]["ood_set"] == name
+
+
 def test_the_command_prints_the_best_and_the_refused(command, call):
     options = ["--components", "3", "--bases", "dual"]
     code, out, _ = call(command(*options, "--normalisations", "none,nfk", "--heads", "knn,vim"))
