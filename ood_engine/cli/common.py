@@ -21,6 +21,7 @@ from ..model.loading import load_model
 __all__ = [
     "Interrupted",
     "batch_size_option",
+    "check_errors",
     "check_output",
     "check_space",
     "echo_json",
@@ -31,6 +32,7 @@ __all__ = [
     "json_option",
     "load_engine",
     "make_preprocess",
+    "max_errors_option",
     "model_options",
     "path_option",
     "print_table",
@@ -107,6 +109,13 @@ engine_options = together(
 )
 seed_option = click.option("--seed", default=0, type=click.IntRange(0, 2**31 - 1), help="Seed of all random draws.")
 batch_size_option = click.option("--batch-size", default=64, type=click.IntRange(1), help="Images per forward pass.")
+max_errors_option = click.option(
+    "--max-errors",
+    metavar="SHARE",
+    default=0.1,
+    type=click.FloatRange(0, 1),
+    help="Share of images that may be unreadable or without a score; above it the exit code is 1.",
+)
 image_options = together(
     click.option("--size", metavar="HxW", type=_size, help="Resize images to height x width; one number for a square."),
     click.option(
@@ -185,6 +194,16 @@ def check_space(path: Path, needed: int) -> None:
             f"{path.parent}: {free / 2**20:.1f} MiB are free, expected at least {needed / 2**20:.1f} MiB for {path.name}; free some"
             " space, or choose another --output"
         )
+
+
+def check_errors(count: int, images: int, allowed: float, problem: str, written: str) -> None:
+    """End with exit code 1 if more than the allowed share of images has a problem, after the output was written.
+
+    Raises:
+        Interrupted: it has.
+    """
+    if count > allowed * images:
+        raise Interrupted(f"{count} of {images} images {problem}, above --max-errors {allowed:g}; {written}", code=1)
 
 
 def echo_json(document: Mapping[str, Any]) -> None:

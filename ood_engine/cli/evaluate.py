@@ -15,16 +15,18 @@ from ..evaluation.report import print_table
 from ..images.dataset import ImageDataset, open_dataset
 from .common import (
     batch_size_option,
+    check_errors,
     check_output,
     echo_json,
     echo_skipped,
     engine_options,
     image_options,
     load_engine,
+    max_errors_option,
     path_option,
     run_options,
 )
-from .sweep import SWEEP_SETTINGS, check_sweep, run_sweep, sweep_options
+from .sweep import FIT_NAME, SWEEP_SETTINGS, check_sweep, run_sweep, sweep_options
 
 __all__ = ["evaluate"]
 
@@ -51,6 +53,7 @@ ID_NAME = "in-distribution"
 @path_option("--output", required=True, help="Output folder for evaluation.json, report.html and figures.")
 @click.option("--title", default="Out-of-distribution detection", help="Heading of the report.")
 @sweep_options
+@max_errors_option
 @image_options
 @batch_size_option
 @run_options
@@ -61,6 +64,7 @@ def evaluate(
     title: str,
     is_sweep: bool,
     fit_path: Path | None,
+    max_errors: float,
     batch_size: int,
     as_json: bool,
     **options: Any,
@@ -69,7 +73,8 @@ def evaluate(
 
     Prints AUROC and FPR95, and writes evaluation.json, report.html (self-contained), histograms.png and roc.png. The ID images
     should be held out of `fit` and its calibration. With labels, the accuracy is measured too, and for OPNP, OPP and ONP the
-    expected calibration error of the unpruned and the pruned head.
+    expected calibration error of the unpruned and the pruned head. Unreadable images are skipped and named; if more than
+    --max-errors of a set are, the exit code is 1.
 
     With --sweep, low_dim_gradient is instead fitted to the images of --fit with each basis, number of components and head; output
     is sweep.csv, sweep.json, and AUROC over components and over cost in sweep_components.png and sweep_cost.png.
@@ -82,7 +87,7 @@ def evaluate(
     """
     sweep_settings = {name: options.pop(name) for name in SWEEP_SETTINGS}
     check_sweep(is_sweep, fit_path, sweep_settings)
-    places = _places(ood_paths)
+    places = _places(ood_paths, (ID_NAME, FIT_NAME) if is_sweep else (ID_NAME,))
     check_output(output, folder=True)
     engine, _, preprocess = load_engine(**options)
     id_data = open_dataset(id_path, preprocess)
@@ -101,6 +106,7 @@ def evaluate(
             batch_size=batch_size,
             as_json=as_json,
             id_name=ID_NAME,
+            max_errors=max_errors,
         )
         return
     _number_classes(id_data, class_names, classes, "no accuracy")
@@ -124,15 +130,18 @@ def evaluate(
         if evaluation.accuracy is not None:
             click.echo(f"accuracy on ID images: {100 * evaluation.accuracy:.2f} %")
         click.echo(f"wrote {', '.join(str(file) for file in files)}")
+    for name, data in {ID_NAME: id_data, **ood_data}.items():
+        problem = f"of {name!r} cannot be used"
+        check_errors(len(skipped[name]), len(data), max_errors, problem, f"{output} has the results of the others")
 
 
-def _places(entries: tuple[str, ...]) -> dict[str, Path]:
+def _places(entries: tuple[str, ...], taken: tuple[str, ...]) -> dict[str, Path]:
     places: dict[str, Path] = {}
     for entry in entries:
         name, separator, path = entry.partition("=")
         if not (separator and name and path):
             raise click.UsageError(f"--ood {entry}: expected NAME=DATA, such as textures=data/dtd.")
-        if name in places or name == ID_NAME:
+        if name in places or name in taken:
             raise click.UsageError(f"--ood {entry}: the name {name!r} is taken; give each set a unique name.")
         places[name] = Path(path)
     return places

@@ -20,12 +20,14 @@ from ..images.preprocess import Preprocess
 from ..model.loading import load_model
 from .common import (
     batch_size_option,
+    check_errors,
     check_output,
     check_space,
     echo_json,
     echo_skipped,
     image_options,
     make_preprocess,
+    max_errors_option,
     model_options,
     path_option,
     run_options,
@@ -80,6 +82,7 @@ __all__ = ["fit"]
     default=None,
     help="Apply ReLU to the feature map for NAP.  [where the map has negative values]",
 )
+@max_errors_option
 @image_options
 @batch_size_option
 @click.option(
@@ -110,6 +113,7 @@ def fit(
     head: str | None,
     feature_map: str | None,
     rectify: bool | None,
+    max_errors: float,
     batch_size: int,
     cache_limit: int,
     cache_directory: Path | None,
@@ -121,10 +125,10 @@ def fit(
 ) -> None:
     """Fit detectors to a model and its in-distribution images, and write a state file.
 
-    The model runs once over the images. Thresholds are set on held-out ID images. Unreadable images are skipped and named. Class
-    folders are numbered by the names of the model's classes (its class_names, classes or config.id2label), else in sorted order,
-    which should be that of the model's classes. Labels that the model predicts no more often than by chance, and other class
-    folders than the model's, are refused.
+    The model runs once over the images. Thresholds are set on held-out ID images. Unreadable images are skipped and named; if more
+    than --max-errors of the images are, the state is written and the exit code is 1. Class folders are numbered by the names of the
+    model's classes (its class_names, classes or config.id2label), else in sorted order, which should be that of the model's
+    classes. Labels that the model predicts no more often than by chance, and other class folders than the model's, are refused.
 
     \b
     Examples:
@@ -187,6 +191,8 @@ def fit(
         echo_json(summary)
     else:
         _print(summary)
+    images = len(fit_data) + (0 if fresh is None else len(fresh))
+    check_errors(len(skipped), images, max_errors, "cannot be used", f"{output} is written, from the others")
 
 
 def _split(

@@ -18,12 +18,14 @@ from ..images.dataset import ImageDataset, open_images
 from .common import (
     Interrupted,
     batch_size_option,
+    check_errors,
     check_output,
     check_space,
     echo_json,
     engine_options,
     image_options,
     load_engine,
+    max_errors_option,
     run_options,
 )
 from .results import ResultWriter, names_folder
@@ -51,13 +53,7 @@ NUMBER = re.compile(r"\d+")
     "--output", required=True, type=click.Path(), help="Table to write: .parquet, .csv, or a folder/ of parts."
 )
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
-@click.option(
-    "--max-errors",
-    metavar="SHARE",
-    default=0.1,
-    type=click.FloatRange(0, 1),
-    help="Share of images that may have no score; above it the exit code is 1.",
-)
+@max_errors_option
 @click.option("--raw-csv", is_flag=True, help="Write text to .csv as it is, even what a spreadsheet would run.")
 @click.option("--part-rows", default=4096, type=click.IntRange(1), help="Maximum rows per part file.")
 @image_options
@@ -119,12 +115,13 @@ def score(
         echo_json(summary)
     else:
         _print(summary)
-    if summary["errors"] > max_errors * summary["images"]:
-        raise Interrupted(
-            f"{summary['errors']} of {summary['images']} images have no score, above --max-errors {max_errors:g}; {output} is"
-            " written and has the reasons in its column error",
-            code=1,
-        )
+    check_errors(
+        summary["errors"],
+        summary["images"],
+        max_errors,
+        "have no score",
+        f"{output} is written and has the reasons in its column error",
+    )
 
 
 def _least_bytes(table: Path, is_folder: bool, scores: int) -> int:

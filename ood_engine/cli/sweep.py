@@ -16,9 +16,12 @@ from ..evaluation.report.sweep import print_sweep, write_sweep_figures, write_sw
 from ..evaluation.sweep import COMPONENTS, NORMALISATIONS, sweep
 from ..images.dataset import ImageDataset
 from ..subspace import BASES
-from .common import Interrupted, echo_json, echo_skipped, path_option, together
+from .common import Interrupted, check_errors, echo_json, echo_skipped, path_option, together
 
-__all__ = ["SWEEP_SETTINGS", "check_sweep", "run_sweep", "sweep_options"]
+__all__ = ["FIT_NAME", "SWEEP_SETTINGS", "check_sweep", "run_sweep", "sweep_options"]
+
+
+FIT_NAME = "fit"
 
 
 def _names(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
@@ -84,13 +87,15 @@ def run_sweep(
     batch_size: int,
     as_json: bool,
     id_name: str,
+    max_errors: float,
 ) -> None:
     """Run the model once over each set, sweep over the features, and write the files; sweep.json is updated after each row."""
     path = output / "sweep.json"
     kept = 0
+    sets = {FIT_NAME: fit_data, id_name: id_data, **ood_data}
     try:
         skipped, caches = {}, []
-        for name, data in {"fit": fit_data, id_name: id_data, **ood_data}.items():
+        for name, data in sets.items():
             loader = data.loader(batch_size)
             caches.append(engine.scorer.extract(loader, f"{name} features", progress=True))
             skipped[name] = echo_skipped(loader.skipped, name)
@@ -134,3 +139,6 @@ def run_sweep(
     else:
         print_sweep(rows, click.echo)
         click.echo(f"wrote {', '.join(str(file) for file in files)}")
+    for name, data in sets.items():
+        problem = f"of {name!r} cannot be used"
+        check_errors(len(skipped[name]), len(data), max_errors, problem, f"{output} has the results of the others")

@@ -100,6 +100,24 @@ def test_fit_names_images_it_left_out(place, call, tmp_path):
     assert len(json.loads(out)["skipped"]) == 5
 
 
+def test_unreadable_images_of_fit_and_evaluate_do_not_look_like_success(place, call, tmp_path):
+    images = np.load(place["fit.npz"])["images"]
+    images[150:] = np.nan
+    np.save(tmp_path / "some.npy", images)
+    fit = place.fit(tmp_path / "s.safetensors", data=tmp_path / "some.npy")
+    code, _, err = call(fit)
+    assert code == 1
+    assert f"50 of 200 images cannot be used, above --max-errors 0.1; {tmp_path / 's.safetensors'} is written" in err
+    assert call([*fit, "--max-errors", "0.25"])[0] == 0
+    sets = {"ood": f"noise={tmp_path / 'some.npy'}"}
+    for sweep in ([], ["--sweep", "--fit", place["fit.npz"], "--components", "3", "--bases", "dual", "--heads", "knn"]):
+        code, out, err = call(place.evaluate(tmp_path / "out", *sweep, **sets))
+        assert code == 1
+        assert "50 of 200 images of 'noise' cannot be used, above --max-errors 0.1" in err
+        assert "wrote " in out
+        assert call(place.evaluate(tmp_path / "out", *sweep, "--max-errors", "0.25", **sets))[0] == 0
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -41,6 +41,11 @@ def test_the_table_runs_nothing_and_has_any_name(place, call, tmp_path, name, ce
     assert json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"][0]["ood_set"] == name
 
 
+def test_no_set_takes_the_name_of_another(place, refused, tmp_path):
+    options = ["--sweep", "--fit", place["fit.npz"]]
+    refused(place.evaluate(tmp_path / "out", *options, ood=f"fit={place['noise.npy']}"), "the name 'fit' is taken")
+
+
 def test_the_command_prints_the_best_and_the_refused(command, call):
     options = ["--components", "3", "--bases", "dual"]
     code, out, _ = call(command(*options, "--normalisations", "none,nfk", "--heads", "knn,vim"))
