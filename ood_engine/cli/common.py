@@ -156,7 +156,16 @@ def load_engine(
     """Load the engine of a state file, its model, and the preprocessing it was fitted with."""
     network = load_model(model, weights).to(device)
     engine = Engine.load(state, network, force=force)
-    stored = engine.information.get("preprocess")
+    stored, names = engine.information.get("preprocess"), engine.information.get("class_names")
+    for key, words, holds in (
+        ("preprocess", "a mapping", isinstance(stored, dict)),
+        ("class_names", "a list of texts", isinstance(names, list) and all(isinstance(name, str) for name in names)),
+    ):
+        if not holds and engine.information.get(key) is not None:
+            raise InputError(
+                f"{state}: its information has {key} = {repr(engine.information[key])[:80]}: expected {words}, or none; correct"
+                f" engine.information[{key!r}] and save it again"
+            )
     if stored is None and all(value is None for value in image_fields.values()):
         click.echo(
             f"warning: {state} stores no preprocessing: RGB in [0, 1] is assumed; see --size, --channels, --mean, --std",

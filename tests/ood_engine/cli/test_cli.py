@@ -100,6 +100,19 @@ def test_fit_names_images_it_left_out(place, call, tmp_path):
     assert len(json.loads(out)["skipped"]) == 5
 
 
+@pytest.mark.parametrize("information", [{"class_names": {"0": "cat"}}, {"class_names": [1]}, {"preprocess": 5}])
+def test_information_of_a_user_is_checked_before_use(place, refused, tmp_path, information):
+    engine = oe.Engine.load(place.state, load_model(place.spec, place["net.safetensors"]))
+    engine.information = information
+    engine.save(tmp_path / "s.safetensors")
+    (key,) = information
+    for command in (
+        place.score(tmp_path / "t.parquet", state=str(tmp_path / "s.safetensors")),
+        place.evaluate(tmp_path / "out", state=str(tmp_path / "s.safetensors")),
+    ):
+        refused(command, f"its information has {key} = ", f"correct engine.information['{key}'] and save it again")
+
+
 def test_unreadable_images_of_fit_and_evaluate_do_not_look_like_success(place, call, tmp_path):
     images = np.load(place["fit.npz"])["images"]
     images[150:] = np.nan
