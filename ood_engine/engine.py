@@ -484,14 +484,15 @@ class Engine:
     @contextmanager
     def _deciding(self, keeps_both: bool) -> Iterator[None]:
         """While undecided, NAP is computed on the ReLU, which a map without negative values equals."""
-        before = self.scorer.rectify
-        self.scorer.rectify = self._rectify is True or (self._rectify == "auto" and keeps_both)
-        self.scorer.lowest = 0.0
+        scorer = self.scorer
+        before = scorer.rectify, scorer.agreement, scorer.positions, scorer.image_shape
+        scorer.rectify = self._rectify is True or (self._rectify == "auto" and keeps_both)
+        scorer.lowest = 0.0
         try:
             yield
         except BaseException:
-            if self.scorer.is_fitted:  # else the cache of a refused fit is for what was decided
-                self.scorer.rectify = before
+            if scorer.is_fitted:  # else the cache of a refused fit is for what was decided
+                scorer.rectify, scorer.agreement, scorer.positions, scorer.image_shape = before
             raise
 
     def _decided(self, cache: FeatureCache) -> FeatureCache:

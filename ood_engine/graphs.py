@@ -25,19 +25,21 @@ class Inputs(NamedTuple):
         head_input: [N, D].
         valid: bool [N], finite images.
         logits: [N, C] output of the model, to compare with.
+        rounding: see `model.tap.Captured`.
     """
 
     feature_map: Tensor | None
     head_input: Tensor | None
     valid: Tensor
     logits: Tensor | None = None
+    rounding: torch.dtype | None = None
 
     def rows(self, here: slice) -> Inputs:
         """Some rows."""
         feature_map, head_input, logits = (
             None if tensor is None else tensor[here] for tensor in (self.feature_map, self.head_input, self.logits)
         )
-        return Inputs(feature_map, head_input, self.valid[here], logits)
+        return Inputs(feature_map, head_input, self.valid[here], logits, self.rounding)
 
 
 Score = Callable[[Inputs], Scores]
@@ -94,7 +96,7 @@ class ScoringGraphs:
                 self._graphs[key] = self._record(inputs, bucket)
             graph = self._graphs[key]
             for static, given in zip(graph.inputs, inputs, strict=True):
-                if static is not None and given is not None:
+                if isinstance(static, Tensor) and isinstance(given, Tensor):
                     static[:samples].copy_(given)
                     static[samples:].fill_(False if static.dtype == torch.bool else torch.nan)
             graph.replay()
@@ -105,9 +107,9 @@ class ScoringGraphs:
         return Scores(scores, dict(zip(graph.counted, clamped, strict=True)), mismatched)
 
     def _record(self, inputs: Inputs, bucket: int) -> _Graph:
-        feature_map, head_input, valid, logits = (_static(tensor, bucket) for tensor in inputs)
+        feature_map, head_input, valid, logits = (_static(tensor, bucket) for tensor in inputs[:4])
         assert valid is not None
-        static = Inputs(feature_map, head_input, valid, logits)
+        static = Inputs(feature_map, head_input, valid, logits, inputs.rounding)
         names: list[tuple[str, ...]] = []
 
         def run() -> Tensor:
@@ -136,10 +138,10 @@ def capture_cuda_graph(function: Callable[[], Tensor]) -> tuple[Callable[[], Non
     return graph.replay, outputs
 
 
-def _kind(tensor: Tensor | None) -> Hashable:
-    """Graph key of a tensor: everything except its batch size and address."""
-    if tensor is None:
-        return None
+def _kind(tensor: Tensor | torch.dtype | None) -> Hashable:
+    """Graph key of an input: of a tensor, everything except its batch size and address."""
+    if not isinstance(tensor, Tensor):
+        return tensor
     return tensor.shape[1:], tensor.dtype, tensor.device, tensor.stride()[1:]
 
 

@@ -192,14 +192,14 @@ class Scorer:
             # Stored only if NAP pools something other than the head input.
             is_pooled = plan.proven and not plan.tail and not self.rectify
             nap_mean = nothing if is_pooled else statistics.nap_mean
-        valid = finite_rows(images).to(features.device)
+        valid = finite_samples(images, captured)
         self._require_agreement(features, captured, valid, learn)
         features = torch.where(valid[:, None], features, torch.nan)
         return CacheRows(features, fingerprint(images), labels, maximum, nap_mean)
 
     def _require_agreement(self, features: Tensor, captured: Captured, valid: Tensor, learn: bool) -> None:
         """Raise TapError unless features and recomputed logits of finite samples are the model's own; synchronises."""
-        valid = valid & torch.isfinite(features).all(1) & torch.isfinite(captured.head_input).all(1)
+        valid = valid & torch.isfinite(features).all(1)
         if not valid.any():
             return
         features, head_input, logits = features[valid], captured.head_input[valid], captured.logits[valid]
@@ -233,9 +233,15 @@ class Scorer:
             self.agreement = agreement.widened(features, head_input, energies, logits)
 
     def _allowed(self, agreement: Agreement, captured: Captured | Inputs) -> Agreement:
-        tensors = (captured.head_input, captured.logits, self.tap.weights[0])
-        dtypes = [tensor.dtype for tensor in tensors if tensor is not None]
-        return agreement.allowed(*dtypes, precision=self.runtime.precision)
+        feature_map, head_input, logits = captured.feature_map, captured.head_input, captured.logits
+        return agreement.allowed(
+            None if feature_map is None else feature_map.dtype,
+            None if head_input is None else head_input.dtype,
+            None if logits is None else logits.dtype,
+            self.tap.weights[0].dtype,
+            captured.rounding,
+            precision=self.runtime.precision,
+        )
 
     def score(self, images: Tensor) -> Scores:
         """Scores of one batch of images; NaN for images with NaN or Inf, and where features or logits are not the model's own."""
@@ -243,9 +249,9 @@ class Scorer:
 
     def score_captured(self, images: Tensor, captured: Captured) -> Scores:
         """Scores of images from the captured activations of their forward pass."""
-        valid = finite_rows(images).to(captured.head_input.device)
+        valid = finite_samples(images, captured)
         feature_map = captured.feature_map if self.reads_map else None
-        return self.score_inputs(Inputs(feature_map, captured.head_input, valid, captured.logits))
+        return self.score_inputs(Inputs(feature_map, captured.head_input, valid, captured.logits, captured.rounding))
 
     def score_features(self, feature_map: Tensor | None, features: Tensor | None) -> Scores:
         """Scores from precomputed activations.
@@ -459,3 +465,10 @@ def lowest_value(feature_map: Tensor) -> float:
 def finite_rows(images: Tensor) -> Tensor:
     """Bool [N]: images without NaN or Inf."""
     return torch.isfinite(images).flatten(1).all(1)
+
+
+def finite_samples(images: Tensor, captured: Captured) -> Tensor:
+    """Bool [N]: samples without NaN or Inf in the image, the head input or the logits, where half precision may overflow."""
+    # -inf is the logarithm of a probability of 0.
+    logits = (captured.logits < torch.inf).all(1)
+    return finite_rows(images).to(logits.device) & torch.isfinite(captured.head_input).all(1) & logits

@@ -29,7 +29,8 @@ class Agreement(NamedTuple):
 
     Attributes:
         features: max |h - h'| over the features, with h' the model's own head input, relative to max |h'| of the sample or `scale`.
-        logits: max of |lse - lse'| and |p - p'|, relative to max |z'| of the sample or 1; z' the model's own logits.
+        logits: max of |lse - lse'| and |p - p'|, relative to max |z'| of the sample or 1; z' the model's own logits. Of a softmax
+            only |p - p'|, relative to max |z| as far as p shows it: rounded logits move p by up to their own rounding.
         scale: mean over ID samples of max |h'|, below which a sample's own size does not count.
         output: what the model returns.
 
@@ -75,14 +76,14 @@ class Agreement(NamedTuple):
         """[N] largest difference of each sample's energy and probabilities from those of the model's output."""
         lse, _, p = energies
         own = wide(output)
-        if self.output == "softmax":
-            return (p - own).abs().amax(1)
-        if self.output == "log_softmax":
-            return (p - own.exp()).abs().amax(1)
-        difference = torch.maximum((lse - own.logsumexp(1)).abs(), (p - (own - lse[:, None]).exp()).abs().amax(1))
-        return difference / own.abs().amax(1).clamp(min=1)
+        if self.output == "logits":
+            difference = torch.maximum((lse - own.logsumexp(1)).abs(), (p - own.softmax(1)).abs().amax(1))
+            return difference / own.abs().amax(1).clamp(min=1)
+        probabilities = own if self.output == "softmax" else own.exp()
+        lowest = lse + p.amin(1).clamp(min=torch.finfo(p.dtype).tiny).log()
+        return (p - probabilities).abs().amax(1) / torch.maximum(lse.abs(), lowest.abs()).clamp(min=1)
 
-    def allowed(self, *dtypes: torch.dtype, precision: str = "ieee") -> Agreement:
-        """Tolerances for activations and weights of these dtypes and operators of this precision."""
+    def allowed(self, *dtypes: torch.dtype | None, precision: str = "ieee") -> Agreement:
+        """Tolerances for values that were rounded to these dtypes, and operators of this precision."""
         least = _LEAST_IN_HALF if precision not in _EXACT or not _HALF.isdisjoint(dtypes) else _LEAST
         return self._replace(features=max(_MARGIN * self.features, least), logits=max(_MARGIN * self.logits, least))

@@ -13,7 +13,7 @@ from ..errors import InputError, TapError
 from ..identity import strided
 from .outputs import relative_difference, tolerance_of
 
-__all__ = ["require_batch", "require_finite_weights", "require_steady"]
+__all__ = ["require_batch", "require_finite_weights", "require_steady", "rounding_of"]
 
 
 def require_batch(images: Any) -> None:
@@ -49,8 +49,18 @@ def require_finite_weights(model: nn.Module) -> None:
             )
 
 
+def rounding_of(head: nn.Module, output: Tensor) -> torch.dtype:
+    """The dtype to whose precision a head rounded for its `output`; fp16 for TF32, which has as many bits of mantissa."""
+    if output.dtype == torch.float32 and output.is_cuda:
+        backends: Any = torch.backends  # whose stubs lack cudnn.conv
+        products = backends.cuda.matmul if isinstance(head, nn.Linear) else backends.cudnn.conv
+        if products.fp32_precision == "tf32":
+            return torch.float16
+    return output.dtype
+
+
 def require_steady(
-    expected: Tensor, found: Tensor, again: Callable[[], Tensor], modules: Mapping[str, nn.Module]
+    expected: Tensor, found: Tensor, again: Callable[[], Tensor], modules: Mapping[str, nn.Module], *dtypes: torch.dtype
 ) -> None:
     """Raise TapError unless logits computed in another batch are what they were.
 
@@ -59,8 +69,9 @@ def require_steady(
         found: logits of the same images in another batch.
         again: computes the latter once more.
         modules: name → module of the model.
+        dtypes: those to whose precision the model rounds.
     """
-    tolerance = tolerance_of(expected.dtype)
+    tolerance = tolerance_of(expected.dtype, *dtypes)
     changed = relative_difference(found, expected)
     if changed <= tolerance:
         return

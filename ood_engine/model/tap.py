@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError, NotFittedError, TapError, one_line
-from .checks import require_batch, require_finite_weights, require_steady
+from .checks import require_batch, require_finite_weights, require_steady, rounding_of
 from .discovery import discover
 from .layouts import LAYOUTS
 from .outputs import agrees_with_logits, describe, relative_difference, tensor_at
@@ -37,11 +37,13 @@ class Captured(NamedTuple):
         feature_map: [N, D, H, W], a view of the model's tensor if verified; None if the plan has no map.
         head_input: [N, D] input of the head.
         logits: [N, C] output of the model, or its softmax; of a head that is not verified, that of the head.
+        rounding: dtype to whose precision the head rounded, such as under autocast, whatever the model returns.
     """
 
     feature_map: Tensor | None
     head_input: Tensor
     logits: Tensor
+    rounding: torch.dtype
 
 
 class Tap:
@@ -185,7 +187,10 @@ class Tap:
         order = torch.arange(max(1, len(images) - 1), device="cpu").flip(0)
         images, logits = images[order.to(images.device)], logits[order.to(logits.device)]
         captured = self(images)
-        require_steady(logits, captured.logits, lambda: self(images).logits, self.modules)
+        source = captured.head_input if captured.feature_map is None else captured.feature_map
+        # The model counts as its convolutions, in TF32 by default on a GPU.
+        dtypes = captured.rounding, source.dtype, rounding_of(self._twin, captured.logits)
+        require_steady(logits, captured.logits, lambda: self(images).logits, self.modules, *dtypes)
         self._require_explained(captured)
 
     def _require_explained(self, captured: Captured) -> None:
@@ -195,7 +200,7 @@ class Tap:
             features = self.features(source.to(torch.promote_types(source.dtype, torch.float32)).mean((2, 3)))
         weight, bias = self.weights
         logits = F.linear(features.to(weight.dtype), weight, bias)
-        if not agrees_with_logits(logits, captured.logits, source.dtype):
+        if not agrees_with_logits(logits, captured.logits, source.dtype, captured.rounding):
             raise TapError(
                 f"logits recomputed from {self.plan.feature_map or 'the input'!r} and head {self.plan.head!r} differ from the"
                 f" model's own by up to {relative_difference(logits, captured.logits):.3g} relative to their size: expected equal"
@@ -226,8 +231,7 @@ class Tap:
         for handle in self._handles:
             handle.remove()
         self._handles = [head.register_forward_pre_hook(partial(self._catch_head_input, plan), with_kwargs=True)]
-        if not plan.head_proven:
-            self._handles.append(head.register_forward_hook(partial(self._catch_head_output, plan)))
+        self._handles.append(head.register_forward_hook(partial(self._catch_head_output, plan)))
         if plan.feature_map is not None:
             catch_map = partial(self._catch_map, plan)
             self._handles.append(self.modules[plan.feature_map].register_forward_hook(catch_map))
@@ -274,7 +278,8 @@ class Tap:
             raise TapError(
                 f"the model returned {len(logits)} rows of logits for {len(images)} images: expected one row per image"
             )
-        return Captured(caught.get("feature_map"), caught["head_input"], logits.detach())
+        rounding = rounding_of(self._head, caught["head_output"])
+        return Captured(caught.get("feature_map"), caught["head_input"], logits.detach(), rounding)
 
     def features(self, pooled: Tensor) -> Tensor:
         """Head input for the spatial mean `pooled` [N, D] of a verified map: the mean itself, or the tail's output."""
@@ -320,7 +325,8 @@ class Tap:
 
     def _catch_head_output(self, plan: TapPlan, module: nn.Module, args: Any, output: Tensor) -> None:
         if self._next_call("head_output") == plan.head_call:
-            self._caught.tensors["head_output"] = output.detach().clone().flatten(1)
+            # Of a verified head only the dtype is read.
+            self._caught.tensors["head_output"] = output if plan.head_proven else output.detach().clone().flatten(1)
 
     def _catch_map(self, plan: TapPlan, module: nn.Module, args: Any, output: Tensor) -> None:
         if self._next_call("feature_map") != plan.call:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import nn
 
 import ood_engine as oe
 from ood_engine.errors import TapError
+from ood_engine.model.checks import rounding_of
 
 DETECTORS = ("nap", "opnp", "energy")
 
@@ -134,6 +137,110 @@ def test_every_output_form_and_dtype_agrees_at_any_magnitude(make_model, batches
         assert int(engine.score(scale * batches[0]).mismatched_rows) == 0, scale
 
 
+class Mixed(nn.Module):
+    """A CNN whose parts run in the dtypes of `steps`: its body, the pooling and its head, the latter under autocast."""
+
+    def __init__(self, model, body, pooled, head):
+        super().__init__()
+        self.body, self.head, self.dtypes = nn.Sequential(*list(model)[:4]).to(body), model[-1], (body, pooled, head)
+
+    def forward(self, x):
+        body, pooled, head = self.dtypes
+        vector = self.body(x.to(body)).to(pooled).mean((2, 3)).float()
+        with torch.autocast("cpu", head, enabled=head != torch.float32):
+            return self.head(vector).float()
+
+
+@pytest.mark.parametrize("names", [DETECTORS, ["energy"]], ids=["with a map", "without"])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("steps", ["half body", "half body, fp32 pooling", "half head"])
+def test_a_model_partly_in_half_precision_agrees_with_itself(make_model, batches, names, half, steps):
+    full = torch.float32
+    dtypes = {
+        "half body": (half, half, full),
+        "half body, fp32 pooling": (half, full, half),
+        "half head": (full, full, half),
+    }
+    engine = fitted(Mixed(make_model(), *dtypes[steps]).eval(), batches, names)
+    for scale in (0.0, 1e-3, 1.0, 1e3):
+        assert int(engine.score(scale * batches[0]).mismatched_rows) == 0, scale
+
+
+@pytest.mark.parametrize("fit_in_half", [False, True])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_autocast_around_fit_or_score_alone_agrees(make_model, batches, half, fit_in_half):
+    model = Output(make_model(), lambda logits: logits.float())
+    with torch.autocast("cpu", half, enabled=fit_in_half):
+        engine = fitted(model, batches)
+    with torch.autocast("cpu", half, enabled=not fit_in_half):
+        for scale in (0.0, 1.0, 1e3):
+            assert int(engine.score(scale * batches[0]).mismatched_rows) == 0, scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "form", [nn.Identity(), nn.Softmax(1), nn.LogSoftmax(1)], ids=["logits", "softmax", "log_softmax"]
+)
+def test_large_logits_that_almost_tie_agree(make_model, batches, form, dtype):
+    model = make_model()
+    with torch.no_grad():
+        model[-1].weight[0] = model[-1].weight[0].abs()
+        model[-1].weight[1] = model[-1].weight[0] * torch.linspace(0.999, 1.001, model[-1].in_features)
+    engine = fitted(nn.Sequential(model, form).to(dtype).eval(), batches)
+    for scale in (1e2, 1e3, 1e4):
+        assert int(engine.score(scale * batches[0]).mismatched_rows) == 0, scale
+
+
+def test_overflow_in_half_precision_is_not_a_mismatch(make_model, batches):
+    model = make_model()
+    with torch.no_grad():
+        model[-1].weight.abs_().mul_(300)
+    engine = fitted(model.half(), batches, ["energy"])
+    far = (5e4 * batches[0][:4]).clamp(-6e4, 6e4)
+    _, features, logits, _ = engine.scorer.run(far)
+    assert features.isfinite().all()
+    assert not logits.isfinite().all(1).any()
+    scores = engine.score(far)
+    assert (int(scores.mismatched_rows), int(scores.bad_rows)) == (0, 4)
+
+
+class RoundedLinear(nn.Linear):
+    """A head that multiplies in less than its dtype, as in TF32; with 7 bits of mantissa, so that few features show it."""
+
+    def forward(self, x):
+        return F.linear(x.bfloat16().float(), self.weight.bfloat16().float(), self.bias)
+
+
+def test_a_head_in_tf32_agrees(make_model, batches, monkeypatch):
+    model = make_model()
+    head = RoundedLinear(model[-1].in_features, model[-1].out_features)
+    head.load_state_dict(model[-1].state_dict())
+    model[-1] = head
+    with pytest.raises(TapError, match=r"merge adapters|recomputed"):
+        fitted(model, batches)
+    monkeypatch.setattr("ood_engine.model.tap.rounding_of", lambda head, output: torch.float16)
+    assert int(fitted(model, batches).score(1e3 * batches[0]).mismatched_rows) == 0
+
+
+@pytest.mark.parametrize(("head", "setting"), [(nn.Linear(2, 2), "cuda.matmul"), (nn.Conv2d(2, 2, 1), "cudnn.conv")])
+def test_tf32_has_the_precision_of_fp16(monkeypatch, head, setting):
+    on_gpu = SimpleNamespace(dtype=torch.float32, is_cuda=True)
+    assert rounding_of(head, torch.zeros(1, 2)) == torch.float32
+    for precision, expected in (("ieee", torch.float32), ("tf32", torch.float16)):
+        monkeypatch.setattr(f"torch.backends.{setting}", SimpleNamespace(fp32_precision=precision))
+        assert rounding_of(head, on_gpu) == expected
+
+
+def test_a_refused_fit_leaves_the_tolerances_of_the_last(make_model, batches, images):
+    engine = fitted(Pooled(make_model(), clamped), batches)
+    before, far = engine.scorer.agreement, 1e4 * images(4, 7)[0]
+    with pytest.raises(TapError, match="4 of 68"):
+        engine.fit([torch.cat([batches[0], far])])
+    assert engine.scorer.agreement == before
+    assert engine.image_shape == (3, 8, 8)
+    assert int(engine.score(far).mismatched_rows) == 4
+
+
 def test_what_was_seen_in_fit_travels_with_the_state(make_model, batches, tmp_path):
     engine = fitted(Pooled(make_model(), clamped), batches)
     engine.save(tmp_path / "state")
@@ -144,6 +251,6 @@ def test_what_was_seen_in_fit_travels_with_the_state(make_model, batches, tmp_pa
 
 def test_given_features_other_than_the_map_s_own_have_no_score(make_model, batches):
     engine = fitted(make_model(), batches)
-    feature_map, features, _ = engine.scorer.run(batches[0][:4])
+    feature_map, features, *_ = engine.scorer.run(batches[0][:4])
     assert int(engine.score_features(feature_map, features).mismatched_rows) == 0
     assert int(engine.score_features(feature_map, features.roll(1, 0)).mismatched_rows) == 4

@@ -69,7 +69,7 @@ def graphs_of(function, capture):
 
 
 def score(inputs):
-    feature_map, features, valid, _ = inputs
+    feature_map, features, valid, *_ = inputs
     total = feature_map.sum((1, 2, 3)) if feature_map is not None else features.sum(1)
     scores = Scores({"total": torch.where(valid, total, torch.nan), "twice": 2 * total})
     scores.clamped = {"twice": (total <= 0).sum()}

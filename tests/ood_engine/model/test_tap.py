@@ -63,13 +63,15 @@ def expected(model, x):
     with torch.no_grad():
         feature_map = model.relu(model.bn(model.conv(x)))
         head_input = model.norm(feature_map.mean((2, 3)))
-        return Captured(feature_map, head_input, model.head(head_input))
+        logits = model.head(head_input)
+        return Captured(feature_map, head_input, logits, logits.dtype)
 
 
 def assert_equal(captured, wanted, exact=False):
     tolerance = {"atol": 0, "rtol": 0} if exact else {"atol": 1e-6, "rtol": 1e-5}
-    for ours, theirs in zip(captured, wanted, strict=True):
+    for ours, theirs in zip(captured[:3], wanted[:3], strict=True):
         torch.testing.assert_close(ours, theirs, **tolerance)
+    assert captured.rounding == wanted.rounding
 
 
 HOOK_TABLES = [name for name in vars(nn.Module()) if "hooks" in name]
@@ -202,7 +204,7 @@ def test_the_gradient_mode_of_the_caller_does_not_matter(mode):
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == was
     assert seen == [False, False, False]
     assert_equal(captured, plain, exact=True)
-    for tensor in captured:
+    for tensor in captured[:3]:
         assert not tensor.requires_grad
         assert not tensor.is_inference()
 
@@ -259,7 +261,7 @@ def test_the_map_is_a_view_where_it_is_proven_and_a_copy_where_it_is_not():
 def test_nothing_of_a_call_is_kept():
     tap = found(net())
     captured = tap(images())
-    kept = [weakref.ref(tensor) for tensor in captured]
+    kept = [weakref.ref(tensor) for tensor in captured[:3]]
     del captured
     assert [reference() for reference in kept] == [None] * 3
 
@@ -273,10 +275,10 @@ def test_later_changes_of_the_users_model_are_seen():
     assert_equal(tap(images()), expected(model, images()))
     model.double()
     captured = tap(images())
-    assert {tensor.dtype for tensor in captured} == {torch.float64}
+    assert {tensor.dtype for tensor in captured[:3]} == {torch.float64}
     assert_equal(captured, expected(model, images(dtype=torch.float32).double()))
     model.bfloat16()
-    assert {tensor.dtype for tensor in tap(images())} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in tap(images())[:3]} == {torch.bfloat16}
     assert tap.head.weight is model.head.weight
     assert tap.head.bias is model.head.bias
 
