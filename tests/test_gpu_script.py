@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,5 +87,6 @@ def test_a_stage_that_hangs_is_stopped_and_the_next_one_runs(fake_python, tmp_pa
     body = 'case "$*" in *ood_kernels.tune*) exec sleep 50;; esac'
     done = run("tuning", "targets", **fake_python(body), OOD_BENCH_TOTAL="17")
     assert done.returncode == 1
-    assert "FAILED: stopped after 2 s" in done.stdout
+    # Of 17 s, 15 are kept for what follows; a start that took one leaves one.
+    assert re.search("FAILED: stopped after [12] s", done.stdout)
     assert len(calls(tmp_path)) == 2
