@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-__all__ = ["PRECISIONS", "check_head", "check_precision", "check_shapes", "map_of", "unfit"]
+__all__ = ["PRECISIONS", "check_devices", "check_head", "check_precision", "check_shapes", "map_of", "unfit"]
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16", "fp16")
 """Operand precisions of matrix products on a GPU; accumulation is always in fp32."""
@@ -43,6 +45,16 @@ def check_precision(precision: str) -> None:
     """Raise ValueError unless the precision is one of `PRECISIONS`."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
+
+
+def check_devices(first: str, tensor: Tensor, *groups: Mapping[str, object]) -> None:
+    """Raise ValueError unless all tensors of the groups, by name, are on the device of `tensor`, whose name is `first`."""
+    for group in groups:
+        for name, other in group.items():
+            if isinstance(other, Tensor) and other.device != tensor.device:
+                raise ValueError(
+                    f"{name}: expected a tensor on {tensor.device}, where {first} is, got one on {other.device}; move it with .to()"
+                )
 
 
 def map_of(feature_map: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .bases import basis_tensors
-from .checks import check_head, check_precision, map_of, unfit
+from .checks import check_devices, check_head, check_precision, map_of, unfit
 from .types import BasisTensors, HasBasisTensors, Head, PoolStatistics, ScoreOutputs
 
 __all__ = ["masked_energy", "pool_nap", "pool_statistics", "project_gradients", "score"]
@@ -119,6 +119,7 @@ def masked_energy(
     if h.ndim != 2 or not h.is_floating_point():
         raise unfit("h", "floating point features [N, D]", h)
     check_head(h.shape[1], weight, bias, weight_mask, neuron_mask)
+    check_devices("h", h, Head(weight, bias, weight_mask, neuron_mask)._asdict())
     check_precision(precision)
     bias = None if bias is None else bias.detach()
     lse, pruned_lse, p = ops.masked_energy(
@@ -171,6 +172,7 @@ def project_gradients(
         raise unfit("p", f"softmax [N, {classes}]", p)
     if h.shape != (p.shape[0], width) or not h.is_floating_point():
         raise unfit("h", f"features [{p.shape[0]}, {width}]", h)
+    check_devices("p", p, {"h": h}, tensors._asdict())
     return ops.project_gradients(
         p.detach(), h.detach(), *_arguments(tensors), precision=precision, backend=backend or ""
     )
@@ -220,6 +222,7 @@ def score(
     tensors = None if basis is None else basis_tensors(basis)
     if tensors is not None and tensors.check() != (head.weight.shape[0], width):
         raise unfit("head.weight", f"the basis's [C, D] = {list(tensors.check())}", head.weight)
+    check_devices("feature_map", feature_map, head._asdict(), {} if tensors is None else tensors._asdict())
     bias = None if head.bias is None else head.bias.detach()
     return ScoreOutputs(
         *ops.score(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -68,6 +68,10 @@ class BasisTensors(Protocol):
 
     Only the basis itself knows its tensors and their order in the operators.
     """
+
+    def _asdict(self) -> dict[str, Any]:
+        """The fields by name."""
+        ...
 
     @property
     def kind(self) -> str:

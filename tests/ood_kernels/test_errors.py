@@ -95,6 +95,21 @@ def test_what_does_not_fit_is_refused(name, expected, calls, found):
         assert str(caught.value) == f"{name}: expected {expected}, got {dtype} {list(shape)}"
 
 
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        *((name, call) for name in ("weight", "bias", "neuron_mask") for call in (energy, scored)),
+        *(("h", of_samples(basis)) for basis in (DUAL, EXPLICIT, FACTORED)),
+        *((name, of_basis(SHIFTED)) for name in ("coefficients", "shift")),
+    ],
+)
+def test_tensors_on_different_devices_are_refused_by_name(name, call):
+    shapes = {"weight": (4, 5), "bias": (4,), "neuron_mask": (5,), "h": (2, 5), "coefficients": (6, 3), "shift": (5,)}
+    dtype = torch.bool if name == "neuron_mask" else torch.float32
+    with pytest.raises(ValueError, match=f"^{name}: expected a tensor on cpu, where .* is, got one on meta; move it"):
+        call(**{name: torch.ones(shapes[name], dtype=dtype, device="meta")})
+
+
 def test_a_head_without_features_is_refused():
     with pytest.raises(ValueError, match=r"weight: expected .* \[C, 0\], C and D > 0, got torch.float32 \[4, 0\]"):
         energy(h=torch.ones(2, 0), weight=torch.ones(4, 0))

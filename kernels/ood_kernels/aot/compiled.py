@@ -83,6 +83,7 @@ class Resources(NamedTuple):
         reduced_dot: whether a matrix product has operands below fp32, as tensor cores need.
         load_bytes: widest load from global memory, per thread.
         file_bytes: size of the binary.
+        miscompiled: whether the PTX has the pattern of `miscompiled`.
     """
 
     registers: int
@@ -92,6 +93,7 @@ class Resources(NamedTuple):
     reduced_dot: bool
     load_bytes: int
     file_bytes: int
+    miscompiled: bool
 
 
 def specialise(launch: Launch, target: str) -> Job:
@@ -134,7 +136,8 @@ def compile_job(job: Job) -> Resources:
         registers, stack = amdgcn_usage(text["amdgcn"])
         listing = text["amdgcn"]
         size = len(text["hsaco"])
-    return Resources(registers, stack, shared, tensor_core(listing), reduced, load_bytes(listing), size)
+    own = (tensor_core(listing), reduced, load_bytes(listing), size, miscompiled(listing))
+    return Resources(registers, stack, shared, *own)
 
 
 def _gpu_target(name: str) -> Any:
@@ -169,6 +172,23 @@ def load_bytes(listing: str) -> int:
     for kind in re.findall(r"\b(?:global|buffer|flat)_load_(?:lds_)?([a-z]+\d*)", listing):
         widths.append(_AMD_LOAD_BYTES.get(kind, 1))
     return max(widths)
+
+
+def miscompiled(ptx: str) -> bool:
+    """Whether 32-bit numbers packed into one register overflow into each other.
+
+    The LLVM of Triton 3.6 may shift two of them as a vector, one by 28 bits or more, then multiply the packed pair as 64 bits: the
+    unused lower product runs into the upper one, which so depends on the thread. Known by a wide product and a value shifted by
+    at least 32 bits that are joined, where the upper half of the result is used.
+    """
+    products = set(re.findall(r"mul\.wide\.u32\s+(%rd\d+),", ptx))
+    shifted = set(re.findall(r"shl\.b64\s+(%rd\d+), %rd\d+, (?:3[2-9]|[45]\d|6[0-3]);", ptx))
+    for joined, *pair in re.findall(r"or\.b64\s+(%rd\d+), (%rd\d+), (%rd\d+);", ptx):
+        is_packed = any(one in products and other in shifted for one, other in (pair, pair[::-1]))
+        upper_half = rf"mov\.b64\s+\{{_, %r\d+\}}, {joined};|shr\.u64\s+%rd\d+, {joined}, 32;"
+        if is_packed and re.search(upper_half, ptx):
+            return True
+    return False
 
 
 def usage(listing: str) -> tuple[int, int]:

@@ -92,6 +92,7 @@ def violations(row: Row, shared_bytes: int | None = None) -> list[str]:
         "no wgmma, expected it for products in less than fp32": (
             job.target == "sm_90" and found.reduced_dot and found.tensor_core != "wgmma"
         ),
+        "packed 32-bit numbers overflow into each other: miscompiled": found.miscompiled,
         f"widest load {found.load_bytes} bytes, expected 16": wide and found.load_bytes < 16,
     }
     return [f"{where}: {line}" for line, is_broken in broken.items() if is_broken]
@@ -105,7 +106,7 @@ def table(rows: Sequence[Row]) -> str:
         case, job, _, tuned = row.recorded
         words = " ".join(f"{name}={value}" for name, value in job.config.items() if name != "enable_fp_fusion")
         found = row.resources
-        cells = ("-",) * 6 if found is None else (*found[:3], found.tensor_core or "-", *found[5:])
+        cells = ("-",) * 6 if found is None else (*found[:3], found.tensor_core or "-", *found[5:7])
         lines.append((job.kernel, f"{case} {tuned}".strip(), job.target, *map(str, cells), words))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import multiple
-from .launch import launch
+from .launch import cdiv, launch, next_power_of_2
 
 __all__ = ["WORKSPACE_BYTES", "combine", "combine_kernel", "combine_program", "samples_at_once"]
 
@@ -60,10 +60,10 @@ def combine(partial: Tensor, constants: Tensor, output: Tensor, splits: int) -> 
         splits: number of partial results.
     """
     samples, components = output.shape
-    block = min(128, max(16, triton.next_power_of_2(components)))
+    block = min(128, max(16, next_power_of_2(components)))
     launch(
         combine_kernel,
-        (triton.cdiv(samples, 1024 // block), triton.cdiv(components, block)),
+        (cdiv(samples, 1024 // block), cdiv(components, block)),
         wide=components % 4 == 0,
         partial_ptr=partial,
         constants_ptr=constants.contiguous(),

@@ -24,6 +24,11 @@ def rounded(value, PRECISION: tl.constexpr):
     """Return the operand of a product in the type of PRECISION; under the interpreter, rounded to it but stored as fp32."""
     if PRECISION == "fp16":
         value = value.to(tl.float16)
+    elif PRECISION == "tf32":
+        # Tensor cores ignore the low 13 bits; truncation would bias every product of positive operands towards 0.
+        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+        nearest = (bits + 0x1000) & -8192
+        value = tl.where(value == value, nearest.to(tl.float32, bitcast=True), float("nan"))
     elif PRECISION == "bf16":
         if INTERPRETED:
             # The interpreter's cast truncates.

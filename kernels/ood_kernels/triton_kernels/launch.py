@@ -20,7 +20,18 @@ from torch import Tensor
 
 from ..checks import PRECISIONS
 
-__all__ = ["CONFIGS", "PRECISIONS", "Choice", "Launch", "choose", "forced", "launch", "record"]
+__all__ = [
+    "CONFIGS",
+    "PRECISIONS",
+    "Choice",
+    "Launch",
+    "cdiv",
+    "choose",
+    "forced",
+    "launch",
+    "next_power_of_2",
+    "record",
+]
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -59,6 +70,16 @@ class Choice(NamedTuple):
 
 _RECORDER: ContextVar[list[Launch] | None] = ContextVar("ood_kernels_launches", default=None)
 _FORCED: ContextVar[tuple[Mapping[str, Setting], list[Choice]] | None] = ContextVar("ood_kernels_forced", default=None)
+
+
+def cdiv(number: int, size: int) -> int:
+    """⌈number / size⌉; Triton's own takes a microsecond on the host."""
+    return -(-number // size)
+
+
+def next_power_of_2(number: int) -> int:
+    """Smallest power of two not below a positive number."""
+    return 1 << (number - 1).bit_length()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import INTERPRETED, matmul, multiple
-from .launch import choose, launch
+from .launch import cdiv, choose, launch
 from .softmax import finalise, finalise_program, row_argmax, row_lse, row_softmax
 
 __all__ = [
@@ -135,7 +135,7 @@ def head_program(
     tl.store(partials_ptr + places * 4 + 3, total, mask=is_sample)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def head_kernel(
     h_ptr, weight_ptr, bias_ptr, weight_mask_ptr, neuron_mask_ptr, logits_ptr, partials_ptr, argmaxima_ptr,
     samples, classes, channels, tiles,
@@ -186,7 +186,7 @@ def head_partials(
     arguments = head_arguments(h, weight, bias, weight_mask, neuron_mask, precision, logits)
     launch(
         head_kernel,
-        (triton.cdiv(h.shape[0], arguments["BLOCK_N"]) * arguments["tiles"],),
+        (cdiv(h.shape[0], arguments["BLOCK_N"]) * arguments["tiles"],),
         wide=_is_wide(h) and _is_wide(weight),
         **arguments,
     )
@@ -206,7 +206,7 @@ def head_arguments(
     samples, channels = h.shape
     classes = weight.shape[0]
     tile = _head_tile(h, weight, weight_mask, precision)
-    tiles = triton.cdiv(classes, tile["BLOCK_C"])
+    tiles = cdiv(classes, tile["BLOCK_C"])
     partials = h.new_empty((samples, tiles, 4), dtype=torch.float32)
     argmaxima = h.new_empty((samples, tiles), dtype=torch.int32)
     weight_kind, weight_bits = _mask_kind(weight_mask)
@@ -282,7 +282,7 @@ def _energies(
     samples, classes = h.shape[0], weight.shape[0]
     lse = h.new_empty((samples,), dtype=torch.float32)
     pruned_lse = torch.empty_like(lse)
-    row_bytes = 20 * triton.cdiv(classes, _head_tile(h, weight, weight_mask, precision)["BLOCK_C"])
+    row_bytes = 20 * cdiv(classes, _head_tile(h, weight, weight_mask, precision)["BLOCK_C"])
     block = max(1, _PARTIAL_BYTES // row_bytes)
     for start in range(0, samples, block):
         rows = slice(start, start + block)

@@ -190,12 +190,13 @@ def pool_kernel(
                 sums, positive, maxima, tiles, start, False, SPATIAL, RECTIFY, BLOCK_S, REPEAT
             )
         if step % CHUNKS == CHUNKS - 1:
-            h = tl.sum(_by_channel(sums, LAYOUT, BLOCK_D, BLOCK_S), 0) * (1.0 / SPATIAL)
+            # Correctly rounded: where mean + eps is 0, a fused product or an approximate quotient would leave a residue.
+            h = tl.div_rn(tl.sum(_by_channel(sums, LAYOUT, BLOCK_D, BLOCK_S), 0), SPATIAL * 1.0)
             # Rectifying would hide -Inf; adding 0 · h turns it into NaN.
             mean = h
             peak = greatest(_by_channel(maxima, LAYOUT, BLOCK_D, BLOCK_S), 0)
             if RECTIFY:
-                mean = tl.sum(_by_channel(positive, LAYOUT, BLOCK_D, BLOCK_S), 0) * (1.0 / SPATIAL) + 0.0 * h
+                mean = tl.div_rn(tl.sum(_by_channel(positive, LAYOUT, BLOCK_D, BLOCK_S), 0), SPATIAL * 1.0) + 0.0 * h
                 peak = maximum(peak, 0.0)
             block = step // CHUNKS
             channel = block * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -218,7 +219,7 @@ def pool_kernel(
         tl.store(nap_ptr + sample, total / channels, mask=tl.num_programs(1) == 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def combine_nap_kernel(partial_squares_ptr, nap_ptr, samples, blocks, channels, BLOCK_N: tl.constexpr):
     """NAP of BLOCK_N samples from their splits' partial results."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

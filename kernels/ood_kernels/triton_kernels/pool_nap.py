@@ -11,10 +11,9 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from .launch import choose, launch
+from .launch import cdiv, choose, launch, next_power_of_2
 from .pool_kernels import combine_nap_kernel, pool_kernel
 
 __all__ = ["pool_nap", "pool_partials", "pool_statistics"]
@@ -27,7 +26,7 @@ def pool_nap(feature_map: Tensor, eps: float, rectify: bool) -> tuple[Tensor, Te
     """
     samples, channels = feature_map.shape[:2]
     walk, wide = _walk(feature_map)
-    blocks = triton.cdiv(channels, walk["BLOCK_D"])
+    blocks = cdiv(channels, walk["BLOCK_D"])
     splits = 1 if samples >= _multiprocessors(feature_map.device) else _splits(feature_map, blocks)
     h = feature_map.new_empty((samples, channels), dtype=torch.float32)
     nap = feature_map.new_empty((samples,), dtype=torch.float32)
@@ -37,7 +36,7 @@ def pool_nap(feature_map: Tensor, eps: float, rectify: bool) -> tuple[Tensor, Te
         tile = choose("combine_nap", {"blocks": blocks}, {"BLOCK_N": 32, "num_warps": 1, "num_stages": 1}, nap.device)
         launch(
             combine_nap_kernel,
-            (triton.cdiv(samples, tile["BLOCK_N"]),),
+            (cdiv(samples, tile["BLOCK_N"]),),
             partial_squares_ptr=squares,
             nap_ptr=nap,
             samples=samples,
@@ -61,7 +60,7 @@ def pool_partials(
     """
     samples, channels = feature_map.shape[:2]
     walk, wide = _walk(feature_map)
-    blocks = triton.cdiv(channels, walk["BLOCK_D"])
+    blocks = cdiv(channels, walk["BLOCK_D"])
     h = feature_map.new_empty((samples, channels), dtype=torch.float32)
     squares = feature_map.new_empty((samples, blocks), dtype=torch.float32)
     splits = _splits(feature_map, blocks)
@@ -74,7 +73,7 @@ def pool_statistics(feature_map: Tensor, rectify: bool) -> tuple[Tensor, Tensor,
     walk, wide = _walk(feature_map)
     h = feature_map.new_empty(feature_map.shape[:2], dtype=torch.float32)
     mean, largest = torch.empty_like(h), torch.empty_like(h)
-    splits = _splits(feature_map, triton.cdiv(feature_map.shape[1], walk["BLOCK_D"]))
+    splits = _splits(feature_map, cdiv(feature_map.shape[1], walk["BLOCK_D"]))
     _launch(feature_map, walk, wide, splits, 0.0, rectify, h, mean=mean, largest=largest)
     return h, mean, largest
 
@@ -114,9 +113,11 @@ def _launch(
 
 def _walk(feature_map: Tensor) -> tuple[dict[str, Any], bool]:
     """Traversal arguments from strides and shape, never from N; and whether loads are 16 bytes wide."""
-    _, channels, height, width = feature_map.shape
+    samples, channels, height, width = feature_map.shape
     stride_n, stride_d, stride_h, stride_w = feature_map.stride()
     spatial = height * width
+    # The stride of an axis of size 1 is arbitrary: one sample is read, and compiled for, as in a contiguous batch.
+    stride_n = stride_n if samples > 1 else channels * spatial
     stride_w = stride_h if width == 1 else stride_w
     flat = height == 1 or width == 1 or stride_h == width * stride_w
     layout = "channels" if stride_d == 1 and (channels > 1 or spatial == 1) else "rows"
@@ -152,17 +153,17 @@ def _tile(feature_map: Tensor, layout: str, spatial: int, vec: int, edges: bool)
     channels = feature_map.shape[1]
     if layout == "channels":
         lanes = 128
-        while lanes > 4 and triton.cdiv(channels, lanes * vec) * lanes * vec > 1.25 * channels:
+        while lanes > 4 and cdiv(channels, lanes * vec) * lanes * vec > 1.25 * channels:
             lanes //= 2
         vectors, threads, repeats = spatial, 256 // lanes, 4
     else:
-        vectors = triton.cdiv(spatial + (vec - 1 if edges else 0), vec)
+        vectors = cdiv(spatial + (vec - 1 if edges else 0), vec)
         repeats = 8 if edges and vectors <= 16 else 4
-        threads = min(16, triton.next_power_of_2(triton.cdiv(vectors, repeats))) if edges else 8 if vec > 1 else 32
-    block_s = min(threads, 32, triton.next_power_of_2(vectors))
-    repeat = min(repeats, triton.next_power_of_2(triton.cdiv(vectors, block_s)))
+        threads = min(16, next_power_of_2(cdiv(vectors, repeats))) if edges else 8 if vec > 1 else 32
+    block_s = min(threads, 32, next_power_of_2(vectors))
+    repeat = min(repeats, next_power_of_2(cdiv(vectors, block_s)))
     block_d = lanes * vec if layout == "channels" else 256 // block_s * max(1, (4 if vec > 1 else 16) // repeat)
-    block_d = max(16, min(triton.next_power_of_2(channels), block_d))
+    block_d = max(16, min(next_power_of_2(channels), block_d))
     tile = block_d * block_s // (vec if layout == "channels" else 1)
     default = {
         "BLOCK_D": block_d,
@@ -184,8 +185,8 @@ def _tile(feature_map: Tensor, layout: str, spatial: int, vec: int, edges: bool)
 
 def _splits(feature_map: Tensor, blocks: int) -> int:
     """Programs per sample: about four per multiprocessor over the batch, each with at least one block."""
-    wanted = triton.cdiv(4 * _multiprocessors(feature_map.device), max(1, feature_map.shape[0]))
-    return triton.cdiv(blocks, triton.cdiv(blocks, min(wanted, blocks)))
+    wanted = cdiv(4 * _multiprocessors(feature_map.device), max(1, feature_map.shape[0]))
+    return cdiv(blocks, cdiv(blocks, min(wanted, blocks)))
 
 
 @cache

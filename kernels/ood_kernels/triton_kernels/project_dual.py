@@ -13,14 +13,13 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..bases import DualTensors
 from . import combine as combining
 from .combine import combine, samples_at_once
 from .dual_kernels import dual_kernel, gram_kernel, product_kernel
-from .launch import choose, launch
+from .launch import cdiv, choose, launch, next_power_of_2
 
 __all__ = ["DualPlan", "dual_plan", "project_dual"]
 
@@ -61,11 +60,11 @@ def dual_plan(basis: DualTensors, precision: str) -> DualPlan:
     default = _default_tile(anchors, components, itemsize, precision, is_aligned)
     tile = choose("project_dual", shape, default, anchor_features.device)
     stored = tile.pop("VARIANT") == "stored"
-    blocks = max(1, triton.cdiv(anchors, tile["BLOCK_A"]))
+    blocks = max(1, cdiv(anchors, tile["BLOCK_A"]))
     # More than one block per split only if the partial results of one tile of samples would exceed the workspace.
     most = max(1, combining.WORKSPACE_BYTES // (4 * tile["BLOCK_N"] * components))
-    tile["BLOCKS"] = max(min(4, blocks) if stored else 1, triton.cdiv(blocks, most))
-    tile["CLASS_BLOCKS"] = triton.cdiv(classes, tile["BLOCK_R"] * blocks)
+    tile["BLOCKS"] = max(min(4, blocks) if stored else 1, cdiv(blocks, most))
+    tile["CLASS_BLOCKS"] = cdiv(classes, tile["BLOCK_R"] * blocks)
     arguments = {
         "shift_ptr": anchor_features if shift is None else shift.contiguous(),
         "anchor_cotangents_ptr": anchor_cotangents,
@@ -94,7 +93,7 @@ def dual_plan(basis: DualTensors, precision: str) -> DualPlan:
         "LINEAR_UNIT": math.gcd(components, 16),
     }
     wide = all(_unit(part) * part.element_size() >= 16 for part in (anchor_cotangents, anchor_features, coefficients))
-    return DualPlan(arguments | tile, triton.cdiv(blocks, tile["BLOCKS"]), wide, stored)
+    return DualPlan(arguments | tile, cdiv(blocks, tile["BLOCKS"]), wide, stored)
 
 
 def project_dual(
@@ -152,13 +151,13 @@ def project_dual(
 
 def _launch_partial(plan: DualPlan, own: dict[str, Any], gram: Tensor | None) -> None:
     arguments = plan.arguments | own
-    tiles = triton.cdiv(own["samples"], arguments["BLOCK_N"])
+    tiles = cdiv(own["samples"], arguments["BLOCK_N"])
     if gram is None:
         launch(dual_kernel, (tiles, plan.splits), wide=plan.wide, **arguments)
         return
     arguments |= {"gram_ptr": gram, "GRAM_UNIT": math.gcd(arguments["anchors"], 16)}
-    blocks = triton.cdiv(arguments["anchors"], arguments["BLOCK_A"])
-    component_tiles = triton.cdiv(arguments["components"], arguments["BLOCK_K"])
+    blocks = cdiv(arguments["anchors"], arguments["BLOCK_A"])
+    component_tiles = cdiv(arguments["components"], arguments["BLOCK_K"])
     for kernel, grid in ((gram_kernel, (tiles, blocks)), (product_kernel, (tiles, component_tiles, plan.splits))):
         taken = {*kernel.arg_names, "num_warps", "num_stages"}
         launch(kernel, grid, wide=plan.wide, **{name: value for name, value in arguments.items() if name in taken})
@@ -191,5 +190,5 @@ def _default_tile(anchors: int, components: int, itemsize: int, precision: str, 
         }
     elif precision == "tf32x3":
         tile |= {"BLOCK_A": 32, "BLOCK_R": 16, "BLOCK_K": 32, "num_stages": 3}
-    tile["BLOCK_K"] = min(tile["BLOCK_K"], max(16, triton.next_power_of_2(components)))
+    tile["BLOCK_K"] = min(tile["BLOCK_K"], max(16, next_power_of_2(components)))
     return tile

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..bases import ExplicitTensors
 from .combine import combine, samples_at_once
 from .device import matmul, multiple, rounded
-from .launch import choose, launch
+from .launch import cdiv, choose, launch
 from .tiles import cotangent_tile, matrix_tile, softmax_rows
 
 __all__ = ["ExplicitPlan", "add_class", "explicit_plan", "explicit_program", "project_explicit"]
@@ -151,12 +151,12 @@ def explicit_plan(basis: ExplicitTensors, precision: str) -> ExplicitPlan:
     shape: dict[str, int | str] = {"precision": precision, "rows": "aligned" if wide else "unaligned"}
     shape |= {"itemsize": itemsize, "classes": classes, "features": features, "components": component_count}
     tile = choose("project_explicit", shape, _default_tile(itemsize, precision, wide), components.device)
-    component_tiles = triton.cdiv(component_count, tile["BLOCK_K"])
+    component_tiles = cdiv(component_count, tile["BLOCK_K"])
     # Partial results of one tile of samples then take at most 4 MiB, for K up to 16384.
     most = max(1, _PROGRAMS // component_tiles)
     class_step, feature_tiles = splitting(classes, features, tile["BLOCK_D"], most)
     feature_step = feature_tiles * tile["BLOCK_D"]
-    splits = triton.cdiv(classes, class_step) * triton.cdiv(features, feature_step)
+    splits = cdiv(classes, class_step) * cdiv(features, feature_step)
     arguments = {
         "components_ptr": components,
         "classes": classes,
@@ -182,11 +182,11 @@ def splitting(classes: int, features: int, block: int, most: int) -> tuple[int, 
     Features are split first, so that a program needs one tile of h. From about 512 elements of each component per split, reading
     V takes longer than writing and reading a partial result.
     """
-    feature_tiles = triton.cdiv(features, block)
+    feature_tiles = cdiv(features, block)
     most = min(most, max(1, classes * features // _ELEMENTS))
-    tiles = triton.cdiv(feature_tiles, min(most, feature_tiles))
-    class_splits = max(1, most // triton.cdiv(feature_tiles, tiles))
-    return triton.cdiv(classes, min(classes, class_splits)), tiles
+    tiles = cdiv(feature_tiles, min(most, feature_tiles))
+    class_splits = max(1, most // cdiv(feature_tiles, tiles))
+    return cdiv(classes, min(classes, class_splits)), tiles
 
 
 def row_unit(tensor: Tensor, width: int) -> int:
@@ -258,7 +258,7 @@ def project_explicit(
             "class_tiles": 0 if partials is None else partials.shape[1],
             "KIND": kind,
         }
-        grid = (triton.cdiv(own["samples"], block), plan.component_tiles, plan.splits)
+        grid = (cdiv(own["samples"], block), plan.component_tiles, plan.splits)
         launch(explicit_kernel, grid, wide=plan.wide, **plan.arguments, **own)
         combine(partial, basis.constants, output[rows], plan.splits)
     return output

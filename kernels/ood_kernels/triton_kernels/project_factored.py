@@ -18,7 +18,7 @@ from torch import Tensor
 from ..bases import FactoredTensors
 from .combine import WORKSPACE_BYTES, combine, samples_at_once
 from .device import matmul, multiple, rounded
-from .launch import choose, launch
+from .launch import cdiv, choose, launch, next_power_of_2
 from .project_explicit import add_class, is_far, row_unit, store_partial
 from .tiles import cotangent_tile, matrix_tile, softmax_rows
 
@@ -94,7 +94,8 @@ def factored_program(
     rows = row_start + tl.arange(0, BLOCK_N)
     largest, total, predicted = softmax_rows(partials_ptr, argmaxima_ptr, rows, rows < samples, class_tiles, KIND, 8)
     # An enclosing loop over both fails to compile for sm_100 in Triton 3.9.
-    factor = split * BLOCK_R
+    # 64 bits: the LLVM of Triton 3.6 may pack a 32-bit product with another and let them overflow, see `aot.compiled.miscompiled`.
+    factor = tl.cast(split, tl.int64) * BLOCK_R
     t = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for start in range(0, classes, BLOCK_C):
         left = cotangent_tile(
@@ -109,11 +110,11 @@ def factored_program(
     for start in range(0, feature_rank, BLOCK_Q):
         s = matrix_tile(reduced_ptr, row_start, start, samples, feature_rank, feature_rank, 1, S_UNIT, BLOCK_N, BLOCK_Q)
         s = rounded(s, PRECISION)
-        for one in range(tl.minimum(BLOCK_R, class_rank - factor)):
+        for one in range(tl.minimum(BLOCK_R, class_rank - factor).to(tl.int32)):
             column = tl.sum(tl.where(tl.arange(0, BLOCK_R)[None, :] == one, t, 0.0), 1)
             accumulator = add_class(
                 accumulator, column[:, None], s,
-                core_ptr + tl.cast(factor + one, tl.int64) * multiple(stride_core_row, UNIT),
+                core_ptr + (factor + one) * multiple(stride_core_row, UNIT),
                 component_start, start, component_count, feature_rank, stride_component, stride_core_column,
                 False, PRECISION, UNIT, FAR, BLOCK_N, BLOCK_K, BLOCK_Q,
             )  # fmt: skip
@@ -173,7 +174,7 @@ def factored_plan(basis: FactoredTensors, precision: str) -> FactoredPlan:
     tile = choose("project_factored", shape, _default_tile(itemsize, precision), core.device)
     # More class factors per split only if the partial results of one tile of samples would exceed the workspace.
     most = max(1, WORKSPACE_BYTES // (4 * tile["BLOCK_N"] * component_count))
-    tile["BLOCK_R"] = max(tile["BLOCK_R"], min(64, triton.next_power_of_2(triton.cdiv(class_rank, most))))
+    tile["BLOCK_R"] = max(tile["BLOCK_R"], min(64, next_power_of_2(cdiv(class_rank, most))))
     widths = ((class_factors, class_rank), (feature_factors, feature_rank), (core, feature_rank))
     units = [row_unit(part, width) for part, width in widths]
     common = {name: tile.pop(name) for name in ("BLOCK_N", "num_warps", "num_stages")} | {"PRECISION": precision}
@@ -210,9 +211,9 @@ def factored_plan(basis: FactoredTensors, precision: str) -> FactoredPlan:
     return FactoredPlan(
         product | common,
         projection | common | tile,
-        triton.cdiv(feature_rank, product["BLOCK_Q"]),
-        triton.cdiv(component_count, tile["BLOCK_K"]),
-        triton.cdiv(class_rank, tile["BLOCK_R"]),
+        cdiv(feature_rank, product["BLOCK_Q"]),
+        cdiv(component_count, tile["BLOCK_K"]),
+        cdiv(class_rank, tile["BLOCK_R"]),
         all(unit * part.element_size() >= 16 for unit, (part, _) in zip(units, widths, strict=True)),
     )
 
@@ -235,7 +236,7 @@ def reduce_features(h: Tensor, plan: FactoredPlan) -> Tensor:
     """First launch: s [N, Q] in fp32."""
     samples = h.shape[0]
     reduced = h.new_empty((samples, plan.product["rank"]), dtype=torch.float32)
-    grid = (triton.cdiv(samples, plan.product["BLOCK_N"]), plan.factor_tiles)
+    grid = (cdiv(samples, plan.product["BLOCK_N"]), plan.factor_tiles)
     launch(
         product_kernel, grid, wide=plan.wide, h_ptr=h.contiguous(), reduced_ptr=reduced, samples=samples, **plan.product
     )
@@ -286,7 +287,7 @@ def project_factored(
             "class_tiles": 0 if partials is None else partials.shape[1],
             "KIND": kind,
         }
-        grid = (triton.cdiv(own["samples"], block), plan.component_tiles, plan.splits)
+        grid = (cdiv(own["samples"], block), plan.component_tiles, plan.splits)
         launch(factored_kernel, grid, wide=plan.wide, **plan.projection, **own)
         combine(partial, basis.constants, output[rows], plan.splits)
     return output

@@ -14,12 +14,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..bases import DualTensors, ExplicitTensors, FactoredTensors
 from ..types import BasisTensors, Head, ScoreOutputs
-from .launch import choose
+from .launch import cdiv, choose, next_power_of_2
 from .pool_nap import pool_partials
 from .project_dual import dual_plan
 from .project_explicit import explicit_plan
@@ -79,9 +78,12 @@ def score(
         rows = _rows_at_once(samples, classes, projection, tile["SAMPLES"], with_logits=False)
         score_small(feature_map, eps, rectify, head, projection, precision, tile, outputs, rows)
     else:
-        rows = _rows_at_once(samples, classes, projection, projection.block, with_logits=bool(projection.kind))
-        turns = triton.cdiv(samples, rows)
-        counters = 1 + triton.cdiv(rows, projection.block) * projection.component_tiles
+        most = _rows_at_once(samples, classes, projection, projection.block, with_logits=bool(projection.kind))
+        turns = cdiv(samples, most)
+        # Equal parts, of whole tiles: a short last one would leave most of the GPU idle.
+        rows = cdiv(cdiv(samples, turns), projection.block) * projection.block if turns > 1 else samples
+        # Each part's counters start at a multiple of 16 bytes, so that all run the same compiled kernel.
+        counters = cdiv(1 + cdiv(rows, projection.block) * projection.component_tiles, 4) * 4
         tickets = feature_map.new_empty((turns, counters), dtype=torch.int32) if projection.kind else None
         h, squares = pool_partials(feature_map, eps, rectify, tickets)
         outputs = ScoreOutputs(h, empty(samples), empty(samples), empty(samples), empty(samples, classes), g_low)
@@ -142,7 +144,7 @@ def _rows_at_once(samples: int, classes: int, projection: Projection, block: int
     """Chunk size: samples whose workspace fits in 64 MiB, a multiple of `block` unless all fit; at least one tile."""
     numbers = projection.programs * projection.components + projection.rank
     # Partials of the head pass: five numbers per tile of at least 16 classes.
-    numbers += 5 * triton.cdiv(classes, 16) + (classes if with_logits else 0)
+    numbers += 5 * cdiv(classes, 16) + (classes if with_logits else 0)
     tiles = max(1, _WORKSPACE_BYTES // (4 * numbers * block))
     return min(samples, tiles * block)
 
@@ -168,7 +170,7 @@ def _small_tile(
         "LIMIT_KIB": 64 if precision == "ieee" else 256,
         "SAMPLES": 4,
         "POOL_D": 32,
-        "POOL_S": min(32 // feature_map.element_size(), triton.next_power_of_2(height * width)),
+        "POOL_S": min(32 // feature_map.element_size(), next_power_of_2(height * width)),
         "num_warps": projection.arguments.get("num_warps", 4),
         "num_stages": 3,
     }

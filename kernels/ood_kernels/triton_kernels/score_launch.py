@@ -6,11 +6,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..types import Head, ScoreOutputs
-from .launch import choose, launch
+from .launch import cdiv, choose, launch, next_power_of_2
 from .masked_energy import head_arguments, head_partials
 from .score_kernels import (
     dual_score_kernel,
@@ -87,7 +86,7 @@ def score_small(
         own = ScoreOutputs(*(output[part] for output in outputs))
         launch(
             _SMALL[projection.kind],
-            (triton.cdiv(own.h.shape[0], tile["SAMPLES"]),),
+            (cdiv(own.h.shape[0], tile["SAMPLES"]),),
             wide=projection.wide and _map_is_wide(feature_map),
             **_map_arguments(feature_map[part], eps, rectify),
             **_small_head(own, head, precision),
@@ -95,7 +94,7 @@ def score_small(
             lse_ptr=own.lse,
             pruned_lse_ptr=own.pruned_lse,
             PRECISION=precision,
-            FINAL_C=min(128, triton.next_power_of_2(classes)),
+            FINAL_C=min(128, next_power_of_2(classes)),
             # Otherwise NVIDIA's compiler spills registers for an occupancy that is never reached.
             maxnreg=min(255, 2048 // tile["num_warps"]),
             **tile,
@@ -168,7 +167,7 @@ def _small_projection(projection: Projection, own: ScoreOutputs, partial: Tensor
         "output_ptr": own.g_low,
         "programs": projection.programs,
         "OUTPUT_UNIT": math.gcd(projection.components, 16),
-        "COMBINE_K": min(128, max(16, triton.next_power_of_2(projection.components))),
+        "COMBINE_K": min(128, max(16, next_power_of_2(projection.components))),
     }
 
 
@@ -210,7 +209,7 @@ def score_large(
 
 
 def _final_tile(classes: int, device: torch.device) -> dict[str, Any]:
-    default = {"FINAL_N": 4, "FINAL_C": min(512, triton.next_power_of_2(classes)), "num_warps": 4, "num_stages": 2}
+    default = {"FINAL_N": 4, "FINAL_C": min(512, next_power_of_2(classes)), "num_warps": 4, "num_stages": 2}
     return choose("score_finish", {"classes": classes}, default, device)
 
 
@@ -219,7 +218,7 @@ def _finish(own: ScoreOutputs, partials: Tensor, squares: Tensor) -> None:
     tile = _final_tile(classes, partials.device)
     launch(
         finish_kernel,
-        (triton.cdiv(samples, tile["FINAL_N"]), triton.cdiv(classes, tile["FINAL_C"])),
+        (cdiv(samples, tile["FINAL_N"]), cdiv(classes, tile["FINAL_C"])),
         wide=classes % 4 == 0,
         **_finish_arguments(own, partials, squares),
         classes=classes,
@@ -252,8 +251,8 @@ def _head_and_product(
     # With more stages, the combined kernel spills.
     arguments["num_stages"] = min(3, arguments["num_stages"])
     product = projection.product
-    programs = triton.cdiv(h.shape[0], arguments["BLOCK_N"]) * arguments["tiles"]
-    programs += triton.cdiv(h.shape[0], product["FACTOR_N"]) * triton.cdiv(projection.rank, product["FACTOR_Q"])
+    programs = cdiv(h.shape[0], arguments["BLOCK_N"]) * arguments["tiles"]
+    programs += cdiv(h.shape[0], product["FACTOR_N"]) * cdiv(projection.rank, product["FACTOR_Q"])
     launch(
         head_product_kernel,
         (programs,),
@@ -280,16 +279,16 @@ def _project(
     """Write g_low, p, the energies and NAP from the logits."""
     (samples, classes), arguments = own.p.shape, projection.arguments
     final = _final_tile(classes, logits.device)
-    across = min(128, arguments["BLOCK_K"], max(16, triton.next_power_of_2(projection.components)))
+    across = min(128, arguments["BLOCK_K"], max(16, next_power_of_2(projection.components)))
     down = min(arguments["BLOCK_N"], 512 // across)
-    programs = triton.cdiv(samples, arguments["BLOCK_N"]) * projection.component_tiles * projection.programs
-    programs += triton.cdiv(samples, final["FINAL_N"]) * triton.cdiv(classes, final["FINAL_C"])
-    programs += triton.cdiv(samples, down) * triton.cdiv(projection.components, across)
+    programs = cdiv(samples, arguments["BLOCK_N"]) * projection.component_tiles * projection.programs
+    programs += cdiv(samples, final["FINAL_N"]) * cdiv(classes, final["FINAL_C"])
+    programs += cdiv(samples, down) * cdiv(projection.components, across)
     is_factored = projection.kind == "factored"
     extra: dict[str, Any] = {"reduced_ptr": reduced, "channels": own.h.shape[1]} if is_factored else {"h_ptr": own.h}
     # Otherwise NVIDIA's compiler spills registers for one more program per multiprocessor.
     if arguments["PRECISION"] == "ieee":
-        extra["maxnreg"] = min(168, 2048 // arguments["num_warps"])
+        extra["maxnreg"] = min(200 if is_factored else 168, 2048 // arguments["num_warps"])
     elif projection.kind == "dual":
         extra["maxnreg"] = min(255, 2048 // arguments["num_warps"])
     launch(

@@ -52,9 +52,10 @@ def pool_samples(
             positive += tl.sum(maximum(values, 0.0), 2)
         maxima = maximum(maxima, greatest(tl.where(inside, values, float("-inf")), 2))
         if step % chunks == chunks - 1:
-            h = sums / spatial
+            # Correctly rounded: where mean + eps is 0, an approximate quotient would leave a residue.
+            h = tl.div_rn(sums, tl.cast(spatial, tl.float32))
             # Rectifying would hide -Inf; adding 0 · h turns it into NaN.
-            mean = positive / spatial + 0.0 * h if RECTIFY else h
+            mean = tl.div_rn(positive, tl.cast(spatial, tl.float32)) + 0.0 * h if RECTIFY else h
             peak = maximum(maxima, 0.0) if RECTIFY else maxima
             is_known = is_sample[:, None] & is_channel[None, :]
             tl.store(h_ptr + rows[:, None] * channels + channel[None, :], h, mask=is_known)

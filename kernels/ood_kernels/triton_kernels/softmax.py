@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import multiple
-from .launch import choose, launch
+from .launch import cdiv, choose, launch, next_power_of_2
 
 __all__ = ["finalise", "finalise_kernel", "finalise_program", "row_argmax", "row_lse", "row_softmax"]
 
@@ -91,7 +91,7 @@ def finalise_program(
         tl.store(p_ptr + places, tl.exp(logits - largest[:, None]) / total[:, None], mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def finalise_kernel(
     logits_ptr, p_ptr, partials_ptr, lse_ptr, pruned_lse_ptr, samples, classes, tiles,
     SOFTMAX: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -106,12 +106,12 @@ def finalise_kernel(
 def finalise(logits: Tensor | None, partials: Tensor, lse: Tensor, pruned_lse: Tensor, classes: int) -> None:
     """Second launch: both energies from the partial results, and the softmax in place of the logits, if given."""
     samples, tiles, _ = partials.shape
-    block = 1024 if classes > 4096 else min(512, triton.next_power_of_2(classes))
+    block = 1024 if classes > 4096 else min(512, next_power_of_2(classes))
     default = {"BLOCK_N": 4, "BLOCK_C": block, "num_warps": 4, "num_stages": 2}
     tile = choose("finalise", {"classes": classes}, default, partials.device)
     launch(
         finalise_kernel,
-        (triton.cdiv(samples, tile["BLOCK_N"]), 1 if logits is None else triton.cdiv(classes, tile["BLOCK_C"])),
+        (cdiv(samples, tile["BLOCK_N"]), 1 if logits is None else cdiv(classes, tile["BLOCK_C"])),
         wide=logits is not None and classes % 4 == 0,
         logits_ptr=logits,
         p_ptr=logits,

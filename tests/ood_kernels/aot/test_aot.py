@@ -11,7 +11,7 @@ import pytest
 
 import ood_kernels
 from ood_kernels.aot import __main__ as aot_command
-from ood_kernels.aot.compiled import Job, Resources
+from ood_kernels.aot.compiled import Job, Resources, miscompiled
 from ood_kernels.aot.recording import Recorded
 from ood_kernels.aot.rows import Row, table, violations
 
@@ -21,8 +21,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 GOOD = Resources(
-    registers=64, stack=0, shared=1024, tensor_core="wgmma", reduced_dot=True, load_bytes=16, file_bytes=9000
-)
+    registers=64, stack=0, shared=1024, tensor_core="wgmma", reduced_dot=True, load_bytes=16, file_bytes=9000,
+    miscompiled=False,
+)  # fmt: skip
 ROW = {"shape": {"precision": "bf16", "mask": "bits", "classes": 12}, "config": {"num_warps": 8}}
 
 
@@ -49,6 +50,7 @@ def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ("sm_80", {"shared": 163 * 1024 + 1}, "166913 bytes of shared memory, expected at most 166912"),
         ("gfx942", {"shared": 65537}, "65537 bytes of shared memory, expected at most 65536"),
         ("sm_90", {"tensor_core": "mma"}, "no wgmma"),
+        ("sm_90", {"miscompiled": True}, "packed 32-bit numbers overflow into each other"),
         ("sm_90", {"load_bytes": 8}, "widest load 8 bytes, expected 16"),
         ("sm_90", {}, None),
         ("sm_90", {"wide": False, "load_bytes": 2}, None),
@@ -60,6 +62,30 @@ def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_each_bound_is_held_where_it_means_something(target, changes, expected):
     lines = violations(row(target, **changes))
     assert [expected in line for line in lines] == ([True] if expected else [])
+
+
+# As compiled by Triton 3.6: tid · 2^28, unused, below split · 16 in one register.
+PACKED = """
+    shl.b64 %rd1, %rd9, 36;
+    mul.wide.u32 %rd2, %r1, 268435456;
+    or.b64 %rd3, %rd1, %rd2;
+    mov.b64 {_, %r2}, %rd3;
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("", ""), True),
+        (("or.b64 %rd3, %rd1, %rd2", "or.b64 %rd3, %rd2, %rd1"), True),
+        (("mov.b64 {_, %r2}, %rd3", "shr.u64 %rd4, %rd3, 32"), True),
+        (("%rd9, 36", "%rd9, 31"), False),  # an address in 64 bits
+        (("mov.b64 {_, %r2}, %rd3", "add.s64 %rd4, %rd3, 8"), False),
+        (("or.b64 %rd3, %rd1, %rd2", "or.b64 %rd3, %rd1, %rd1"), False),
+    ],
+)
+def test_packed_numbers_that_overflow_are_found_in_ptx(change, expected):
+    assert miscompiled(PACKED.replace(*change)) is expected
 
 
 def test_a_smaller_limit_of_shared_memory_counts_and_a_larger_one_does_not():
@@ -164,7 +190,7 @@ def test_real_kernels_are_specialised_compiled_and_held_to_their_bounds(tmp_path
     }
     assert constants == [[[2], 1], [[4], None], [[6], 8192]]
     assert known == [0, 1], "a pointer and a multiple of 16 are known to be divisible"
-    ((registers, stack, _, tensor_core, reduced, load_bytes, size),) = found["amd"]
+    ((registers, stack, _, tensor_core, reduced, load_bytes, size, _),) = found["amd"]
     assert registers > 0
     assert (stack, tensor_core, reduced, load_bytes) == (0, "mfma", True, 16)
     assert size > 1000

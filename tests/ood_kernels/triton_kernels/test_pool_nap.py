@@ -108,6 +108,7 @@ def test_any_strides(shape, dtype, order, steps, rectify, device, assert_as_good
     [
         (torch.empty(4, 2048, 7, 7, dtype=torch.bfloat16, device="meta"), "rows", 8, True, True),
         (torch.empty(4, 2048, 7, 7, device="meta")[1:2], "rows", 4, True, True),
+        (torch.empty(2048 * 49, device="meta").as_strided((1, 2048, 7, 7), (3, 49, 7, 1)), "rows", 4, True, True),
         (torch.empty(4, 2048, 7, 7, device="meta").to(memory_format=torch.channels_last), "channels", 4, False, True),
         (torch.empty(4, 512, 4, 4, dtype=torch.float16, device="meta"), "rows", 8, False, True),
         (torch.empty(4, 512, 4, 4, device="meta")[:, 3:], "rows", 4, False, True),

@@ -229,6 +229,16 @@ def test_the_plan_does_not_know_the_batch(monkeypatch):
         assert settings[0] == settings[1] == settings[2]
 
 
+@pytest.mark.parametrize("form", ["dual", "explicit", "factored"])
+def test_parts_of_a_batch_are_equal_and_run_the_same_compiled_kernel(form):
+    launches = default_launches(on_meta("R50", 6001, form))
+    last = [launch.arguments for launch in launches if "tickets_ptr" in launch.arguments]
+    samples = [arguments["samples"] for arguments in last]
+    assert len(last) > 1
+    assert max(samples) - min(samples) <= last[0]["BLOCK_N"] * len(last)
+    assert all(arguments["tickets_ptr"].storage_offset() % 4 == 0 for arguments in last)
+
+
 @settings(deadline=None, max_examples=20)
 @given(
     samples=st.integers(1, 6000),
