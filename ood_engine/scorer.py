@@ -238,7 +238,7 @@ class Scorer:
             None if feature_map is None else feature_map.dtype,
             None if head_input is None else head_input.dtype,
             None if logits is None else logits.dtype,
-            self.tap.weights[0].dtype,
+            self.tap.head.weight.dtype,
             captured.rounding,
             precision=self.runtime.precision,
         )

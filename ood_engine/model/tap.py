@@ -295,7 +295,7 @@ class Tap:
     def _run(self, images: Tensor) -> Any:
         require_batch(images)
         # The first weight, because stem and head may differ in dtype or device.
-        stem = next((weight for weight in self._twin.parameters() if weight.is_floating_point()), self._head.weight)
+        stem = next(filter(Tensor.is_floating_point, self._twin.parameters()), self._head.weight)
         # A model may cache tensors between calls, which must not be inference tensors, and may modify its input in place.
         with torch.inference_mode(False), torch.no_grad(), self._watch():
             try:
