@@ -88,6 +88,8 @@ def finalise_program(
         places = rows.to(tl.int64)[:, None] * width + here[None, :]
         inside = valid[:, None] & (here < width)[None, :]
         logits = tl.load(logits_ptr + places, mask=inside, other=-float("inf"))
+        # A tile of fewer elements than threads is read by several of them: all read before one writes in place.
+        tl.debug_barrier()
         tl.store(p_ptr + places, tl.exp(logits - largest[:, None]) / total[:, None], mask=inside)
 
 
