@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
@@ -27,6 +27,7 @@ __all__ = [
     "Launch",
     "cdiv",
     "choose",
+    "executed_by",
     "forced",
     "launch",
     "next_power_of_2",
@@ -69,6 +70,7 @@ class Choice(NamedTuple):
 
 
 _RECORDER: ContextVar[list[Launch] | None] = ContextVar("ood_kernels_launches", default=None)
+_EXECUTOR: ContextVar[Callable[[Launch], object] | None] = ContextVar("ood_kernels_executor", default=None)
 _FORCED: ContextVar[tuple[Mapping[str, Setting], list[Choice]] | None] = ContextVar("ood_kernels_forced", default=None)
 
 
@@ -94,6 +96,16 @@ def record() -> Iterator[list[Launch]]:
 
 
 @contextmanager
+def executed_by(execute: Callable[[Launch], object]) -> Iterator[None]:
+    """Hand the launches inside the context, but those on "meta" tensors, to a function instead of Triton."""
+    token = _EXECUTOR.set(execute)
+    try:
+        yield
+    finally:
+        _EXECUTOR.reset(token)
+
+
+@contextmanager
 def forced(configs: Mapping[str, Setting]) -> Iterator[list[Choice]]:
     """Make `choose` merge these configurations over the defaults of their families, and collect its look-ups.
 
@@ -112,10 +124,13 @@ def launch(kernel: Any, grid: Sequence[int], wide: bool = False, **arguments: An
     if 0 in grid:
         return
     tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
-    launches = _RECORDER.get()
+    launches, execute = _RECORDER.get(), _EXECUTOR.get()
     if launches is not None:
         launches.append(Launch(kernel, tuple(grid), arguments, wide))
     if tensor.is_meta:
+        return
+    if execute is not None:
+        execute(Launch(kernel, tuple(grid), arguments, wide))
         return
     # Triton launches on the current device, possibly not the tensor's.
     with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():

@@ -129,6 +129,18 @@ def test_record_collects_in_order_and_runs_real_tensors_only():
     assert len(launches) == 2
 
 
+def test_launches_are_handed_to_another_executor():
+    kernel, x, handed = Kernel(), torch.ones(3), []
+    with subject.executed_by(handed.append), subject.record() as launches:
+        subject.launch(kernel, (2,), x_ptr=x, BLOCK=1)
+        subject.launch(kernel, (2,), x_ptr=x.to("meta"), BLOCK=1)
+    assert [one.arguments["x_ptr"] for one in handed] == [x]
+    assert len(launches) == 2
+    assert kernel.calls == []
+    subject.launch(kernel, (3,), x_ptr=x)
+    assert [grid for grid, _ in kernel.calls] == [(3,)]
+
+
 def test_recordings_nest():
     kernel = Kernel()
     with subject.record() as outer:
