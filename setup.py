@@ -25,10 +25,12 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     package_dir={"ood_kernels": "kernels/ood_kernels", "ood_engine": "ood_engine"},
-    # Compiling ahead of time is for a checkout.
+    # Compiling ahead of time and executing compiled code are for a checkout.
     packages=[
         *find_packages(include=["ood_engine", "ood_engine.*"]),
-        *find_packages("kernels", exclude=["ood_kernels.aot", "ood_kernels.aot.*"]),
+        *find_packages(
+            "kernels", exclude=["ood_kernels.aot", "ood_kernels.emulation", "ptx_emulator", "ptx_emulator.*"]
+        ),
     ],
     package_data={
         "ood_kernels": ["py.typed"],

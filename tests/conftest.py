@@ -23,6 +23,8 @@ COMPARES_NUMBERS = re.compile(r"torch\.equal|allclose|assert_close|assert_same|a
 NOT_NUMERIC = (
     "ood_kernels/triton_kernels",
     "ood_kernels/aot",
+    "ood_kernels/emulation",
+    "ptx_emulator",
     "ood_kernels/test_ops.py",
     "ood_kernels/test_tune.py",
     "ood_engine/cli",
