@@ -38,6 +38,8 @@ lint() { make lint VENV="$work/venv"; }
 
 aot() { PYTHONPATH=kernels "$work/venv/bin/python" -m ood_kernels.aot; }
 
+emulate() { make emulate VENV="$work/venv"; }
+
 # The tests that compare numbers, with the instructions and threads of other machines.
 instruction_sets() {
     under ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 &
