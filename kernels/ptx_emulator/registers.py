@@ -106,6 +106,11 @@ class Registers:
             raise refuse(instruction, f"register {operand.text} of {width} bits for .{kind}")
         return row.view(f"i{width // 8}" if kind[0] == "s" else f"u{width // 8}")
 
+    @property
+    def words(self) -> np.ndarray:
+        """All registers of 32 bits [registers, threads]."""
+        return self._files[32]
+
     def rows(self, instruction: Instruction, operands: tuple[Operand, ...]) -> tuple[np.ndarray, list[int]]:
         """(all 32-bit registers [registers, threads], rows of these)."""
         for operand in operands:

@@ -255,6 +255,19 @@ def test_operands_may_be_overwritten_once_the_groups_that_read_them_waited(run, 
     assert [expected in line for line in report.lines()] == ([True] if expected else [])
 
 
+@pytest.mark.parametrize(("pending", "known"), [(0, True), (1, False)])
+def test_accumulators_hold_nan_until_they_were_waited_for(run, pending, known):
+    shared, out = torch.zeros(2560 // 4, dtype=torch.int32), torch.zeros(4, 128)
+    a, b = (descriptor(place, 32) for place in (0, 2048))
+    registers, text = wgmma("bf16", 8, "1, 1, 0, 0", "%rd5", "%rd6", f"wgmma.wait_group.sync.aligned {pending};")
+    zero = "\n".join(f"mov.b32 {register}, 0;" for register in registers) + f"mov.b64 %rd5, {a}; mov.b64 %rd6, {b};"
+    text = text.replace("wgmma.fence", zero + "wgmma.fence")
+    body = store_shared(len(shared), threads=128) + text + store_results(registers, 128)
+    run(body, out, shared, threads=128, shared=2560)
+    assert out.isnan().all().item() is not known
+    assert (out == 0).all().item() is known
+
+
 def test_descriptors_that_are_not_modelled(run):
     shared = torch.zeros(2560 // 4, dtype=torch.int32)
     _, text = wgmma("bf16", 8, "1, 1, 0, 0", "%rd5", "%rd6")

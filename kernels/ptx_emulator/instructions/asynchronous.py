@@ -34,6 +34,12 @@ class _Read(NamedTuple):
     group: int
 
 
+class _Sums(NamedTuple):
+    threads: slice
+    values: np.ndarray
+    serial: int
+
+
 class InFlight:
     """Groups of copies and of products that were committed, and the ones not committed yet."""
 
@@ -45,6 +51,8 @@ class InFlight:
         """Forget all."""
         self._copies: list[list[_Copy]] = [[]]
         self._products: list[list[_Read]] = [[]]
+        self._sums: dict[tuple[int, tuple[int, ...]], _Sums] = {}
+        self._committed = 0
 
     def copy(self, access: Access, at: np.ndarray, warps: np.ndarray, values: np.ndarray) -> None:
         """Start a copy of bytes to shared memory."""
@@ -63,6 +71,17 @@ class InFlight:
         self._machine.memories["shared"].shadow.mark_read(access.instruction, at, access.width, group, in_flight=True)
         self._products[-1].append(_Read(access, at, group))
 
+    def accumulate(
+        self, group: int, registers: tuple[int, ...], threads: slice, product: np.ndarray, adds: np.ndarray
+    ) -> None:
+        """Add a product [registers, threads] to accumulators of a warp group, which hold NaN until they are waited for."""
+        file = self._machine.registers.words
+        known = self._sums.pop((group, registers), None)
+        old = file[registers, threads].view(np.float32) if known is None else known.values
+        values = (np.where(adds, old, np.float32(0)) + product).astype(np.float32)
+        self._sums[group, registers] = _Sums(threads, values, self._committed)
+        file[registers, threads] = np.array(np.nan, np.float32).view(np.uint32)
+
     def commit_copies(self, where: Where = True) -> None:
         """Close a group of copies."""
         self._copies.append([])
@@ -70,6 +89,7 @@ class InFlight:
     def commit_products(self, where: Where = True) -> None:
         """Close a group of products."""
         self._products.append([])
+        self._committed += 1
 
     def wait_for_copies(self, pending: int, where: Where = True) -> None:
         """Finish all committed groups but the last `pending`."""
@@ -85,6 +105,11 @@ class InFlight:
         while len(self._products) - 1 > pending:
             for access, at, group in self._products.pop(0):
                 shadow.mark_read(access.instruction, at, access.width, group, in_flight=False)
+        file = self._machine.registers.words
+        for (group, registers), sums in list(self._sums.items()):
+            if sums.serial < self._committed - pending:
+                file[registers, sums.threads] = sums.values.view(np.uint32)
+                del self._sums[group, registers]
         for products in self._products:
             for access, at, group in products:
                 shadow.mark_read(access.instruction, at, access.width, group, in_flight=True)

@@ -170,6 +170,7 @@ def _bind_mma_async(machine: Machine, instruction: Instruction) -> Step:
         threads = file[rows][:, 128 * group : 128 * group + 128]
         return _fragment(threads, 16, depth, _FROM_BITS[kind], 8 * size).reshape(64, depth)
 
+    registers_of_d = tuple(accumulators)
     thread = np.arange(128)
     register = np.arange(width // 2)[:, None]
     row = thread // 32 * 16 + thread % 32 // 4 + 8 * (register % 4 // 2)
@@ -181,8 +182,7 @@ def _bind_mma_async(machine: Machine, instruction: Instruction) -> Step:
             if where is not True and not where[threads].any():
                 continue
             product = read_a(group).astype(np.float64) @ read_b(group).astype(np.float64).T
-            old = np.where(adds[threads], file[accumulators, threads].view(np.float32), np.float32(0))
-            file[accumulators, threads] = (old + product[row, column]).astype(np.float32).view(np.uint32)
+            machine.in_flight.accumulate(group, registers_of_d, threads, product[row, column], adds[threads])
 
     return step
 
