@@ -14,10 +14,15 @@ from types import ModuleType
 
 from torch import Tensor
 
-__all__ = ["BACKENDS", "kernels"]
+__all__ = ["BACKENDS", "default_backend", "kernels"]
 
 BACKENDS = ("reference", "triton")
 _VARIABLE = "OOD_ENGINE_BACKEND"
+
+
+def default_backend() -> str:
+    """The environment variable; "" where it is not set."""
+    return os.environ.get(_VARIABLE, "")
 
 
 def kernels(family: str, tensor: Tensor, requested: str, *, preferred: bool) -> ModuleType | None:
@@ -33,7 +38,7 @@ def kernels(family: str, tensor: Tensor, requested: str, *, preferred: bool) -> 
         ValueError: unknown backend.
         RuntimeError: Triton was requested but is unavailable.
     """
-    source, name = ("backend", requested) if requested else (_VARIABLE, os.environ.get(_VARIABLE, ""))
+    source, name = ("backend", requested) if requested else (_VARIABLE, default_backend())
     if name and name not in BACKENDS:
         raise ValueError(f"{source}={name!r}: expected one of {', '.join(BACKENDS)}")
     if name == "reference" or (not name and not preferred):

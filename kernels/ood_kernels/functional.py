@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from torch import Tensor
 
 from . import ops, reference
+from .backend import default_backend
 from .bases import basis_tensors
 from .checks import check_devices, check_head, check_precision, map_of, unfit
+from .plans import has_plans, planned
 from .types import BasisTensors, HasBasisTensors, Head, PoolStatistics, ScoreOutputs
+
+_Run = Callable[..., Any]
 
 __all__ = ["masked_energy", "pool_nap", "pool_statistics", "project_gradients", "score"]
 
@@ -33,7 +40,11 @@ def pool_statistics(feature_map: Tensor, *, rectify: bool = False, backend: str 
         >>> ok.pool_statistics(torch.tensor([[[[0.0, 4.0], [0.0, 0.0]]]]))
         PoolStatistics(h=tensor([[1.]]), nap_mean=tensor([[1.]]), maximum=tensor([[4.]]))
     """
-    return PoolStatistics(*ops.pool_statistics(map_of(feature_map), rectify, backend=backend or ""))
+
+    def written(run: _Run) -> tuple[Tensor, ...]:
+        return run(map_of(feature_map), rectify, backend=backend or "")
+
+    return PoolStatistics(*_call("pool_statistics", written, (feature_map,), (), (rectify, backend)))
 
 
 def pool_nap(
@@ -70,7 +81,11 @@ def pool_nap(
         (tensor([[1., 1.]]), tensor([2.1250]), tensor([[2.0000, 0.5000]]))
     """
     if not return_ratios:
-        h, nap = ops.pool_nap(map_of(feature_map), eps, rectify, backend=backend or "")
+
+        def written(run: _Run) -> tuple[Tensor, ...]:
+            return run(map_of(feature_map), eps, rectify, backend=backend or "")
+
+        h, nap = _call("pool_nap", written, (feature_map,), (), (eps, rectify, backend))
         return h, nap
     statistics = pool_statistics(feature_map, rectify=rectify, backend=backend)
     nap, ratios = reference.nap_from_statistics(statistics.nap_mean, statistics.maximum, eps)
@@ -116,15 +131,20 @@ def masked_energy(
         >>> ok.masked_energy(h, weight, neuron_mask=torch.tensor([True, False]))
         (tensor([3.1269]), tensor([1.3133]), tensor([[0.1192, 0.8808]]))
     """
-    if h.ndim != 2 or not h.is_floating_point():
-        raise unfit("h", "floating point features [N, D]", h)
-    check_head(h.shape[1], weight, bias, weight_mask, neuron_mask)
-    check_devices("h", h, Head(weight, bias, weight_mask, neuron_mask)._asdict())
-    check_precision(precision)
-    bias = None if bias is None else bias.detach()
-    lse, pruned_lse, p = ops.masked_energy(
-        h.detach(), weight.detach(), bias, weight_mask, neuron_mask, precision=precision, backend=backend or ""
-    )
+    head = Head(weight, bias, weight_mask, neuron_mask)
+
+    def written(run: _Run) -> tuple[Tensor, ...]:
+        if h.ndim != 2 or not h.is_floating_point():
+            raise unfit("h", "floating point features [N, D]", h)
+        check_head(h.shape[1], *head)
+        check_devices("h", h, head._asdict())
+        check_precision(precision)
+        detached = None if bias is None else bias.detach()
+        return run(
+            h.detach(), weight.detach(), detached, weight_mask, neuron_mask, precision=precision, backend=backend or ""
+        )
+
+    lse, pruned_lse, p = _call("masked_energy", written, (h,), head, (precision, backend))
     return lse, pruned_lse, p
 
 
@@ -166,16 +186,19 @@ def project_gradients(
         tensor([[4.5000]])
     """
     tensors = basis_tensors(basis)
-    classes, width = tensors.check()
-    check_precision(precision)
-    if p.ndim != 2 or p.shape[1] != classes or not p.is_floating_point():
-        raise unfit("p", f"softmax [N, {classes}]", p)
-    if h.shape != (p.shape[0], width) or not h.is_floating_point():
-        raise unfit("h", f"features [{p.shape[0]}, {width}]", h)
-    check_devices("p", p, {"h": h}, tensors._asdict())
-    return ops.project_gradients(
-        p.detach(), h.detach(), *_arguments(tensors), precision=precision, backend=backend or ""
-    )
+
+    def written(run: _Run) -> tuple[Tensor, ...]:
+        classes, width = tensors.check()
+        check_precision(precision)
+        if p.ndim != 2 or p.shape[1] != classes or not p.is_floating_point():
+            raise unfit("p", f"softmax [N, {classes}]", p)
+        if h.shape != (p.shape[0], width) or not h.is_floating_point():
+            raise unfit("h", f"features [{p.shape[0]}, {width}]", h)
+        check_devices("p", p, {"h": h}, tensors._asdict())
+        return (run(p.detach(), h.detach(), *_arguments(tensors), precision=precision, backend=backend or ""),)
+
+    options = (tensors.kind, tensors.cotangent, tensors.bias, precision, backend)
+    return _call("project_gradients", written, (p, h), tensors.parts(), options)[0]
 
 
 def score(
@@ -215,18 +238,19 @@ def score(
         >>> outputs.nap, outputs.lse  # (1 / (1 + eps))² and log(2e)
         (tensor([0.2500]), tensor([1.6931]))
     """
-    feature_map = map_of(feature_map)
-    width = feature_map.shape[1]
-    check_head(width, *head)
-    check_precision(precision)
     tensors = None if basis is None else basis_tensors(basis)
-    if tensors is not None and tensors.check() != (head.weight.shape[0], width):
-        raise unfit("head.weight", f"the basis's [C, D] = {list(tensors.check())}", head.weight)
-    check_devices("feature_map", feature_map, head._asdict(), {} if tensors is None else tensors._asdict())
-    bias = None if head.bias is None else head.bias.detach()
-    return ScoreOutputs(
-        *ops.score(
-            feature_map,
+
+    def written(run: _Run) -> tuple[Tensor, ...]:
+        activations = map_of(feature_map)
+        width = activations.shape[1]
+        check_head(width, *head)
+        check_precision(precision)
+        if tensors is not None and tensors.check() != (head.weight.shape[0], width):
+            raise unfit("head.weight", f"the basis's [C, D] = {list(tensors.check())}", head.weight)
+        check_devices("feature_map", activations, head._asdict(), {} if tensors is None else tensors._asdict())
+        bias = None if head.bias is None else head.bias.detach()
+        return run(
+            activations,
             eps,
             rectify,
             head.weight.detach(),
@@ -237,7 +261,28 @@ def score(
             precision=precision,
             backend=backend or "",
         )
-    )
+
+    kept: list[Tensor | None] = [*head]
+    options: tuple[Any, ...] = (eps, rectify, precision, backend)
+    if tensors is not None:
+        kept += tensors.parts()
+        options += (tensors.kind, tensors.cotangent, tensors.bias)
+    return ScoreOutputs(*_call("score", written, (feature_map,), kept, options))
+
+
+def _call(
+    name: str,
+    written: Callable[[_Run], tuple[Tensor, ...]],
+    moving: tuple[Tensor, ...],
+    kept: Sequence[Tensor | None],
+    options: tuple[Any, ...],
+) -> Sequence[Tensor]:
+    """The outputs of an operator: on a GPU by the plan of an earlier call, see `plans`, otherwise as written."""
+    if not has_plans(moving[0]):
+        return written(getattr(ops, name))
+    present = [tensor for tensor in kept if tensor is not None]
+    pattern = [tensor is None for tensor in kept]
+    return planned(lambda: written(ops.DIRECT[name]), moving, present, (name, *pattern, *options, default_backend()))
 
 
 def _arguments(tensors: BasisTensors | None) -> tuple[list[Tensor | None], str, str, bool]:

@@ -21,12 +21,16 @@ from .cpu import pooling
 from .types import BasisTensors, compute_dtype
 
 __all__ = [
+    "DIRECT",
     "masked_energy",
     "pool_nap",
     "pool_statistics",
     "project_gradients",
     "score",
 ]
+
+DIRECT: dict[str, Callable[..., Any]] = {}
+"""What every operator runs for GPU tensors, without torch's dispatcher."""
 
 # Garbage collection of a Library removes its operators, so the module keeps it alive.
 _LIBRARY = torch.library.Library("ood_kernels", "DEF")
@@ -94,7 +98,8 @@ def _define(schema: str, plain: Callable[..., Any], *, family: str = "", with_ba
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     # ROCm tensors carry this key too.
-    _LIBRARY.impl(name, partial(run, on_gpu=True), "CUDA")
+    DIRECT[name] = partial(run, on_gpu=True)
+    _LIBRARY.impl(name, DIRECT[name], "CUDA")
 
 
 _define(

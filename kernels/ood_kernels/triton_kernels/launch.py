@@ -25,10 +25,12 @@ __all__ = [
     "PRECISIONS",
     "Choice",
     "Launch",
+    "arguments_in_order",
     "cdiv",
     "choose",
     "executed_by",
     "forced",
+    "is_watched",
     "launch",
     "next_power_of_2",
     "record",
@@ -37,6 +39,7 @@ __all__ = [
 CONFIGS = Path(__file__).parent / "configs"
 
 Setting = Mapping[str, int | str]
+_BACKEND = "cuda" if torch.version.hip is None else "hip"
 
 
 class Launch(NamedTuple):
@@ -47,12 +50,14 @@ class Launch(NamedTuple):
         grid: programs along each axis.
         arguments: by name, including tiles, `num_warps` and `num_stages`.
         wide: whether contiguity and alignment allow 16-byte loads of the large tensors.
+        compiled: the compiled kernel; None if it was recorded only, or interpreted.
     """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     wide: bool
+    compiled: Any = None
 
 
 class Choice(NamedTuple):
@@ -70,7 +75,7 @@ class Choice(NamedTuple):
 
 
 _RECORDER: ContextVar[list[Launch] | None] = ContextVar("ood_kernels_launches", default=None)
-_EXECUTOR: ContextVar[Callable[[Launch], object] | None] = ContextVar("ood_kernels_executor", default=None)
+_EXECUTOR: ContextVar[Callable[[Launch], Any] | None] = ContextVar("ood_kernels_executor", default=None)
 _FORCED: ContextVar[tuple[Mapping[str, Setting], list[Choice]] | None] = ContextVar("ood_kernels_forced", default=None)
 
 
@@ -96,8 +101,11 @@ def record() -> Iterator[list[Launch]]:
 
 
 @contextmanager
-def executed_by(execute: Callable[[Launch], object]) -> Iterator[None]:
-    """Hand the launches inside the context, but those on "meta" tensors, to a function instead of Triton."""
+def executed_by(execute: Callable[[Launch], Any]) -> Iterator[None]:
+    """Hand the launches inside the context, but those on "meta" tensors, to a function instead of Triton.
+
+    It returns what `plans` may launch again, as a compiled kernel of Triton's, or None.
+    """
     token = _EXECUTOR.set(execute)
     try:
         yield
@@ -124,17 +132,28 @@ def launch(kernel: Any, grid: Sequence[int], wide: bool = False, **arguments: An
     if 0 in grid:
         return
     tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
-    launches, execute = _RECORDER.get(), _EXECUTOR.get()
+    own = Launch(kernel, tuple(grid), arguments, wide)
+    execute = _EXECUTOR.get()
+    if execute is not None and not tensor.is_meta:
+        own = own._replace(compiled=execute(own))
+    elif not tensor.is_meta:
+        # Triton launches on the current device, possibly not the tensor's.
+        with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+            own = own._replace(compiled=kernel[own.grid](**arguments_for(_BACKEND, arguments)))
+    launches = _RECORDER.get()
     if launches is not None:
-        launches.append(Launch(kernel, tuple(grid), arguments, wide))
-    if tensor.is_meta:
-        return
-    if execute is not None:
-        execute(Launch(kernel, tuple(grid), arguments, wide))
-        return
-    # Triton launches on the current device, possibly not the tensor's.
-    with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
-        kernel[tuple(grid)](**arguments_for("cuda" if torch.version.hip is None else "hip", arguments))
+        launches.append(own)
+
+
+def arguments_in_order(launch: Launch) -> list[Any]:
+    """A launch's arguments as its compiled kernel takes them here."""
+    arguments = arguments_for(_BACKEND, launch.arguments)
+    return [arguments[name] for name in launch.kernel.arg_names]
+
+
+def is_watched() -> bool:
+    """Whether inside `record` or `forced`."""
+    return _RECORDER.get() is not None or _FORCED.get() is not None
 
 
 def arguments_for(backend: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -277,7 +277,7 @@ def project_factored(
     partial = h.new_empty((plan.splits * at_once * component_count,), dtype=torch.float32)
     for start in range(0, samples, at_once):
         rows = slice(start, start + at_once)
-        own = {
+        own: dict[str, Any] = {
             "a_ptr": a[rows].contiguous(),
             "partials_ptr": a if partials is None else partials[rows],
             "argmaxima_ptr": a if argmaxima is None else argmaxima[rows],
