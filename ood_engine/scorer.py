@@ -203,11 +203,13 @@ class Scorer:
         if not valid.any():
             return
         features, head_input, logits = features[valid], captured.head_input[valid], captured.logits[valid]
-        energies = self.kernels.masked_energy(features, self.head, None)
+        weights = self.head
+        energies = self.kernels.masked_energy(features, weights, None)
         if learn and self.agreement is None:
             self.agreement = Agreement.learn(features, head_input, energies, logits)
         agreement = self.agreement or Agreement()
-        allowed = self._allowed(agreement._replace(features=0.0, logits=0.0) if learn else agreement, captured)
+        least = agreement._replace(features=0.0, logits=0.0) if learn else agreement
+        allowed = self._allowed(least, captured, weights)
         head, feature_map = self.tap.plan.head, self.tap.plan.feature_map
         for differences, most, message in (
             (
@@ -232,15 +234,15 @@ class Scorer:
         if learn:
             self.agreement = agreement.widened(features, head_input, energies, logits)
 
-    def _allowed(self, agreement: Agreement, captured: Captured | Inputs) -> Agreement:
+    def _allowed(self, agreement: Agreement, captured: Captured | Inputs, weights: ok.Head) -> Agreement:
         feature_map, head_input, logits = captured.feature_map, captured.head_input, captured.logits
         return agreement.allowed(
             None if feature_map is None else feature_map.dtype,
             None if head_input is None else head_input.dtype,
             None if logits is None else logits.dtype,
-            self.tap.head.weight.dtype,
+            weights.weight.dtype,
             captured.rounding,
-            precision=self.runtime.precision,
+            precision=self.kernels.runtime.precision,
         )
 
     def score(self, images: Tensor) -> Scores:
@@ -402,7 +404,7 @@ class Scorer:
         """Bool [N]: features and logits are the model's own as far as both are at hand; None if neither is."""
         if self.agreement is None:
             return None
-        allowed = self._allowed(self.agreement, inputs)
+        allowed = self._allowed(self.agreement, inputs, signals.head)
         agrees = None
         if inputs.head_input is not None and inputs.feature_map is not None and self.tap.plan.proven:
             agrees = allowed.feature_differences(signals.features, inputs.head_input) <= allowed.features

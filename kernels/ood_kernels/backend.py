@@ -12,9 +12,10 @@ import warnings
 from functools import cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "default_backend", "kernels"]
+__all__ = ["BACKENDS", "default_backend", "is_eager_on_gpu", "kernels"]
 
 BACKENDS = ("reference", "triton")
 _VARIABLE = "OOD_ENGINE_BACKEND"
@@ -23,6 +24,16 @@ _VARIABLE = "OOD_ENGINE_BACKEND"
 def default_backend() -> str:
     """The environment variable; "" where it is not set."""
     return os.environ.get(_VARIABLE, "")
+
+
+def is_eager_on_gpu(tensor: Tensor) -> bool:
+    """Whether an operator on this tensor runs kernels at once, untraced and under no mode of torch's."""
+    return (
+        tensor.is_cuda
+        and type(tensor) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+    )
 
 
 def kernels(family: str, tensor: Tensor, requested: str, *, preferred: bool) -> ModuleType | None:
@@ -38,7 +49,7 @@ def kernels(family: str, tensor: Tensor, requested: str, *, preferred: bool) -> 
         ValueError: unknown backend.
         RuntimeError: Triton was requested but is unavailable.
     """
-    source, name = ("backend", requested) if requested else (_VARIABLE, default_backend())
+    source, name = ("backend", requested) if requested else (_VARIABLE, os.environ.get(_VARIABLE, ""))
     if name and name not in BACKENDS:
         raise ValueError(f"{source}={name!r}: expected one of {', '.join(BACKENDS)}")
     if name == "reference" or (not name and not preferred):

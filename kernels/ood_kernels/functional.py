@@ -8,10 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from . import ops, reference
-from .backend import default_backend
+from .backend import default_backend, is_eager_on_gpu
 from .bases import basis_tensors
 from .checks import check_devices, check_head, check_precision, map_of, unfit
-from .plans import has_plans, planned
 from .types import BasisTensors, HasBasisTensors, Head, PoolStatistics, ScoreOutputs
 
 _Run = Callable[..., Any]
@@ -44,7 +43,7 @@ def pool_statistics(feature_map: Tensor, *, rectify: bool = False, backend: str 
     def written(run: _Run) -> tuple[Tensor, ...]:
         return run(map_of(feature_map), rectify, backend=backend or "")
 
-    return PoolStatistics(*_call("pool_statistics", written, (feature_map,), (), (rectify, backend)))
+    return PoolStatistics(*_call("pool_statistics", written, (feature_map,), (rectify, backend)))
 
 
 def pool_nap(
@@ -85,7 +84,7 @@ def pool_nap(
         def written(run: _Run) -> tuple[Tensor, ...]:
             return run(map_of(feature_map), eps, rectify, backend=backend or "")
 
-        h, nap = _call("pool_nap", written, (feature_map,), (), (eps, rectify, backend))
+        h, nap = _call("pool_nap", written, (feature_map,), (eps, rectify, backend))
         return h, nap
     statistics = pool_statistics(feature_map, rectify=rectify, backend=backend)
     nap, ratios = reference.nap_from_statistics(statistics.nap_mean, statistics.maximum, eps)
@@ -144,7 +143,7 @@ def masked_energy(
             h.detach(), weight.detach(), detached, weight_mask, neuron_mask, precision=precision, backend=backend or ""
         )
 
-    lse, pruned_lse, p = _call("masked_energy", written, (h,), head, (precision, backend))
+    lse, pruned_lse, p = _call("masked_energy", written, (h,), (precision, backend), head)
     return lse, pruned_lse, p
 
 
@@ -197,8 +196,7 @@ def project_gradients(
         check_devices("p", p, {"h": h}, tensors._asdict())
         return (run(p.detach(), h.detach(), *_arguments(tensors), precision=precision, backend=backend or ""),)
 
-    options = (tensors.kind, tensors.cotangent, tensors.bias, precision, backend)
-    return _call("project_gradients", written, (p, h), tensors.parts(), options)[0]
+    return _call("project_gradients", written, (p, h), (precision, backend), basis=tensors)[0]
 
 
 def score(
@@ -262,24 +260,28 @@ def score(
             backend=backend or "",
         )
 
-    kept: list[Tensor | None] = [*head]
-    options: tuple[Any, ...] = (eps, rectify, precision, backend)
-    if tensors is not None:
-        kept += tensors.parts()
-        options += (tensors.kind, tensors.cotangent, tensors.bias)
-    return ScoreOutputs(*_call("score", written, (feature_map,), kept, options))
+    options = (eps, rectify, precision, backend)
+    return ScoreOutputs(*_call("score", written, (feature_map,), options, head, tensors))
 
 
 def _call(
     name: str,
     written: Callable[[_Run], tuple[Tensor, ...]],
     moving: tuple[Tensor, ...],
-    kept: Sequence[Tensor | None],
     options: tuple[Any, ...],
+    head: Head | None = None,
+    basis: BasisTensors | None = None,
 ) -> Sequence[Tensor]:
     """The outputs of an operator: on a GPU by the plan of an earlier call, see `plans`, otherwise as written."""
-    if not has_plans(moving[0]):
+    if not is_eager_on_gpu(moving[0]):
         return written(getattr(ops, name))
+    # Imported here, where there is a GPU, as the kernels are.
+    from .plans import planned
+
+    kept = [] if head is None else [*head]
+    if basis is not None:
+        kept += basis.parts()
+        options += (basis.kind, basis.cotangent, basis.bias)
     present = [tensor for tensor in kept if tensor is not None]
     pattern = [tensor is None for tensor in kept]
     return planned(lambda: written(ops.DIRECT[name]), moving, present, (name, *pattern, *options, default_backend()))

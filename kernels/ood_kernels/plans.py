@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .triton_kernels.launch import Launch, arguments_in_order, is_watched, record
 
-__all__ = ["Plan", "has_plans", "planned"]
+__all__ = ["Plan", "planned"]
 
 _ALIGNMENT = 256
 """Of allocations by torch, in bytes: that of the workspace's parts decides nothing new."""
@@ -98,21 +98,10 @@ class _Recorder(TorchDispatchMode):
 _PLANS: dict[Hashable, Plan | None] = {}
 
 
-def has_plans(tensor: Tensor) -> bool:
-    """Whether a call on this tensor launches kernels as they stand: on a GPU, in eager mode, and watched by nobody."""
-    return (
-        tensor.is_cuda
-        and type(tensor) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not is_watched()
-    )
-
-
 def planned(
     call: Callable[[], Sequence[Tensor]], moving: Sequence[Tensor], kept: Sequence[Tensor], options: Hashable
 ) -> Sequence[Tensor]:
-    """The results of a call that launches kernels, by its plan where there is one.
+    """The results of a call that launches kernels: by its plan, where there is one and nobody watches its launches.
 
     Args:
         call: the call as written, which depends on these inputs and options alone.
@@ -120,6 +109,8 @@ def planned(
         kept: inputs that stay.
         options: everything else that the call depends on.
     """
+    if is_watched():
+        return call()
     device = moving[0].get_device()
     key = (options, device, *[(one.shape, one.stride(), one.dtype, one.data_ptr() % 16) for one in moving])
     key += tuple([(one.data_ptr(), one.shape, one.stride(), one.dtype) for one in kept])

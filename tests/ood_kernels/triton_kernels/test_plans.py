@@ -59,7 +59,7 @@ def replays(monkeypatch):
         return call(plan, moving)
 
     monkeypatch.setattr(plans.Plan, "__call__", counted)
-    monkeypatch.setattr(functional, "has_plans", lambda tensor: not launching.is_watched())
+    monkeypatch.setattr(functional, "is_eager_on_gpu", lambda tensor: True)
     monkeypatch.setattr(plans, "_PLANS", {})
     with launching.executed_by(execute):
         yield counts
@@ -118,7 +118,7 @@ every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 def written(monkeypatch, call, rows):
     with monkeypatch.context() as patch:
-        patch.setattr(functional, "has_plans", lambda tensor: False)
+        patch.setattr(functional, "is_eager_on_gpu", lambda tensor: False)
         return call(rows)
 
 
