@@ -33,6 +33,7 @@ def is_eager_on_gpu(tensor: Tensor) -> bool:
         and type(tensor) is Tensor
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
 
