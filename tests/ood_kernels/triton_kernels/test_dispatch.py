@@ -78,7 +78,7 @@ def test_tokens_need_no_copy(device):
 def test_opcheck(scorer, feature_map):
     head, basis = scorer.head, scorer.tensors()
     checks = ("test_schema", "test_faketensor")
-    h, p = feature_map.mean((2, 3)), torch.rand(3, 5, device=feature_map.device)
+    h, p = feature_map.mean((2, 3)), torch.rand(len(feature_map), 5, device=feature_map.device)
     taken = (basis.parts(), basis.kind, "energy", True)
     ops = torch.ops.ood_kernels
     torch.library.opcheck(ops.pool_nap.default, (feature_map, 1.0, False), test_utils=checks)
