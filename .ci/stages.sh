@@ -38,7 +38,11 @@ lint() { make lint VENV="$work/venv"; }
 
 aot() { PYTHONPATH=kernels "$work/venv/bin/python" -m ood_kernels.aot; }
 
-emulate() { make emulate VENV="$work/venv"; }
+# With the Triton of torch 2.11 all of it, and the bounds of a GPU that many have.
+emulate() {
+    make emulate VENV="$work/venv"
+    PYTHONPATH="$work/venv/triton-3.6:kernels" "$work/venv/bin/python" -m ood_kernels.aot --target sm_90
+}
 
 # The tests that compare numbers, with the instructions and threads of other machines.
 instruction_sets() {

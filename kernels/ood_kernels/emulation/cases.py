@@ -27,6 +27,8 @@ _EDGES = Workload("7×7", 70, 7, 7, classes=37, anchors=70, components=21, class
 _EVEN = _EDGES._replace(name="4×4", channels=72, height=4, width=4, classes=48, components=24)
 _TOKENS = _EDGES._replace(name="tokens", tokens=True)
 _FEW = _EDGES._replace(name="few classes", channels=33, height=3, width=3, classes=5, components=3)
+# With unaligned class factors, what Triton 3.6 once miscompiled: see `aot.compiled.miscompiled`.
+_PACKED = _EDGES._replace(name="packed", channels=40, classes=6, components=6, class_rank=20, feature_rank=8)
 # Its sum over 49 positions, times a rounded 1/49, is not the mean.
 _EPS = 3.0
 
@@ -86,6 +88,7 @@ STORAGES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "class factors transposed": (
         "basis", lambda basis: basis._replace(class_factors=_transposed(basis.class_factors))
     ),
+    "class factors offset": ("basis", lambda basis: basis._replace(class_factors=_offset(basis.class_factors))),
 }  # fmt: skip
 """Name → (operand, another storage of the same values)."""
 
@@ -165,6 +168,7 @@ def _projection_rows() -> Iterator[Row]:
     for precision in ("ieee", "bf16"):
         yield Row(Case("project_dual", _EDGES, precision=precision, samples=19, shifted=False))
         yield Row(Case("project_factored", _EDGES, precision=precision, samples=19), "class factors transposed")
+    yield Row(Case("project_factored", _PACKED, samples=19), "class factors offset")
 
 
 def _score_rows() -> Iterator[Row]:
