@@ -20,7 +20,7 @@ from .triton_kernels.launch import Launch, arguments_in_order, is_watched, recor
 __all__ = ["Plan", "planned"]
 
 _ALIGNMENT = 256
-"""Of allocations by torch, in bytes: that of the workspace's parts decides nothing new."""
+"""Bytes, at least as torch aligns what it allocates: kernels compiled for that fit every part of the workspace."""
 _MOST = 256
 """Plans held; the oldest go first."""
 _ALLOCATIONS = {"new_empty", "empty", "empty_like", "empty_strided"}
@@ -75,7 +75,7 @@ class _Recorder(TorchDispatchMode):
 
     Attributes:
         allocated: storage → tensor as allocated.
-        is_pure: whether nothing but launches wrote to memory; a copy made by torch would have to be made anew in every call.
+        is_pure: whether torch computed nothing, not even a copy, which every call would have to make anew.
     """
 
     def __init__(self, inputs: Iterable[Tensor]) -> None:
@@ -126,7 +126,9 @@ def planned(
     with _Recorder((*moving, *kept)) as recorder, record() as launches:
         results = call()
     if len(_PLANS) >= _MOST:
-        _PLANS.pop(next(iter(_PLANS)), None)
+        # A copy, since other threads may add plans.
+        oldest, *_ = tuple(_PLANS)
+        _PLANS.pop(oldest, None)
     _PLANS[key] = _plan(moving, kept, results, launches, recorder)
     return results
 
