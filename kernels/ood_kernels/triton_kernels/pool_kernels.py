@@ -190,13 +190,14 @@ def pool_kernel(
                 sums, positive, maxima, tiles, start, False, SPATIAL, RECTIFY, BLOCK_S, REPEAT
             )
         if step % CHUNKS == CHUNKS - 1:
-            # Correctly rounded: where mean + eps is 0, a fused product or an approximate quotient would leave a residue.
-            h = tl.div_rn(tl.sum(_by_channel(sums, LAYOUT, BLOCK_D, BLOCK_S), 0), SPATIAL * 1.0)
+            channel_sums = tl.sum(_by_channel(sums, LAYOUT, BLOCK_D, BLOCK_S), 0)
+            h = channel_sums * (1.0 / SPATIAL)
             # Rectifying would hide -Inf; adding 0 · h turns it into NaN.
             mean = h
             peak = greatest(_by_channel(maxima, LAYOUT, BLOCK_D, BLOCK_S), 0)
             if RECTIFY:
-                mean = tl.div_rn(tl.sum(_by_channel(positive, LAYOUT, BLOCK_D, BLOCK_S), 0), SPATIAL * 1.0) + 0.0 * h
+                channel_sums = tl.sum(_by_channel(positive, LAYOUT, BLOCK_D, BLOCK_S), 0)
+                mean = channel_sums * (1.0 / SPATIAL) + 0.0 * h
                 peak = maximum(peak, 0.0)
             block = step // CHUNKS
             channel = block * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -207,7 +208,8 @@ def pool_kernel(
                 tl.store(nap_mean_ptr + place, mean, mask=valid)
                 tl.store(maximum_ptr + place, peak, mask=valid)
             if partial_squares_ptr is not None:
-                ratio = peak / tl.where(mean + eps > 0.0, mean + eps, float("nan"))
+                # Sums instead of means: mean + eps is fused with the product above, which leaves a residue instead of 0.
+                ratio = peak / tl.where(channel_sums + eps * SPATIAL > 0.0, mean + eps, float("nan"))
                 squares = tl.sum(tl.where(valid, ratio * ratio, 0.0), 0)
                 tl.store(partial_squares_ptr + sample * blocks + block, squares)
                 total += squares

@@ -188,6 +188,9 @@ def _default_tile(anchors: int, components: int, itemsize: int, precision: str, 
             "num_warps": 4,
             "num_stages": 2,
         }
+    elif precision == "tf32":
+        # Rounding takes both operands through registers.
+        tile |= {"BLOCK_R": 16}
     elif precision == "tf32x3":
         tile |= {"BLOCK_A": 32, "BLOCK_R": 16, "BLOCK_K": 32, "num_stages": 3}
     tile["BLOCK_K"] = min(tile["BLOCK_K"], max(16, next_power_of_2(components)))
